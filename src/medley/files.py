@@ -1,0 +1,158 @@
+"""Files that appear whole or not at all, and the manifest that says where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medley.errors import UserError
+from medley.version import __version__
+
+HASHED_BYTES = 1 << 20  # of a large input, its first and last megabyte and its size
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, renamed to it when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`, renamed to it when the block ends well.
+
+    Raises UserError where `path` exists already and holds something.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; name another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with whole_file(path) as temporary:
+        text = json.dumps(value, ensure_ascii=False, indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and lines of a UTF-8 text file, LF or CRLF, blank lines left out."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def quick_hash(path: Path) -> str:
+    """SHA-256 over the size, the first and the last megabyte of a file: fast at any size."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as handle:
+        digest.update(handle.read(HASHED_BYTES))
+        if size > HASHED_BYTES:
+            handle.seek(max(HASHED_BYTES, size - HASHED_BYTES))
+            digest.update(handle.read(HASHED_BYTES))
+    return digest.hexdigest()
+
+
+# --- manifests ----------------------------------------------------------------------------
+
+
+def manifest_path(path: Path) -> Path:
+    """`manifest.json` in a folder, `NAME.manifest.json` beside a single file."""
+    return path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.manifest.json")
+
+
+def write_manifest(
+    path: Path,
+    options: dict[str, Any],
+    inputs: Sequence[Path],
+    fingerprint: str | None,
+    **more: Any,
+) -> None:
+    write_json(
+        manifest_path(path),
+        {
+            "medley": __version__,
+            "git_commit": _git_commit(),
+            "options": options,
+            "inputs": {str(p): quick_hash(p) for p in inputs if p.is_file()},
+            "token_space": fingerprint,
+            **more,
+        },
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a file or folder, or an empty one where there is none."""
+    place = manifest_path(path)
+    manifest: dict[str, Any] = read_json(place) if place.exists() else {}
+    return manifest
+
+
+def check_fingerprint(path: Path, expected: str, whose: str) -> None:
+    """Refuses a file of another token space; warns where a file does not say which it is."""
+    found = read_manifest(path).get("token_space")
+    if found is None:
+        warnings.warn(
+            f"{path} carries no token-space fingerprint: make sure that its image codes come "
+            f"from the VQGAN of {whose}",
+            stacklevel=2,
+        )
+    elif found != expected:
+        raise UserError(
+            f"{path}: its image codes come from another VQGAN (token space {found[:12]}, "
+            f"{whose} has {expected[:12]}; see {manifest_path(path)}): tokenize the pictures "
+            "again with this checkpoint"
+        )
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    if not (here.parents[1] / ".git").exists():
+        return None  # an installed wheel: no commit to name
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None  # no git on this machine
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Data formats of the field <-> documents, one small module a format."""

@@ -1,0 +1,140 @@
+"""The grammar of an answer: which tokens may come next, one state a row.
+
+In the text state: text pieces, the two ends of an answer, and the begin mark where a whole
+picture still fits. In the image state: image codes, exactly as many as a picture has, and
+then the end mark. Whatever the logits are, what comes out is well-formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from medley.generation.options import GenerationOptions
+from medley.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class TokenClasses:
+    """Boolean masks (V,) over the vocabulary, made once a model."""
+
+    vocabulary: Vocabulary
+    size: int  # of the model's vocabulary, which may be larger than the tokenizer's
+    device: torch.device
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Text pieces, and nothing else."""
+        mask = torch.zeros(self.size, dtype=torch.bool)
+        mask[[i for i in self.vocabulary.text_pieces if i < self.size]] = True
+        return mask.to(self.device)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        return self._only(self.vocabulary.eos, self.vocabulary.end_turn)
+
+    @cached_property
+    def begin_image(self) -> Tensor:
+        return self._only(self.vocabulary.begin_image)
+
+    @cached_property
+    def codes(self) -> Tensor:
+        mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        mask[self.vocabulary.image_codes.start : self.vocabulary.image_codes.stop] = True
+        return mask
+
+    def _only(self, *ids: int) -> Tensor:
+        mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        mask[list(ids)] = True
+        return mask
+
+
+@dataclass
+class Grammar:
+    """The state of one row. `room` is how many more tokens it may take in."""
+
+    vocabulary: Vocabulary
+    options: GenerationOptions
+    codes_per_image: int
+    room: int
+    images: int = 0
+    drawn: int | None = None  # codes drawn of the current picture; None in the text state
+    finished: str | None = None  # why the row ended: "end", "length" or "images"
+    barred: bool = field(default=False)  # a picture was allowed but had no room
+
+    @property
+    def picture_tokens(self) -> int:
+        return self.codes_per_image + 2
+
+    @property
+    def in_image(self) -> bool:
+        return self.drawn is not None
+
+    def forced(self) -> int | None:
+        """The only token that may come next, where there is one."""
+        if self.drawn is not None:
+            return self.vocabulary.end_image if self.drawn == self.codes_per_image else None
+        missing = self.options.images_wanted - self.images
+        if missing > 0 and self._picture_allowed():
+            if self.options.mode == "image":
+                return self.vocabulary.begin_image
+            if self.room < missing * self.picture_tokens + 2:  # a word more, and they do not fit
+                return self.vocabulary.begin_image
+        return None
+
+    def allowed(self, classes: TokenClasses) -> Tensor:
+        """Mask (V,) of the tokens that may come next, where none is forced."""
+        if self.in_image:
+            return classes.codes
+        mask = classes.text
+        if self._picture_allowed():
+            mask = mask | classes.begin_image
+        if self.options.images_wanted <= self.images or not self._picture_allowed():
+            mask = mask | classes.ends
+        return mask
+
+    def _picture_allowed(self) -> bool:
+        options = self.options
+        if options.mode == "text":
+            return False
+        if options.max_images is not None and self.images >= options.max_images:
+            return False
+        if self.room < self.picture_tokens:
+            self.barred = True
+            return False
+        return True
+
+    def start(self) -> None:
+        """Ends a row at once that may only draw pictures and has no room for one."""
+        if self.options.mode == "image" and not self._picture_allowed():
+            self.finished = "length"
+
+    def take(self, token: int) -> None:
+        """Moves on by one token."""
+        self.room -= 1
+        if token == self.vocabulary.begin_image:
+            self.drawn = 0
+        elif token == self.vocabulary.end_image:
+            self.drawn = None
+            self.images += 1
+            enough = self.images >= (self.options.max_images or self.options.images_wanted)
+            if self.options.mode == "image" and (enough or not self._picture_allowed()):
+                self.finished = "images" if enough else "length"
+        elif self.drawn is not None:
+            self.drawn += 1
+        elif token in (self.vocabulary.eos, self.vocabulary.end_turn):
+            self.finished = "end"
+        if self.room <= 0 and self.finished is None:
+            self.finished = "length"
+
+    def missing_picture_note(self) -> str | None:
+        """Why a picture that could have come did not."""
+        if not self.barred or self.images >= max(1, self.options.images_wanted):
+            return None
+        return (
+            f"no image because a whole picture takes {self.picture_tokens} tokens and fewer were "
+            "left of the context or of max_new_tokens"
+        )

@@ -1,0 +1,77 @@
+"""What a request may ask of generation. The defaults are Chameleon's."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from medley.errors import UserError
+
+Mode = Literal["any", "text", "image"]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How one row is generated.
+
+    `mode` is `any` (text and pictures in any order), `text`, or `image` (pictures alone, at
+    least one). The repetition penalty acts on text pieces, over prompt and output. Guidance
+    scales weigh the words and the pictures of the context while codes are drawn.
+    """
+
+    mode: Mode = "any"
+    max_new_tokens: int = 4096
+    seed: int = 0
+    text_greedy: bool = False
+    text_temperature: float = 0.7
+    text_top_p: float = 0.9
+    repetition_penalty: float = 1.2
+    image_greedy: bool = False
+    image_temperature: float = 0.7
+    image_top_p: float = 0.9
+    guidance_scale_text: float = 3.0
+    guidance_scale_image: float = 1.2
+    min_images: int = 0
+    max_images: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("mode", self.mode in ("any", "text", "image"), "any, text or image"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
+            ("text_temperature", self.text_temperature > 0, "above 0 (or text_greedy)"),
+            ("image_temperature", self.image_temperature > 0, "above 0 (or image_greedy)"),
+            ("text_top_p", 0 < self.text_top_p <= 1, "above 0, at most 1"),
+            ("image_top_p", 0 < self.image_top_p <= 1, "above 0, at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_images", self.min_images >= 0, "0 or more"),
+            (
+                "max_images",
+                self.max_images is None or self.max_images >= max(self.min_images, self._least),
+                f"at least {max(self.min_images, self._least)} (min_images, and mode {self.mode})",
+            ),
+        ]
+        for name, good, limit in checks:
+            if not good:
+                raise UserError(f"{name} is {getattr(self, name)!r}, expected {limit}")
+        if self.mode == "text" and self.min_images:
+            raise UserError(f"min_images is {self.min_images}, but mode text draws no pictures")
+        if self.image_greedy and self.mode != "text":
+            warnings.warn(
+                "greedy pictures tend to come out blank; sample them unless you test something",
+                stacklevel=3,
+            )
+
+    @property
+    def _least(self) -> int:
+        return 1 if self.mode == "image" else 0
+
+    @property
+    def images_wanted(self) -> int:
+        """Pictures that have to come: `min_images`, and one at least in mode `image`."""
+        return max(self.min_images, self._least)
+
+    @property
+    def guided(self) -> bool:
+        return not (self.guidance_scale_text == 1 and self.guidance_scale_image == 1)

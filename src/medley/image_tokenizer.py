@@ -1,0 +1,122 @@
+"""Pictures to image codes and back, and the fingerprint of the token space.
+
+Shapes: B batch, C codes of a picture in raster order, H and W pixels (both the resolution).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from medley.errors import UserError
+from medley.images import PREPROCESSING_VERSION, Fit, from_pixels, to_pixels
+from medley.vqgan import VQGAN
+
+_FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
+
+
+class ImageTokenizer:
+    """A VQGAN with its preprocessing. Without a decoder it reads pictures and draws none.
+
+    `fit` is how pictures become squares; it belongs to the checkpoint.
+    """
+
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        fit: Fit = "crop",
+        can_draw: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.fingerprint = token_space_fingerprint(vqgan)  # before any change of dtype
+        self.vqgan = vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.fit = fit
+        self.can_draw = can_draw
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> ImageTokenizer:
+        """Opens the image tokenizer of a checkpoint in any layout, or of `tiny`."""
+        from medley.checkpoints import open_checkpoint
+
+        return open_checkpoint(path).image_tokenizer(**options)
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of the square that the VQGAN reads."""
+        return self.vqgan.config.resolution
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.vqgan.config.codes_per_image
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """A picture -> float32 (3, size, size) in [-1, 1]."""
+        return to_pixels(image, self.size, self.fit)
+
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any mode and size -> codes int64 (B, C), on the CPU."""
+        return self.encode_pixels(torch.stack([self.pixels(image) for image in images])).cpu()
+
+    @torch.inference_mode()
+    @torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    )  # TF32 would change codes near a tie
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels float32 (B, 3, H, W) in [-1, 1] -> codes int64 (B, C)."""
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, self.size, self.size):
+            raise UserError(
+                f"pixels have shape {tuple(pixels.shape)}, expected (B, 3, {self.size}, "
+                f"{self.size})"
+            )
+        return self.vqgan.encode(pixels.to(self.device, self.dtype))
+
+    def decode(self, codes: Tensor | Sequence[Sequence[int]]) -> list[Image.Image]:
+        """Codes (B, C), each a valid code -> pictures."""
+        return [from_pixels(one) for one in self.decode_pixels(torch.as_tensor(codes))]
+
+    def require_decoder(self) -> None:
+        """Raises UserError where there is no decoder to draw with."""
+        if not self.can_draw:
+            raise UserError(
+                "this checkpoint carries no VQGAN decoder, so it cannot draw pictures: name a "
+                "folder that has vqgan.yaml and vqgan.ckpt with --vqgan"
+            )
+
+    @torch.inference_mode()
+    def decode_pixels(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, C) -> pixels float32 (B, 3, H, W), about [-1, 1], not clamped."""
+        self.require_decoder()
+        config = self.vqgan.config
+        if codes.ndim != 2 or codes.shape[1] != config.codes_per_image:
+            raise UserError(
+                f"codes have shape {tuple(codes.shape)}, expected (B, {config.codes_per_image})"
+            )
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < config.n_embed):
+            raise UserError(
+                f"image codes run from {int(codes.min())} to {int(codes.max())}, "
+                f"valid are 0 to {config.n_embed - 1}"
+            )
+        return self.vqgan.decode(codes.to(self.device).long()).float()
+
+
+def token_space_fingerprint(vqgan: VQGAN) -> str:
+    """SHA-256 that says which pictures and models speak the same codes.
+
+    Over the encoder, quant_conv and codebook in float32, sorted by name, and the version of
+    the preprocessing. The decoder does not count: it changes no code.
+    """
+    digest = hashlib.sha256(f"preprocessing {PREPROCESSING_VERSION}".encode())
+    for name, tensor in sorted(vqgan.state_dict().items()):
+        if name.startswith(_FINGERPRINTED):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

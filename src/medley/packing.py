@@ -1,0 +1,97 @@
+"""Sequences to rows: documents packed whole, positions restarting, labels by answer span.
+
+Shapes: B rows of a batch, S row length.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medley.document import answer_spans
+from medley.errors import UserError
+from medley.vocabulary import Vocabulary
+
+IGNORED = -100  # the label that a loss passes over, as torch's cross_entropy has it
+
+
+class SequenceTooLong(UserError):
+    """A document that is longer than a row."""
+
+
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Places whole documents into rows: longest first, each into the fullest row it fits.
+
+    Gives lists of indices into `lengths`. Raises SequenceTooLong for a document that no row
+    holds.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in order:
+        length = lengths[index]
+        if length > row_length:
+            raise SequenceTooLong(
+                f"document {index} has {length} tokens, a row {row_length}: raise --max_length "
+                f"to {length} at least, or drop such documents when tokenizing (--overflow)"
+            )
+        place = bisect_left(free, (length, -1))
+        if place == len(free):
+            rows.append([index])
+            insort(free, (row_length - length, len(rows) - 1))
+        else:
+            room, row = free.pop(place)
+            rows[row].append(index)
+            insort(free, (room - length, row))
+    return [sorted(row) for row in rows]
+
+
+def labels_for(ids: NDArray[np.int64], vocabulary: Vocabulary) -> NDArray[np.int64]:
+    """Labels (S,) of one document, not shifted: learned ids stand, the rest is IGNORED."""
+    labels = np.full_like(ids, IGNORED)
+    for start, end in answer_spans(ids.tolist(), vocabulary):
+        labels[start:end] = ids[start:end]
+    labels[0] = IGNORED  # nothing predicts a document's first token
+    return labels
+
+
+def make_row(
+    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, row_length: int | None = None
+) -> dict[str, Tensor]:
+    """One row of documents: input_ids, position_ids and labels, each int64 (S,).
+
+    Positions restart at every document, which is what keeps attention inside it. The rest of
+    a row of `row_length` is padding, a "document" of its own that carries no label.
+    """
+    ids = np.concatenate(documents)
+    positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
+    labels = np.concatenate([labels_for(d, vocabulary) for d in documents])
+    rest = 0 if row_length is None else row_length - len(ids)
+    if rest > 0:
+        ids = np.concatenate([ids, np.full(rest, vocabulary.pad, np.int64)])
+        positions = np.concatenate([positions, np.arange(rest, dtype=np.int64)])
+        labels = np.concatenate([labels, np.full(rest, IGNORED, np.int64)])
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def stack_rows(rows: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """Rows of any lengths -> tensors (B, S), padded on the right as `make_row` pads."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = {"input_ids": vocabulary.pad, "labels": IGNORED}
+
+    def pad(name: str, row: Tensor) -> Tensor:
+        rest = longest - len(row)
+        if name == "position_ids":
+            return torch.cat([row, torch.arange(rest)])
+        return torch.cat([row, torch.full((rest,), padding[name], dtype=row.dtype)])
+
+    return {name: torch.stack([pad(name, row[name]) for row in rows]) for name in rows[0]}

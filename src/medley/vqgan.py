@@ -1,0 +1,330 @@
+"""The VQGAN: pictures to codes and back, with the published names of its weights.
+
+Architecture and names follow taming-transformers (`vqgan.yaml`, `vqgan.ckpt`), as Chameleon
+ships it: encoder, `quant_conv`, a codebook, `post_quant_conv`, decoder. Shapes: B batch,
+C codes of a picture (rows * columns), H and W pixels, E codebook width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DISTANCE_ELEMENTS = 1 << 25  # distances held at once while quantising: 128 MB of float32
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Sizes of a VQGAN; the fields carry the names that `vqgan.yaml` uses."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    resolution: int
+    z_channels: int
+    embed_dim: int
+    n_embed: int
+    attn_resolutions: tuple[int, ...] = field(default=())
+    in_channels: int = 3
+    out_ch: int = 3
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        widths = [self.ch * multiplier for multiplier in self.ch_mult]
+        if any(width % 32 for width in [self.ch, *widths]):
+            raise ValueError(
+                f"vqgan: every width must be a multiple of 32 (group norm), got {widths} "
+                f"from ch={self.ch}, ch_mult={list(self.ch_mult)}"
+            )
+        if self.resolution % self.downsampling:
+            raise ValueError(
+                f"vqgan: resolution {self.resolution} is no multiple of the downsampling "
+                f"{self.downsampling} that ch_mult={list(self.ch_mult)} makes"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        return int(2 ** (len(self.ch_mult) - 1))
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side of a picture."""
+        return self.resolution // self.downsampling
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.grid**2
+
+    @classmethod
+    def from_yaml(cls, parsed: Any, where: str) -> VQGANConfig:
+        """Reads the parsed `vqgan.yaml`.
+
+        Raises ValueError, naming `where`, when a size is missing or a feature is asked for
+        that Chameleon's tokenizer does not have (double_z).
+        """
+        try:
+            params = parsed["model"]["params"]
+            sizes = params["ddconfig"]
+            config = cls(
+                ch=int(sizes["ch"]),
+                ch_mult=tuple(int(m) for m in sizes["ch_mult"]),
+                num_res_blocks=int(sizes["num_res_blocks"]),
+                resolution=int(sizes["resolution"]),
+                z_channels=int(sizes["z_channels"]),
+                embed_dim=int(params["embed_dim"]),
+                n_embed=int(params["n_embed"]),
+                attn_resolutions=tuple(int(r) for r in sizes.get("attn_resolutions") or ()),
+                in_channels=int(sizes.get("in_channels", 3)),
+                out_ch=int(sizes.get("out_ch", 3)),
+                dropout=float(sizes.get("dropout", 0.0)),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: not a VQGAN configuration, {error} is missing under model.params"
+            ) from error
+        if sizes.get("double_z"):
+            raise ValueError(f"{where}: double_z is true; a VQGAN with codes has it false")
+        return config
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {
+            "model": {
+                "params": {
+                    "ckpt_path": "vqgan.ckpt",
+                    "ddconfig": {
+                        "attn_resolutions": list(self.attn_resolutions),
+                        "ch": self.ch,
+                        "ch_mult": list(self.ch_mult),
+                        "double_z": False,
+                        "dropout": self.dropout,
+                        "in_channels": self.in_channels,
+                        "num_res_blocks": self.num_res_blocks,
+                        "out_ch": self.out_ch,
+                        "resolution": self.resolution,
+                        "z_channels": self.z_channels,
+                    },
+                    "embed_dim": self.embed_dim,
+                    "lossconfig": {"target": "none"},
+                    "n_embed": self.n_embed,
+                }
+            }
+        }
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+def _swish(x: Tensor) -> Tensor:
+    # Not F.silu: its float32 results differ in the last bit, and codes near a tie would flip.
+    return x * torch.sigmoid(x)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.changes_width = channels_in != channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(_swish(self.norm1(x)))
+        h = self.conv2(self.dropout(_swish(self.norm2(h))))
+        return (self.nin_shortcut(x) if self.changes_width else x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all places of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        normed = self.norm(x)
+        q = self.q(normed).reshape(b, c, h * w).transpose(1, 2)
+        k = self.k(normed).reshape(b, c, h * w)
+        v = self.v(normed).reshape(b, c, h * w)
+        weights = torch.softmax(torch.bmm(q, k) * c**-0.5, dim=2)
+        mixed = torch.bmm(v, weights.transpose(1, 2)).reshape(b, c, h, w)
+        return x + self.proj_out(mixed)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each with attention behind it where the level has it."""
+
+    downsample: nn.Module
+    upsample: nn.Module
+
+    def __init__(self, widths: list[tuple[int, int]], attends: bool, dropout: float) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in widths)
+        self.attn = nn.ModuleList(AttentionBlock(b) for _, b in widths if attends)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, dropout)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResidualBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) -> latents (B, z_channels, H / downsampling, W / downsampling)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width, resolution = config.ch, config.resolution
+        for index, multiplier in enumerate(config.ch_mult):
+            out = config.ch * multiplier
+            widths = [(width, out)] + [(out, out)] * (config.num_res_blocks - 1)
+            level = Level(widths, resolution in config.attn_resolutions, config.dropout)
+            width = out
+            if index < len(config.ch_mult) - 1:
+                level.downsample = Downsample(width)
+                resolution //= 2
+            self.down.append(level)
+        self.mid = Middle(width, config.dropout)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            assert isinstance(level, Level)
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(_swish(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_channels, h, w) -> pixels (B, 3, h * downsampling, w * downsampling)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        width = config.ch * config.ch_mult[-1]
+        resolution = config.grid
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = Middle(width, config.dropout)
+        levels: list[Level] = []
+        for index, multiplier in reversed(list(enumerate(config.ch_mult))):
+            out = config.ch * multiplier
+            # A decoder has one block more to a level than its encoder.
+            widths = [(width, out)] + [(out, out)] * config.num_res_blocks
+            level = Level(widths, resolution in config.attn_resolutions, config.dropout)
+            width = out
+            if index > 0:
+                level.upsample = Upsample(width)
+                resolution *= 2
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            assert isinstance(level, Level)
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(_swish(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """The codebook: the nearest of `n_embed` vectors in squared Euclidean distance."""
+
+    def __init__(self, n_embed: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Latents (B, E, h, w) -> int64 (B, h * w), raster order.
+
+        |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, one matrix product a chunk of rows.
+        """
+        table = self.embedding.weight
+        flat = z.permute(0, 2, 3, 1).reshape(-1, table.shape[1])
+        lengths = (table**2).sum(1)
+        rows = max(1, DISTANCE_ELEMENTS // table.shape[0])
+        nearest = [
+            ((part**2).sum(1, keepdim=True) + lengths - 2 * (part @ table.t())).argmin(1)
+            for part in torch.split(flat, rows)
+        ]
+        return torch.cat(nearest).reshape(z.shape[0], -1)
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder. `encode` and `decode` speak codes."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantize = Quantizer(config.n_embed, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, E, h, w) before quantisation."""
+        return self.quant_conv(self.encoder(pixels))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels float (B, 3, H, W) in [-1, 1] -> codes int64 (B, C)."""
+        return self.quantize.codes(self.latents(pixels))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, C) -> pixels (B, 3, H, W), about [-1, 1] and not clamped."""
+        b, grid = codes.shape[0], self.config.grid
+        quantized = self.quantize.embedding(codes).reshape(b, grid, grid, -1)
+        return self.decode_latents(quantized.permute(0, 3, 1, 2).contiguous())
+
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(quantized))
