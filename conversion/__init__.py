@@ -1,0 +1,1 @@
+"""Stage 3, programs: merging, converting between layouts and formats."""

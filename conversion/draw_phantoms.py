@@ -1,0 +1,113 @@
+"""Draws phantoms to files: pictures, documents to learn from, questions to be tested with.
+
+    python -m conversion.draw_phantoms --output DIR --modality ultrasound --train 300 --test 60
+
+writes `images/`, `pictures.csv`, `train.jsonl` and `test.jsonl` to DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medley.checkpoints import TINY, open_checkpoint
+from medley.document import Document, Picture, Turn
+from medley.errors import UserError
+from medley.files import whole_folder, write_manifest
+from medley.options import resolved, run_program
+from medley.phantoms import ALL_MODALITIES, Phantom, documents, questions
+from medley.vocabulary import END_TURN, IMAGE
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draws phantoms to files.
+
+    Args:
+        output: folder of pictures and documents
+        modality: CT, MR, X-ray or ultrasound; several with commas
+        train: scans to learn from
+        test: scans to be tested with
+        seed: seed of the scans
+        size: pixels along a side; what the embedded model reads unless given
+    """
+
+    output: Path
+    modality: str = "ultrasound"
+    train: int = 300
+    test: int = 60
+    seed: int = 1
+    size: int | None = None
+
+
+def as_row(document: Document, **more: Any) -> dict[str, Any]:
+    """A document whose pictures have paths -> a line of a documents file."""
+
+    def text(turn: Turn) -> str:
+        return "".join(IMAGE if isinstance(part, Picture) else part for part in turn.parts)
+
+    paths = [str(picture.path) for picture in document.pictures]
+    return {"text": END_TURN.join(map(text, document.turns)), "image_path": paths, **more}
+
+
+def train_rows(scan: Phantom, path: str, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    for document in documents(scan, Picture(path=path), rng):
+        task = "VQA" if isinstance(document.turns[0].parts[0], Picture) else "Image Generation"
+        yield as_row(document, source="phantoms", task=task)
+
+
+def test_rows(scan: Phantom, path: str) -> Iterator[dict[str, Any]]:
+    """One line a question, so that each is answered without a hint from the others."""
+    for question, answer in questions(scan):
+        document = Document(
+            (Turn("user", (Picture(path=path), question)), Turn("assistant", (answer,)))
+        )
+        kind = "CLOSED" if answer in ("yes", "no") else "OPEN"
+        yield as_row(document, source="phantoms", task="VQA", answer_type=kind)
+
+
+def work(options: Options) -> None:
+    modalities = tuple(options.modality.split(","))
+    unknown = [m for m in modalities if m not in ALL_MODALITIES]
+    if unknown:
+        raise UserError(f"--modality {unknown[0]}: expected {', '.join(ALL_MODALITIES)}")
+    size = options.size or open_checkpoint(TINY).vqgan()[0].config.resolution
+    rng = np.random.default_rng(options.seed)
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    paths: list[str] = []
+    with whole_folder(options.output) as folder:
+        (folder / "images").mkdir()
+        for number in range(options.train + options.test):
+            scan = Phantom.random(rng, modalities)
+            name = f"images/{number:06d}.png"
+            scan.image(size).save(folder / name)
+            path = str(options.output / name)
+            paths.append(path)
+            if number < options.train:
+                rows["train"] += train_rows(scan, path, rng)
+            else:
+                rows["test"] += test_rows(scan, path)
+        for part, lines in rows.items():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
+        pd.DataFrame({"img_path": paths}).to_csv(folder / "pictures.csv", index=False)
+    write_manifest(options.output, resolved(options), [], None)
+    print(
+        f"{options.output}: {len(paths)} pictures, {len(rows['train'])} documents to learn from, "
+        f"{len(rows['test'])} questions to be tested with"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program("conversion.draw_phantoms", Options, work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

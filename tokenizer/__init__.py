@@ -1,0 +1,1 @@
+"""Stage 1, programs: pictures to codes, documents to token sequences."""

@@ -1,0 +1,1 @@
+"""Stage 2, programs: training, and making the embedded model."""
