@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from medley.code_shards import (
+    CodeShards,
+    Failure,
+    read_failures,
+    write_error_lists,
+    write_partition,
+)
+from medley.document import Document, Picture
+from medley.errors import UserError
+from medley.vocabulary import TextTokenizer
+
+REAL = ROOT.parent / "shared" / "data" / "chameleon_tokens"
+
+
+def codes(*rows: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+    return np.array(rows, dtype=np.uint16)
+
+
+def test_written_codes_are_found_by_path_and_by_real_path(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.touch()
+    write_partition(tmp_path / "partition_0_rank_0.parquet", [str(picture)], codes([1, 8191]), [])
+    shards = CodeShards(tmp_path)
+    assert shards.get(str(picture)) == (1, 8191)
+    assert shards.get(str(tmp_path / "sub" / ".." / "a.png")) == (1, 8191)
+    assert shards.get("b.png") is None
+
+
+def test_failures_travel_with_their_partition(tmp_path: Path) -> None:
+    failure = Failure("ü.png", "ü.png: broken")
+    path = tmp_path / "partition_0_rank_3.parquet"
+    write_partition(path, [], np.zeros((0, 4), np.uint16), [failure])
+    assert read_failures(path) == [failure]
+    assert write_error_lists(tmp_path) == 1
+    line = json.loads((tmp_path / "errors_rank_3.jsonl").read_text())
+    assert line == {"img_path": "ü.png", "error": "ü.png: broken"}
+
+
+def test_one_path_with_two_codes_is_an_error(tmp_path: Path) -> None:
+    write_partition(tmp_path / "partition_0_rank_0.parquet", ["a"], codes([1, 2]), [])
+    write_partition(tmp_path / "partition_1_rank_0.parquet", ["a"], codes([1, 3]), [])
+    with pytest.raises(UserError, match="stands twice"):
+        CodeShards(tmp_path)
+
+
+def test_an_empty_folder_and_a_broken_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Parquet files"):
+        CodeShards(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"x\.parquet"):
+        CodeShards(tmp_path)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data beside the project are not here")
+def test_real_chameleon_codes_pass_unchanged(tokenizer: TextTokenizer) -> None:
+    shards = CodeShards(REAL / "partition_0_rank_0.parquet")
+    assert len(shards) == 7
+    assert shards.codes_per_image == 1024
+    for path in list(shards._rows):
+        own = shards.get(path)
+        assert own is not None
+        document = Document.from_json({"text": "<image>", "image_tokens": list(own)})
+        ids = document.to_ids(tokenizer)
+        assert ids == [0, 8197, *(code + 4 for code in own), 8196, 2]
+        assert Document.from_ids(ids, tokenizer).pictures == [Picture(codes=own)]

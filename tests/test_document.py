@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medley.document import Document, DocumentError, Picture, Turn, answer_spans, ids_to_parts
+from medley.medmax import medmax_collate, medmax_ids
+from medley.vocabulary import TextTokenizer
+
+CASES = golden("medmax_tokenization.json")["cases"]
+LABELS = golden("medmax_labels.json")["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_ids_equal_the_recorded(
+    case: Any, tokenizer: TextTokenizer, exceptions: dict[str, dict[str, str]]
+) -> None:
+    expected = case["expected"]["tokens"]
+    assert medmax_ids(case["input"], tokenizer) == expected
+    if case["id"] not in exceptions["medmax_tokenization"]:
+        assert Document.from_json(case["input"]).to_ids(tokenizer) == expected
+        return
+    try:
+        ours = Document.from_json(case["input"]).to_ids(tokenizer)
+    except ValueError:
+        return  # refused, as golden_exceptions.json says
+    assert ours != expected
+
+
+@pytest.mark.parametrize("case", LABELS, ids=lambda case: case["id"])
+def test_medmax_batches_equal_the_recorded(case: Any, tokenizer: TextTokenizer) -> None:
+    rows, expected = case["input"]["tokens"], case["expected"]
+    if "error" in expected:
+        with pytest.raises(IndexError):
+            medmax_collate(rows, tokenizer.vocabulary)
+        return
+    batch = medmax_collate(rows, tokenizer.vocabulary)
+    for name, dtype in expected["dtypes"].items():
+        assert batch[name].tolist() == expected[name]
+        assert str(batch[name].dtype) == dtype
+
+
+def test_splitting_equals_the_recorded(
+    tokenizer: TextTokenizer, exceptions: dict[str, dict[str, str]]
+) -> None:
+    codes = tokenizer.vocabulary.image_codes
+    for case in golden("medmax_sequence_and_vocab.json")["split_token_sequence"]:
+        if case["id"] in exceptions["medmax_sequence_and_vocab"]:
+            continue
+        if case["id"] == "text_only":
+            continue  # its "text" ids 5, 6, 7 are image codes outside of a picture
+        parts = ids_to_parts(case["input"], tokenizer)
+        images = [ids[0] for kind, ids in case["expected"] if kind == "image_seg"]
+        found = [list(p.codes or ()) for p in parts if isinstance(p, Picture)]
+        assert found == [[token - codes.start for token in ids] for ids in images]
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
+pictures = st.lists(st.integers(0, 8191), min_size=1, max_size=6).map(
+    lambda codes: Picture(codes=tuple(codes))
+)
+
+
+@st.composite
+def some_parts(draw: Any) -> tuple[Any, ...]:
+    """Parts in which no two texts are neighbours: ids do not tell where one ended."""
+    parts: list[Any] = draw(st.lists(st.one_of(texts, pictures), min_size=1, max_size=5))
+    return tuple(
+        p
+        for i, p in enumerate(parts)
+        if not (i and isinstance(p, str) and isinstance(parts[i - 1], str))
+    )
+
+
+documents = st.lists(some_parts(), min_size=2, max_size=6).map(
+    lambda turns: Document(
+        tuple(Turn(("user", "assistant")[i % 2], parts) for i, parts in enumerate(turns))
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer() -> TextTokenizer:
+    from medley.checkpoints import open_checkpoint
+
+    return open_checkpoint("tiny").text_tokenizer()
+
+
+@given(document=documents)
+def test_any_document_there_and_back(document: Document, tiny_tokenizer: TextTokenizer) -> None:
+    assert Document.from_ids(document.to_ids(tiny_tokenizer), tiny_tokenizer) == document
+
+
+def test_answer_spans_hold_every_assistant_turn_with_its_mark(tokenizer: TextTokenizer) -> None:
+    turns = [Turn("user", ("The",)), Turn("assistant", ("left",))] * 2
+    ids = Document(tuple(turns)).to_ids(tokenizer)
+    learned = [ids[start:end] for start, end in answer_spans(ids, tokenizer.vocabulary)]
+    answer = tokenizer.encode("left")
+    assert learned == [
+        [*answer, tokenizer.vocabulary.end_turn],
+        [*answer, tokenizer.vocabulary.eos],
+    ]
+
+
+def test_a_document_without_turns_is_learned_whole(tokenizer: TextTokenizer) -> None:
+    ids = Document((Turn("assistant", ("left",)),)).to_ids(tokenizer)
+    assert answer_spans(ids, tokenizer.vocabulary) == [(1, len(ids))]
+
+
+def test_messages_and_text_give_the_same_ids(tokenizer: TextTokenizer) -> None:
+    codes = [1, 2, 3]
+    text = {"text": "<image>What?<reserved08706>The left", "image_tokens": codes}
+    messages = {
+        "messages": [
+            {"role": "user", "content": "<image>What?"},
+            {"role": "assistant", "content": "The left"},
+        ],
+        "image_tokens": codes,
+    }
+    first, second = (Document.from_json(row).to_ids(tokenizer) for row in (text, messages))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "neither 'text' nor 'messages'"),
+        ({"text": 3}, "expected a string"),
+        ({"text": "<image>"}, "1 <image> in the text but 0 pictures"),
+        ({"text": "<image>", "image_tokens": [1, "x"]}, "no whole number"),
+        ({"text": "<image>", "image_path": ["a", "b"], "image_tokens": [[1]]}, "2 picture paths"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not known"),
+        ({"messages": [{"role": "user"}]}, "lacks 'role' or 'content'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            "must alternate",
+        ),
+    ],
+)
+def test_bad_documents_say_why(row: Any, message: str) -> None:
+    with pytest.raises(DocumentError, match=message):
+        Document.from_json(row)

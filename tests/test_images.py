@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, golden
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from medley.images import ImageError, from_pixels, open_image, to_pixels, to_rgb
+
+CASES = [c for c in golden("medmax_image_preprocess.json")["cases"] if c["input"]["png"]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_pixels_equal_the_recorded(case: Any, exceptions: dict[str, dict[str, str]]) -> None:
+    expected = case["expected"]["inference_path_open_whiten"]
+    image = open_image(GOLDEN / case["input"]["png"])
+    pixels = to_pixels(image, expected["shape"][1])
+    digest = hashlib.sha256(pixels.numpy().astype("<f4").tobytes()).hexdigest()
+    refused = case["id"] in exceptions["medmax_image_preprocess"]
+    assert (digest == expected["sha256_float32_le_chw"]) != refused
+    assert pixels.dtype == torch.float32
+
+
+def test_deep_pictures_are_windowed_not_saturated() -> None:
+    image = open_image(GOLDEN / "images" / "i16_full_range_65x45.png")
+    values = np.asarray(image)
+    assert values.min() == 0
+    assert values.max() == 255
+    assert len(np.unique(values)) > 100
+
+
+def test_pixels_out_equal_the_recorded() -> None:
+    case = golden("medmax_sequence_and_vocab.json")["pixels_to_uint8"][0]
+    pixels = torch.tensor(case["input"]["chw"], dtype=torch.float32)
+    assert np.asarray(from_pixels(pixels)).tolist() == case["expected"]["hwc_uint8"]
+
+
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]),
+    fit=st.sampled_from(["crop", "pad"]),
+)
+def test_any_size_and_mode_gives_pixels_or_a_named_error(
+    width: int, height: int, mode: str, fit: Any
+) -> None:
+    image = Image.new(mode, (width, height))
+    try:
+        pixels = to_pixels(image, 32, fit)
+    except ImageError:
+        assert max(width, height) > 200 * min(width, height)
+        return
+    assert pixels.shape == (3, 32, 32)
+    assert bool(((pixels >= -1) & (pixels <= 1)).all())
+
+
+def test_pad_keeps_the_whole_picture() -> None:
+    image = Image.new("RGB", (100, 50), "white")
+    padded = to_pixels(image, 32, "pad")
+    assert float(padded[:, 0].max()) == -1  # black above
+    assert float(padded[:, 16].min()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_bad_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "broken.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        open_image(path)
+
+
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
+    whole = (GOLDEN / "images" / "rgb_exact_512.png").read_bytes()
+    path = tmp_path / "cut.png"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ImageError, match=r"cut\.png"):
+        open_image(path)
+
+
+def test_transparency_is_blended_on_white() -> None:
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(clear)).min() == 255

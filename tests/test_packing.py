@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medley.errors import UserError
+from medley.packing import IGNORED, SequenceTooLong, best_fit, make_row, stack_rows
+from medley.token_shards import TokenShards, write_jsonl, write_parquet
+from medley.vocabulary import TextTokenizer
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=60), row=st.integers(50, 120))
+def test_every_document_is_packed_once_and_whole(lengths: list[int], row: int) -> None:
+    rows = best_fit(lengths, row)
+    assert sorted(i for r in rows for i in r) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in r) <= row for r in rows)
+    # No two rows could have been one: best fit leaves at most one row less than half full.
+    assert sum(2 * sum(lengths[i] for i in r) < row for r in rows) <= 1
+
+
+def test_a_document_longer_than_a_row_is_an_error() -> None:
+    with pytest.raises(SequenceTooLong, match="document 1 has 9 tokens, a row 8"):
+        best_fit([3, 9], 8)
+
+
+def test_labels_of_a_row(tokenizer: TextTokenizer) -> None:
+    v = tokenizer.vocabulary
+    asked = np.array([v.bos, 9000, v.end_turn, 9001, v.eos])
+    whole = np.array([v.bos, 9002, v.eos])
+    row = make_row([asked, whole], v, row_length=10)
+    assert (
+        row["labels"].tolist()
+        == [IGNORED] * 3 + [9001, v.eos, IGNORED, 9002, v.eos] + [IGNORED] * 2
+    )
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1]
+    assert row["input_ids"].tolist()[-2:] == [v.pad, v.pad]
+
+
+def test_a_padding_id_inside_of_a_document_keeps_its_label(tokenizer: TextTokenizer) -> None:
+    v = tokenizer.vocabulary
+    row = make_row([np.array([v.bos, v.pad, v.eos])], v)
+    assert row["labels"].tolist() == [IGNORED, v.pad, v.eos]
+
+
+def test_rows_of_unequal_lengths_are_stacked(tokenizer: TextTokenizer) -> None:
+    v = tokenizer.vocabulary
+    rows = [make_row([np.arange(9000, 9000 + n)], v) for n in (2, 4)]
+    batch = stack_rows(rows, v)
+    assert batch["input_ids"].shape == (2, 4)
+    assert batch["labels"][0, 2:].tolist() == [IGNORED, IGNORED]
+    assert batch["position_ids"][0].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_shards_give_back_what_was_written(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "tokens": rng.integers(0, 65536, rng.integers(1, 9)).tolist(),
+            "task": f"t{i}",
+            "source": "s",
+        }
+        for i in range(4500)  # more than two batches of the cache
+    ]
+    path = tmp_path / f"tokens.{suffix}"
+    count = (write_jsonl if suffix == "jsonl" else write_parquet)(path, iter(rows))
+    shards = TokenShards(path)
+    assert count == len(shards) == len(rows)
+    assert [shards[i].tolist() for i in range(len(rows))] == [row["tokens"] for row in rows]
+    assert shards.lengths.tolist() == [len(row["tokens"]) for row in rows]
+    assert shards.tasks == [row["task"] for row in rows]
+
+
+def test_the_cache_is_made_again_when_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.jsonl"
+    write_jsonl(path, iter([{"tokens": [1, 2]}]))
+    assert TokenShards(path)[0].tolist() == [1, 2]
+    write_jsonl(path, iter([{"tokens": [3, 4]}]))
+    assert TokenShards(path)[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [({"text": "x"}, "no 'tokens'"), ({"tokens": [70000]}, "outside of 0 to 65535")],
+)
+def test_bad_tokens_are_named(tmp_path: Path, line: Any, message: str) -> None:
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(json.dumps({"tokens": [1]}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"tokens\.jsonl:2: .*{message}"):
+        TokenShards(path)
+
+
+def test_medmax_tokens_of_parquet_are_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"tokens": pa.array([[0, 4, 2]], pa.list_(pa.int64())), "credential": ["no"]})
+    pq.write_table(table, tmp_path / "medmax.parquet")
+    assert TokenShards(tmp_path / "medmax.parquet")[0].tolist() == [0, 4, 2]

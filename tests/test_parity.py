@@ -1,0 +1,390 @@
+"""Against the reference implementations: transformers' Chameleon and PEFT."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import medley
+from medley.adapters import merged_tensors, trainable_model
+from medley.checkpoints import open_checkpoint, write_chameleon, write_hugging_face
+from medley.checkpoints.chameleon import ChameleonWeights
+from medley.errors import UserError
+from medley.generation import GenerationOptions, Request
+from medley.generation.sampling import keep_top_p, penalise_repetition
+from medley.model import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
+from medley.packing import IGNORED, make_row, stack_rows
+
+
+def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:
+    checkpoint = open_checkpoint(layout / "input")
+    expected, found = (
+        load_file(layout / "hf_language_model.safetensors"),
+        dict(checkpoint.tensors()),
+    )
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    recorded = load_file(layout / "expected.safetensors")
+    with torch.inference_mode():
+        logits = checkpoint.decoder(torch.float32)(recorded["input_ids"]).logits[..., ::8]
+    assert torch.allclose(logits, recorded["logits_fp32_unmasked"], atol=1e-5)
+
+
+def test_there_and_back_is_the_identity(layout: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(layout / "input")
+    write_hugging_face(tmp_path / "hf", source)
+    write_chameleon(tmp_path / "back", open_checkpoint(tmp_path / "hf"), "any", source)
+    back = open_checkpoint(tmp_path / "back")
+    first, second = (ChameleonWeights(c.model_folder)._shards for c in (source, back))
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert all(one[name].dtype == other[name].dtype for name in one)
+    assert (
+        back.fingerprint() == source.fingerprint() == open_checkpoint(tmp_path / "hf").fingerprint()
+    )
+
+
+def test_stock_transformers_loads_what_we_write(layout: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(layout / "input")
+    write_hugging_face(tmp_path / "hf", source)
+    stock, info = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    ids = load_file(layout / "expected.safetensors")["input_ids"]
+    with torch.inference_mode():
+        theirs = stock(ids).logits
+        ours = source.decoder(torch.float32)(ids).logits
+    codes = source.text_tokenizer().vocabulary.image_codes
+    words = [i for i in range(ours.shape[-1]) if i not in codes]
+    assert torch.equal(theirs[..., words], ours[..., words])
+    assert float(theirs[..., list(codes)].max()) == torch.finfo(torch.float32).min
+
+
+def test_norms_that_differ_between_heads_are_refused(layout: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(layout / "input")
+
+    def moved() -> Any:
+        for name, tensor in source.tensors():
+            if name.endswith("layers.1.self_attn.q_norm.weight"):
+                tensor = tensor.clone()
+                tensor[0, 0] += 1
+            yield name, tensor
+
+    write_hugging_face(tmp_path / "hf", source, moved())
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_norm\.weight.*differ"):
+        write_chameleon(tmp_path / "pth", open_checkpoint(tmp_path / "hf"), "any", source)
+    assert not (tmp_path / "pth").exists()
+
+
+def test_the_processor_loads_and_gives_our_ids(tmp_path: Path) -> None:
+    model = medley.load("tiny")
+    write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
+    processor = transformers.ChameleonProcessor.from_pretrained(tmp_path / "hf")
+    image = _picture()
+    batch = processor(text="<image>What is this?", images=[image], return_tensors="pt")
+    ours = model.prompt_ids([image, "What is this?"])
+    codes, place = model.vocabulary.image_codes, model.vocabulary.image
+    assert batch["input_ids"][0].tolist() == [place if i in codes else i for i in ours]
+    assert torch.allclose(batch["pixel_values"][0], model.image_tokenizer.pixels(image), atol=1e-6)
+
+
+def test_the_chat_template_gives_our_ids(tmp_path: Path) -> None:
+    model = medley.load("tiny")
+    write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Is there a cyst?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    document = medley.Document.from_json({"messages": messages})
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == model.encode(document)
+    with pytest.raises(Exception, match="role tool"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def _picture() -> Any:
+    from medley.phantoms import Phantom
+
+    return Phantom("CT", "head").image(64)
+
+
+# --- training -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoder() -> ChameleonForConditionalGeneration:
+    folder = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
+    return open_checkpoint(folder).decoder(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer: Any) -> list[Any]:
+    import numpy as np
+    from conftest import golden
+
+    cases = golden("medmax_tokenization.json")["cases"]
+    chosen = [np.array(c["expected"]["tokens"]) for c in cases[:5]]
+    return [np.minimum(ids, 8799) for ids in chosen]  # the recorded model ends at 8,799
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_packed_loss_equals_documents_one_by_one(
+    decoder: Any, sequences: list[Any], tokenizer: Any, weight: float
+) -> None:
+    vocabulary = tokenizer.vocabulary
+    decoder.loss_options = LossOptions(image_weight=weight)
+    try:
+        row = stack_rows(
+            [make_row(sequences, vocabulary), make_row(sequences[:2], vocabulary)], vocabulary
+        )
+        packed = decoder(**row, num_items_in_batch=1).loss
+        alone = torch.zeros(())
+        for ids in [*sequences, *sequences[:2]]:
+            single = make_row([ids], vocabulary)
+            logits = decoder(single["input_ids"][None]).logits[0, :-1]
+            labels = single["labels"][1:]
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            image = (labels >= 4) & (labels <= 8195)
+            alone = alone + (losses * torch.where(image, weight, 1.0)).sum()
+    finally:
+        decoder.loss_options = LossOptions()
+    assert torch.allclose(packed, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_do_not_see_each_other(
+    decoder: Any, sequences: list[Any], tokenizer: Any, checkpointing: bool
+) -> None:
+    """Changing one document of a row leaves the loss gradient of the others' ids alone."""
+    vocabulary = tokenizer.vocabulary
+    first, second = sequences[0], sequences[1]
+    changed = first.copy()
+    changed[3:-1] = 8750
+    decoder.train()
+    if checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        hidden = [
+            decoder.model(
+                row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False
+            ).last_hidden_state[0, len(first) :]
+            for row in (make_row([a, second], vocabulary) for a in (first, changed))
+        ]
+    finally:
+        decoder.gradient_checkpointing_disable()
+        decoder.eval()
+    assert torch.allclose(hidden[0], hidden[1], atol=1e-5)
+
+
+def test_a_mask_while_training_is_refused(decoder: Any) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask"):
+        decoder(ids, attention_mask=torch.ones(1, 4), labels=ids)
+
+
+def test_rows_without_labels_train_to_zero(decoder: Any) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    loss = decoder(ids, labels=torch.full((1, 4), IGNORED)).loss
+    assert loss.item() == 0
+
+
+# --- adapters -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head"]},
+        {"r": 2, "lora_alpha": 2, "trainable_token_indices": {"lm_head": [5, 17, 8000]}},
+    ],
+    ids=["plain", "rslora", "patterns", "saved", "rows"],
+)
+def test_a_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: Path) -> None:
+    base = open_checkpoint(
+        Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
+    )
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options
+    )
+    model = peft.get_peft_model(base.decoder(torch.float32), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(torch.randn(weight.shape) * 0.1)
+                assert "vqmodel" not in name
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model.merge_and_unload().state_dict()
+    found = dict(merged_tensors(base, tmp_path / "adapter"))
+    for name, tensor in found.items():
+        rounded = expected[name].to(tensor.dtype).float()
+        assert torch.allclose(tensor.float(), rounded, rtol=2**-7, atol=1e-6), name
+
+
+@pytest.mark.parametrize("trainable", ["lora", "image_head", "lora+image_head", "full"])
+def test_each_mode_trains_what_it_names(
+    trainable: str, sequences: list[Any], tokenizer: Any
+) -> None:
+    folder = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
+    decoder = open_checkpoint(folder).decoder(torch.float32)
+    before = {k: v.clone() for k, v in decoder.state_dict().items()}
+    model = trainable_model(
+        decoder, trainable, tokenizer.vocabulary, "base",
+        rank=2, alpha=4, dropout=0.0, targets=["q_proj", "up_proj"],
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    row = stack_rows([make_row(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
+    for _ in range(2):  # at the first step only the upper half of LoRA has a gradient
+        optimizer.zero_grad()
+        model(**row).loss.backward()
+        optimizer.step()
+    merged = model if trainable == "full" else model.merge_and_unload()
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, before[n])}
+    assert not any("vqmodel" in name for name in changed)
+    adapted = {n for n in before if n.endswith(("q_proj.weight", "up_proj.weight"))}
+    expected = {
+        "lora": adapted,
+        "image_head": {"lm_head.weight"},
+        "lora+image_head": adapted | {"lm_head.weight"},
+        "full": {n for n in before if "vqmodel" not in n},
+    }[trainable]
+    assert changed == expected
+    if trainable == "image_head":
+        difference = (merged.state_dict()["lm_head.weight"] - before["lm_head.weight"]).abs().sum(1)
+        assert set(difference.nonzero().flatten().tolist()) <= set(tokenizer.vocabulary.image_codes)
+
+
+# --- generation ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> medley.Model:
+    folder = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
+    return medley.load(folder, device="cpu")
+
+
+def some_prompts(model: medley.Model) -> list[list[int]]:
+    """Text alone, text and a picture, text alone, of unequal lengths."""
+    chooser, v = random.Random(0), model.vocabulary
+    words = sorted(i for i in v.text_pieces if i < 8800)
+    prompts = [[v.bos, *chooser.choices(words, k=n), v.end_turn] for n in (3, 9, 17)]
+    picture = v.picture_ids(chooser.choices(range(8192), k=model.image_tokenizer.codes_per_image))
+    prompts[1][4:4] = picture
+    return prompts
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_greedy_text_equals_transformers_generate(model: medley.Model, penalty: float) -> None:
+    v, size = model.vocabulary, model.decoder.config.vocab_size
+    prompts = [p for p in some_prompts(model) if v.begin_image not in p]
+    options = GenerationOptions(
+        mode="text", text_greedy=True, repetition_penalty=penalty, max_new_tokens=24
+    )
+    results = model.engine.generate([Request(p, options, i) for i, p in enumerate(prompts)])
+    ends = [v.eos, v.end_turn]
+    allowed = {*v.text_pieces, *ends}
+    for prompt, result in zip(prompts, results, strict=True):
+        # One difference, on purpose: the penalty is on words, and leaves the marks alone.
+        expected = model.decoder.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            logits_processor=transformers.LogitsProcessorList([_WordPenalty(penalty, v)]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=v.pad,
+            suppress_tokens=[i for i in range(size) if i not in allowed],
+        )[0, len(prompt) :].tolist()
+        assert result.ids == expected
+
+
+class _WordPenalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
+    """transformers' penalty over the words of the context only."""
+
+    def __init__(self, penalty: float, vocabulary: Any) -> None:
+        super().__init__(penalty)
+        self.words = vocabulary.text_pieces
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        words = [[i for i in row if i in self.words] for row in input_ids.tolist()]
+        return super().__call__(torch.tensor(words), scores)
+
+
+def test_penalty_and_top_p_equal_transformers() -> None:
+    torch.manual_seed(0)
+    logits, ids = torch.randn(3, 50), torch.randint(0, 50, (3, 7))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    assert torch.equal(penalise_repetition(logits, seen, torch.full((3, 1), 1.3)), theirs)
+    theirs = transformers.TopPLogitsWarper(0.7)(ids, logits.clone())
+    assert torch.equal(keep_top_p(logits, torch.full((3, 1), 0.7)), theirs)
+
+
+def test_guided_codes_equal_three_plain_forward_passes(model: medley.Model) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = GenerationOptions(mode="image", image_greedy=True)
+    prompts = some_prompts(model)
+    results = model.engine.generate([Request(p, options, i) for i, p in enumerate(prompts)])
+    v, count = model.vocabulary, model.image_tokenizer.codes_per_image
+    for prompt, result in zip(prompts, results, strict=True):
+        assert len(result.ids) == count + 2
+        assert result.ids[0] == v.begin_image
+        assert result.ids[-1] == v.end_image
+        pictures = [
+            token
+            for token in prompt
+            if token in v.image_codes or token in (v.begin_image, v.end_image)
+        ]
+        for drawn in (1, 2, 7, 40):
+            own = result.ids[:drawn]
+            full, images, nothing = (
+                _last_logits(model, [*context, *own])
+                for context in (prompt, [v.bos, *pictures], [v.bos])
+            )
+            guided = nothing + 1.2 * (images - nothing) + 3.0 * (full - images)
+            codes = guided[v.image_codes.start : v.image_codes.stop]
+            assert result.ids[drawn] == v.image_codes.start + int(codes.argmax())
+
+
+def _last_logits(model: medley.Model, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.decoder(torch.tensor([ids])).logits[0, -1]
+
+
+def test_tied_norms_stay_writeable_in_chameleons_layout(
+    sequences: list[Any], tokenizer: Any, tmp_path: Path, layout: Path
+) -> None:
+    source = open_checkpoint(layout / "input")
+    decoder = source.decoder(torch.float32).train()
+    tie_head_norms(decoder)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+    row = stack_rows([make_row(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
+    for _ in range(3):
+        optimizer.zero_grad()
+        decoder(**row).loss.backward()
+        optimizer.step()
+    names = dict(source.tensors())
+    trained = {
+        n: t.detach().to(names[n].dtype) for n, t in decoder.state_dict().items() if n in names
+    }
+    name = "model.layers.0.self_attn.q_norm.weight"
+    assert not torch.equal(trained[name], names[name])
+    write_hugging_face(tmp_path / "hf", source, iter(trained.items()))
+    write_chameleon(tmp_path / "pth", open_checkpoint(tmp_path / "hf"), "any", source)
