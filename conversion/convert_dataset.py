@@ -42,7 +42,8 @@ class Options:
 def work(options: Options) -> None:
     questions = list(tqdm(vqa_rad.read(options.input), unit=" questions", desc="reading"))
     train, test = vqa_rad.split_by_picture(questions, options.test_share)
-    pictures = sorted({question.image_path for question in questions})
+    # All pictures, also those that nothing is asked about: their codes may serve elsewhere.
+    pictures = sorted(str(p) for p in vqa_rad.image_folder(options.input).iterdir())
     with whole_folder(options.output) as folder:
         for name, part in (("train.jsonl", train), ("test.jsonl", test)):
             with open(folder / name, "w", encoding="utf-8") as handle:

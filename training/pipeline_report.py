@@ -11,6 +11,7 @@ import html
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +127,15 @@ def accuracy(ckpt: str, asked: list[tuple[Document, str]]) -> dict[str, Any]:
         ]
         found = model.answer_batch(batch, [options] * len(batch), batch_size=64)
         answers += [answer.text.strip() for answer in found]
-    gold = ["".join(map(str, document.turns[1].parts)) for document, _ in asked]
-    right = [a.lower() == g.lower() for a, g in zip(answers, gold, strict=True)]
+    gold = ["".join(map(str, document.turns[1].parts)).lower() for document, _ in asked]
+    right = [a.lower() == g for a, g in zip(answers, gold, strict=True)]
     scores: dict[str, Any] = {"answers": answers}
     for kind in ("CLOSED", "OPEN"):
         own = [hit for hit, (_, k) in zip(right, asked, strict=True) if k == kind]
         if own:
-            scores[kind] = {"right": sum(own), "n": len(own)}
+            answers_of_kind = [g for g, (_, k) in zip(gold, asked, strict=True) if k == kind]
+            commonest = Counter(answers_of_kind).most_common(1)[0][1]
+            scores[kind] = {"right": sum(own), "n": len(own), "always_the_commonest": commonest}
     return scores
 
 
@@ -214,8 +217,13 @@ def score_table(scores: dict[str, Any]) -> str:
                 f"<td>{100 * s[kind]['right'] / s[kind]['n']:.1f} % of {s[kind]['n']}</td>"
                 for s in (scores["before"], scores["after"])
             )
+            own = scores["before"][kind]
+            cells += f"<td>{100 * own['always_the_commonest'] / own['n']:.1f} %</td>"
             rows.append(f"<tr><th>{kind.lower()}</th>{cells}</tr>")
-    head = "<tr><th></th><th>before the adapter</th><th>after</th></tr>"
+    head = (
+        "<tr><th></th><th>before the adapter</th><th>after</th>"
+        "<th>always the commonest answer</th></tr>"
+    )
     return f"<table>{head}{''.join(rows)}</table>"
 
 

@@ -96,8 +96,9 @@ class ChameleonWeights:
             missing = [i for i in range(expected) if i not in numbered]
             if missing or not files:
                 names = ", ".join(f"consolidated.{i:02d}.pth" for i in missing)
+                names = "consolidated.pth" if expected <= 1 else names
                 raise UserError(
-                    f"{self.folder}: weights are missing: {names or 'consolidated.pth'}; copy "
+                    f"{self.folder}: weights are missing: {names}; copy "
                     "them there, the folder is not whole without them"
                 )
         if declared not in (None, len(files)):

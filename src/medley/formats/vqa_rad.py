@@ -40,14 +40,18 @@ class Question:
         }
 
 
+def image_folder(folder: Path) -> Path:
+    names = ("images", "VQA_RAD Image Folder")
+    return next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
+
+
 def read(folder: Path) -> Iterator[Question]:
     """Every question of both published files, in their order.
 
     Raises UserError, naming file and record, for a missing field, an unknown answer type or a
     picture that is not there.
     """
-    names = ("images", "VQA_RAD Image Folder")
-    images = next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
+    images = image_folder(folder)
     for name in FILES:
         path = folder / name
         records = read_json(path)
