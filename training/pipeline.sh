@@ -9,6 +9,10 @@ set -euo pipefail
 data="${1:+$(cd "$1" && pwd)}"
 cd "$(dirname "$0")/.."
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+if ! python -c 'import medley' 2>/dev/null; then
+  echo "training/pipeline.sh: medley is not installed for $(command -v python); run make demo first" >&2
+  exit 2
+fi
 
 out="build/${data:+vqa_rad}"
 [ -n "$data" ] || out=build/demo
