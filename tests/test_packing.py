@@ -33,7 +33,8 @@ def test_labels_of_a_row(tokenizer: TextTokenizer) -> None:
     v = tokenizer.vocabulary
     asked = np.array([v.bos, 9000, v.end_turn, 9001, v.eos])
     whole = np.array([v.bos, 9002, v.eos])
-    row = make_row([asked, whole], v, row_length=10)
+    rows = [make_row([asked, whole], v), make_row([np.full(10, 9003)], v)]
+    row = {name: tensor[0] for name, tensor in stack_rows(rows, v).items()}
     assert (
         row["labels"].tolist()
         == [IGNORED] * 3 + [9001, v.eos, IGNORED, 9002, v.eos] + [IGNORED] * 2

@@ -60,22 +60,14 @@ def labels_for(ids: NDArray[np.int64], vocabulary: Vocabulary) -> NDArray[np.int
     return labels
 
 
-def make_row(
-    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, row_length: int | None = None
-) -> dict[str, Tensor]:
+def make_row(documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary) -> dict[str, Tensor]:
     """One row of documents: input_ids, position_ids and labels, each int64 (S,).
 
-    Positions restart at every document, which is what keeps attention inside it. The rest of
-    a row of `row_length` is padding, a "document" of its own that carries no label.
+    Positions restart at every document, which is what keeps attention inside it.
     """
     ids = np.concatenate(documents)
     positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
     labels = np.concatenate([labels_for(d, vocabulary) for d in documents])
-    rest = 0 if row_length is None else row_length - len(ids)
-    if rest > 0:
-        ids = np.concatenate([ids, np.full(rest, vocabulary.pad, np.int64)])
-        positions = np.concatenate([positions, np.arange(rest, dtype=np.int64)])
-        labels = np.concatenate([labels, np.full(rest, IGNORED, np.int64)])
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
@@ -84,7 +76,10 @@ def make_row(
 
 
 def stack_rows(rows: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Rows of any lengths -> tensors (B, S), padded on the right as `make_row` pads."""
+    """Rows of any lengths -> tensors (B, S), padded on the right.
+
+    Padding is a "document" of its own, with positions that restart, and carries no label.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
     padding = {"input_ids": vocabulary.pad, "labels": IGNORED}
 
