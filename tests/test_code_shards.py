@@ -40,7 +40,7 @@ def test_failures_travel_with_their_partition(tmp_path: Path) -> None:
     path = tmp_path / "partition_0_rank_3.parquet"
     write_partition(path, [], np.zeros((0, 4), np.uint16), [failure])
     assert read_failures(path) == [failure]
-    assert write_error_lists(tmp_path) == 1
+    assert write_error_lists(tmp_path) == (0, 1)
     line = json.loads((tmp_path / "errors_rank_3.jsonl").read_text())
     assert line == {"img_path": "ü.png", "error": "ü.png: broken"}
 

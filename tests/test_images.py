@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medley.images import ImageError, from_pixels, open_image, to_pixels, to_rgb
+from medley.images import ImageError, bytes_to_pixels, from_pixels, open_image, to_pixels, to_rgb
 
 CASES = [c for c in golden("medmax_image_preprocess.json")["cases"] if c["input"]["png"]]
 
@@ -40,6 +40,49 @@ def test_pixels_out_equal_the_recorded() -> None:
     case = golden("medmax_sequence_and_vocab.json")["pixels_to_uint8"][0]
     pixels = torch.tensor(case["input"]["chw"], dtype=torch.float32)
     assert np.asarray(from_pixels(pixels)).tolist() == case["expected"]["hwc_uint8"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp", "gif"])
+def test_every_common_format_is_read(tmp_path: Path, suffix: str) -> None:
+    values = np.tile(np.array([0, 255], np.uint8).repeat(8), (16, 1))
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(values).save(path)
+    seen = np.asarray(open_image(path)).astype(int)
+    assert seen.shape == (16, 16, 3)
+    assert np.abs(seen - values[..., None]).max() < 16
+
+
+def test_an_animation_gives_its_first_picture_and_a_tiff_stack_wants_a_choice(
+    tmp_path: Path,
+) -> None:
+    black, white = Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 255)
+    black.save(tmp_path / "a.gif", save_all=True, append_images=[white])
+    assert np.asarray(open_image(tmp_path / "a.gif")).max() == 0
+    black.save(tmp_path / "a.tif", save_all=True, append_images=[white])
+    with pytest.raises(ImageError, match="holds 2 frames"):
+        open_image(tmp_path / "a.tif")
+    assert np.asarray(open_image(f"{tmp_path}/a.tif#1")).min() == 255
+
+
+def test_the_cameras_orientation_counts_only_when_asked(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (20, 10)
+    assert open_image(tmp_path / "a.jpg", exif_orientation=True).size == (10, 20)
+
+
+def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match=r"bomb\.png.*exceeds limit"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_bytes_give_the_very_pixels() -> None:
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    expected = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)
+    assert bytes_to_pixels(values)[0, 1].reshape(-1).tolist() == expected.tolist()
 
 
 @given(

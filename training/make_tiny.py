@@ -48,7 +48,7 @@ from medley.vocabulary import (
     code_name,
 )
 from medley.vqgan import VQGAN, VQGANConfig
-from medley.vqgan_training import CodebookAverage, training_step
+from medley.vqgan.training import CodebookAverage, training_step
 
 CODES = 8192  # the layout of Chameleon's vocabulary, kept whole
 FIRST_TEXT_PIECE = 8712  # words begin behind the last reserved token

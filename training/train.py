@@ -23,7 +23,8 @@ from medley.checkpoints import TINY, Checkpoint, open_checkpoint, write_hugging_
 from medley.errors import UserError
 from medley.files import check_fingerprint, read_json, write_manifest
 from medley.model import LossOptions
-from medley.options import is_main_rank, resolved, run_program
+from medley.options import resolved, run_program
+from medley.ranks import is_main_rank
 from medley.token_shards import TokenShards
 from medley.trainer import MixedModalTrainer, ProvenSaves, Rows, last_complete_checkpoint
 from medley.vocabulary import Vocabulary

@@ -61,6 +61,7 @@ def write_partition(
 ) -> None:
     """Writes paths (N) and codes uint16 (N, C), with columns of the input where asked for."""
     assert codes.dtype == np.uint16 and len(codes) == len(paths)
+    _refuse_second(path)
     flat = pa.array(codes.reshape(-1), pa.uint16())
     columns: dict[str, pa.Array] = {
         "img_path": pa.array(paths, pa.string()),
@@ -71,6 +72,18 @@ def write_partition(
     table = pa.table(columns).replace_schema_metadata({_FAILED: failed.encode()})
     with whole_file(path) as temporary:
         pq.write_table(table, temporary)
+        _refuse_second(path)  # looked for once more: encoding a partition takes its time
+
+
+def _refuse_second(path: Path) -> None:
+    """Raises UserError where another rank's file of the same partition stands already."""
+    partition = path.name.rpartition("_rank_")[0]
+    others = [p.name for p in path.parent.glob(f"{partition}_rank_*.parquet") if p != path]
+    if others:
+        raise UserError(
+            f"{path}: {others[0]} holds the same pictures already: another run is writing into "
+            "this folder; let one of the two end"
+        )
 
 
 def read_failures(path: Path) -> list[Failure]:
@@ -78,13 +91,18 @@ def read_failures(path: Path) -> list[Failure]:
     return [Failure(*pair) for pair in json.loads(metadata.get(_FAILED, b"[]"))]
 
 
-def write_error_lists(folder: Path) -> int:
-    """Writes `errors_rank_<r>.jsonl` from what the partition files carry; gives their count."""
+def write_error_lists(folder: Path) -> tuple[int, int]:
+    """Writes `errors_rank_<r>.jsonl` from what the partition files carry.
+
+    Gives how many pictures have codes, and how many failed.
+    """
+    encoded = 0
     by_rank: dict[int, list[Failure]] = {}
     for path in finished_partitions(folder).values():
         match = _NAME.fullmatch(path.name)
         assert match is not None
         by_rank.setdefault(int(match[2]), []).extend(read_failures(path))
+        encoded += pq.read_metadata(path).num_rows
     for old in folder.glob("errors_rank_*.jsonl"):
         old.unlink()
     for rank, failures in by_rank.items():
@@ -95,7 +113,7 @@ def write_error_lists(folder: Path) -> int:
                     for f in failures
                 ]
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return sum(map(len, by_rank.values()))
+    return encoded, sum(map(len, by_rank.values()))
 
 
 class CodeShards:

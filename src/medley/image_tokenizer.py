@@ -5,6 +5,7 @@ Shapes: B batch, C codes of a picture in raster order, H and W pixels (both the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.images import PREPROCESSING_VERSION, Fit, from_pixels, to_pixels
-from medley.vqgan import VQGAN
+from medley.images import (
+    PREPROCESSING_VERSION,
+    Fit,
+    bytes_to_pixels,
+    from_pixels,
+    to_bytes,
+    to_pixels,
+)
+from medley.vqgan.model import VQGAN, Encoder
+from medley.vqgan.winograd import Conv3x3
 
 _FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
 
@@ -36,11 +45,12 @@ class ImageTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.fingerprint = token_space_fingerprint(vqgan)  # before any change of dtype
-        self.vqgan = vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.vqgan = vqgan.to_compute(self.device, dtype)
         self.fit = fit
         self.can_draw = can_draw
-        self.device = torch.device(device)
         self.dtype = dtype
+        self._plain_encoder: Encoder | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> ImageTokenizer:
@@ -64,7 +74,15 @@ class ImageTokenizer:
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any mode and size -> codes int64 (B, C), on the CPU."""
-        return self.encode_pixels(torch.stack([self.pixels(image) for image in images])).cpu()
+        squares = [to_bytes(image, self.size, self.fit) for image in images]
+        return self.encode_bytes(torch.stack(squares)).cpu()
+
+    def encode_bytes(self, squares: Tensor) -> Tensor:
+        """Squares uint8 (B, size, size, 3) -> codes int64 (B, C), on the tokenizer's device.
+
+        On CUDA it comes back before the work is done, if `squares` lie in pinned memory.
+        """
+        return self.encode_pixels(bytes_to_pixels(squares.to(self.device, non_blocking=True)))
 
     @torch.inference_mode()
     @torch.backends.cudnn.flags(
@@ -77,7 +95,29 @@ class ImageTokenizer:
                 f"pixels have shape {tuple(pixels.shape)}, expected (B, 3, {self.size}, "
                 f"{self.size})"
             )
-        return self.vqgan.encode(pixels.to(self.device, self.dtype))
+        pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
+        if not len(pixels):
+            return torch.zeros(0, self.codes_per_image, dtype=torch.int64, device=self.device)
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return self.vqgan.encode(pixels)
+        codes, ties = self.vqgan.quantize.codes_and_ties(self.vqgan.latents(pixels))
+        for row in ties.any(1).nonzero()[:, 0].tolist():
+            codes[row] = self._plain_codes(pixels[row : row + 1])[0]
+        return codes
+
+    def _plain_codes(self, pixels: Tensor) -> Tensor:
+        """Codes by the library's own kernels, channels first, as the reference adds things up.
+
+        Slower; it settles near ties the way Chameleon does.
+        """
+        if self._plain_encoder is None:
+            plain = copy.deepcopy(self.vqgan.encoder).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            for module in plain.modules():
+                if isinstance(module, Conv3x3):
+                    module.thaw()
+            self._plain_encoder = plain
+        latents = self.vqgan.quant_conv(self._plain_encoder(pixels.contiguous()))
+        return self.vqgan.quantize.codes(latents)
 
     def decode(self, codes: Tensor | Sequence[Sequence[int]]) -> list[Image.Image]:
         """Codes (B, C), each a valid code -> pictures."""

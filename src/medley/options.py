@@ -7,7 +7,6 @@ flags and keys are refused; the resolved options are printed before the work beg
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from medley.errors import DataLost, UserError
+from medley.ranks import is_main_rank
 
 Options = TypeVar("Options")
 
@@ -83,18 +83,6 @@ def print_resolved(options: Any, prog: str) -> None:
     if is_main_rank() and resolved(options):
         print(f"{prog}: options", flush=True)
         print(yaml.safe_dump(resolved(options), sort_keys=False, allow_unicode=True), flush=True)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_rank() -> bool:
-    return rank() == 0
 
 
 def run_program(

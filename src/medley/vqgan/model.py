@@ -7,6 +7,7 @@ C codes of a picture (rows * columns), H and W pixels, E codebook width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medley.vqgan.group_norm import norm, norm_swish
+from medley.vqgan.winograd import Conv3x3
+
+TIE = 1e-6  # measured: other orders of additions move distances by up to 1e-6 of their scale
 DISTANCE_ELEMENTS = 1 << 25  # distances held at once while quantising: 128 MB of float32
 
 
@@ -119,26 +124,21 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
-def _swish(x: Tensor) -> Tensor:
-    # Not F.silu: its float32 results differ in the last bit, and codes near a tie would flip.
-    return x * torch.sigmoid(x)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = _norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels_out)
         self.norm2 = _norm(channels_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Conv3x3(channels_out, channels_out)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
         self.changes_width = channels_in != channels_out
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_swish(self.norm1(x)))
-        h = self.conv2(self.dropout(_swish(self.norm2(h))))
+        h = self.conv1(norm_swish(x, self.norm1))
+        h = self.conv2(self.dropout(norm_swish(h, self.norm2)))
         return (self.nin_shortcut(x) if self.changes_width else x) + h
 
 
@@ -155,7 +155,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        normed = self.norm(x)
+        normed = norm(x, self.norm)
         q = self.q(normed).reshape(b, c, h * w).transpose(1, 2)
         k = self.k(normed).reshape(b, c, h * w)
         v = self.v(normed).reshape(b, c, h * w)
@@ -176,7 +176,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -217,7 +217,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, config.ch)
         self.down = nn.ModuleList()
         width, resolution = config.ch, config.resolution
         for index, multiplier in enumerate(config.ch_mult):
@@ -231,7 +231,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(width, config.dropout)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(width, config.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(_swish(self.norm_out(self.mid(x))))
+        return self.conv_out(norm_swish(self.mid(x), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.ch * config.ch_mult[-1]
         resolution = config.grid
-        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.conv_in = Conv3x3(config.z_channels, width)
         self.mid = Middle(width, config.dropout)
         levels: list[Level] = []
         for index, multiplier in reversed(list(enumerate(config.ch_mult))):
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
+        self.conv_out = Conv3x3(width, config.out_ch)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(_swish(self.norm_out(x)))
+        return self.conv_out(norm_swish(x, self.norm_out))
 
 
 class Quantizer(nn.Module):
@@ -285,19 +285,34 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def codes(self, z: Tensor) -> Tensor:
-        """Latents (B, E, h, w) -> int64 (B, h * w), raster order.
+        """Latents (B, E, h, w) -> int64 (B, h * w), raster order."""
+        return torch.cat([d.argmin(1) for _, d in self._distances(z)]).reshape(z.shape[0], -1)
+
+    def codes_and_ties(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes, and which of them (B, h * w, bool) have a second code about as near.
+
+        "About" is what the order of additions in float32 may change: TIE of |z|^2 + |e|^2.
+        """
+        lengths = (self.embedding.weight**2).sum(1)
+        codes, ties = [], []
+        for part, distances in self._distances(z):
+            nearest, code = distances.min(1)
+            scale = (part**2).sum(1) + lengths[code]
+            second = distances.scatter_(1, code[:, None], torch.inf).amin(1)
+            codes.append(code)
+            ties.append(second - nearest < TIE * scale)
+        return torch.cat(codes).reshape(z.shape[0], -1), torch.cat(ties).reshape(z.shape[0], -1)
+
+    def _distances(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of latents (N, E) and of their squared distances (N, n_embed).
 
         |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, one matrix product a chunk of rows.
         """
         table = self.embedding.weight
         flat = z.permute(0, 2, 3, 1).reshape(-1, table.shape[1])
         lengths = (table**2).sum(1)
-        rows = max(1, DISTANCE_ELEMENTS // table.shape[0])
-        nearest = [
-            ((part**2).sum(1, keepdim=True) + lengths - 2 * (part @ table.t())).argmin(1)
-            for part in torch.split(flat, rows)
-        ]
-        return torch.cat(nearest).reshape(z.shape[0], -1)
+        for part in torch.split(flat, max(1, DISTANCE_ELEMENTS // table.shape[0])):
+            yield part, (part**2).sum(1, keepdim=True) + lengths - 2 * (part @ table.t())
 
 
 class VQGAN(nn.Module):
@@ -314,7 +329,7 @@ class VQGAN(nn.Module):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, E, h, w) before quantisation."""
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(pixels).to(self.quant_conv.weight.dtype))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels float (B, 3, H, W) in [-1, 1] -> codes int64 (B, C)."""
@@ -327,4 +342,20 @@ class VQGAN(nn.Module):
         return self.decode_latents(quantized.permute(0, 3, 1, 2).contiguous())
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(quantized))
+        z = self.post_quant_conv(quantized)
+        return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
+
+    def to_compute(self, device: torch.device, dtype: torch.dtype) -> VQGAN:
+        """Moves it, in place, for reading only; encoder and decoder take `dtype`.
+
+        What decides between neighbouring codes stays in float32, whatever the dtype: in
+        bfloat16 most of a real codebook's distances would be equal. Channels last is faster
+        on CPU and GPU and gives the same codes.
+        """
+        self.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        for half in (self.encoder, self.decoder):
+            half.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.modules():
+            if isinstance(module, Conv3x3):
+                module.freeze()
+        return self

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from medley.errors import UserError
+from medley.images import ImageError
+from medley.images.lists import ImageList, Part
+from medley.images.loading import Squares, square_batches
+
+
+def names(parts: list[Part]) -> list[list[str]]:
+    return [[source.name for source in part.sources] for part in parts]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_cut_into_fixed_parts(tmp_path: Path, kind: str) -> None:
+    table = pd.DataFrame({"file": [f"{i}.png" for i in range(7)], "label": ["007"] * 7})
+    path = tmp_path / f"list.{kind}"
+    table.to_csv(path, index=False, encoding="utf-8-sig") if kind == "csv" else table.to_parquet(
+        path
+    )
+    parts = list(ImageList(path, "file", keep_columns=True).parts(3))
+    assert names(parts) == [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"], ["6.png"]]
+    assert [p.number for p in parts] == [0, 1, 2]
+    assert parts[2].kept is not None
+    assert parts[2].kept.to_pylist() == [{"label": "007"}]
+    limited = ImageList(path, "file", limit=4)
+    assert names(list(limited.parts(3))) == [["0.png", "1.png", "2.png"], ["3.png"]]
+    assert limited.digest(3).rows == limited.digest(2).rows == 4
+    assert limited.digest(3).hexadecimal == limited.digest(2).hexadecimal
+
+
+def test_parts_do_not_depend_on_how_a_table_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    pd.DataFrame({"img_path": np.arange(10_000).astype(str)}).to_csv(path, index=False)
+    parts = list(ImageList(path).parts(1500))
+    assert [name for part in names(parts) for name in part] == [str(i) for i in range(10_000)]
+    assert [len(p.sources) for p in parts] == [1500] * 6 + [1000]
+
+
+def test_a_folder_is_walked_in_order(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "b/1.jpg", "a.tiff", "notes.txt", ".hidden.png", "c.nii.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (part,) = ImageList(tmp_path).parts(100)
+    found = [str(Path(n).relative_to(tmp_path)) for n in names([part])[0]]
+    assert found == ["a.tiff", "b/1.jpg", "b/2.PNG", "c.nii.gz"]
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), value).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_pictures_in_a_webdataset_tar_are_read_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "shard-0.tar"
+    write_tar(path, {
+        "x/0.png": png(10), "x/0.txt": "ten ä".encode(),
+        "x/1.json": b'{"a": 1}', "x/1.left.png": png(20), "x/1.right.png": png(30),
+        "x/2.png": b"torn",
+    })  # fmt: skip
+    (part,) = ImageList(path, keep_columns=True).parts(100)
+    stems = ["0.png", "1.left.png", "1.right.png", "2.png"]
+    assert names([part]) == [[f"{path}/x/{stem}" for stem in stems]]
+    assert part.kept is not None
+    assert part.kept["txt"].to_pylist() == ["ten ä", None, None, None]
+    assert part.kept["json"].to_pylist() == [None, '{"a": 1}', '{"a": 1}', None]
+    assert part.kept["__key__"].to_pylist() == ["x/0", "x/1", "x/1", "x/2"]
+    values = [np.asarray(source.open()).max() for source in part.sources[:3]]
+    assert values == [10, 20, 30]
+    with pytest.raises(ImageError, match=r"shard-0\.tar/x/2\.png"):
+        part.sources[3].open()
+
+
+def test_frames_become_pictures_of_their_own(tmp_path: Path) -> None:
+    first, second = Image.new("L", (4, 4), 5), Image.new("L", (4, 4), 250)
+    first.save(tmp_path / "stack.tif", save_all=True, append_images=[second])
+    second.save(tmp_path / "z.png")
+    (part,) = ImageList(tmp_path, keep_columns=True).parts(9)
+    split = part.with_frames("all")
+    stack = f"{tmp_path}/stack.tif"
+    assert names([split]) == [[f"{stack}#0", f"{stack}#1", f"{tmp_path}/z.png"]]
+    assert [np.asarray(s.open()).max() for s in split.sources] == [5, 250, 250]
+    assert split.kept is not None
+    assert len(split.kept) == 3
+    chosen = part.with_frames("middle")
+    assert names([chosen]) == names([part])
+    assert np.asarray(chosen.sources[0].open()).max() == 250
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_keep_order_and_name_what_failed(tmp_path: Path, workers: int) -> None:
+    for value in range(7):
+        Image.new("L", (8, 8), value).save(tmp_path / f"{value}.png")
+    (tmp_path / "3.png").write_bytes(b"torn")
+    listed = ImageList(tmp_path)
+    batches = list(square_batches(listed.parts(4), Squares(8, "crop"), 3, workers))
+    assert [len(b.names) for b in batches] == [3, 1, 3]
+    assert [b.ends_part for b in batches] == [False, True, True]
+    assert [bool(e) for b in batches for e in b.errors] == [i == 3 for i in range(7)]
+    values = [int(square.max()) for b in batches for square in b.squares]
+    assert values == [0, 1, 2, 4, 5, 6]
+
+
+def test_what_is_no_list_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such image list"):
+        ImageList(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="no pictures"):
+        list(ImageList(tmp_path).parts(1))
+    table = tmp_path / "a.csv"
+    table.write_text("path,img_tokens\na.png,1\n")
+    with pytest.raises(UserError, match=r"no column 'img_path', there are path, img_tokens"):
+        list(ImageList(table).parts(1))
+    with pytest.raises(UserError, match="--keep_columns would write over"):
+        list(ImageList(table, "path", keep_columns=True).parts(1))
+    pd.DataFrame({"img_path": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds int64, expected paths"):
+        list(ImageList(tmp_path / "a.parquet").parts(1))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="not a table that can be read"):
+        list(ImageList(tmp_path / "b.parquet").parts(1))
+
+
+def test_a_torn_or_compressed_tar_is_refused(tmp_path: Path) -> None:
+    members = {f"{i}.png": png(i) for i in range(30)}
+    write_tar(tmp_path / "a.tar", members)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    with pytest.raises(UserError, match=r"a\.tar: not a tar that can be read"):
+        list(ImageList(tmp_path / "a.tar").parts(100))
+    write_tar(tmp_path / "b.tar", members, "w:gz")
+    with pytest.raises(UserError, match=r"b\.tar: not a tar"):
+        list(ImageList(tmp_path / "b.tar").parts(100))

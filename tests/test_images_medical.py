@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import ROOT
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from medley.images import ImageError, count_frames, open_image
+
+REAL = ROOT.parent / "shared" / "data" / "medical_formats"
+
+
+def dicom(path: Path, values: np.ndarray[Any, Any], **tags: Any) -> Path:
+    """Writes a grey DICOM file of 16 bits, signed, one frame or several."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    dataset.Rows, dataset.Columns = values.shape[-2:]
+    if values.ndim == 3:
+        dataset.NumberOfFrames = len(values)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 1
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = values.astype("<i2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def grey(path: Path | str, frame: Any = None) -> list[list[int]]:
+    array = np.asarray(open_image(path, frame))
+    assert array.dtype == np.uint8
+    assert (array == array[..., :1]).all()
+    return array[..., 0].tolist()
+
+
+VALUES = np.array([[-1000, 0], [40, 3000]])
+
+
+def test_without_a_window_the_range_is_spread(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", VALUES)
+    assert grey(path) == [[0, 64], [66, 255]]
+    padded = dicom(tmp_path / "b.dcm", VALUES, PixelPaddingValue=-1000)
+    assert grey(padded) == [[0, 0], [3, 255]]
+
+
+def test_rescale_comes_before_the_window(tmp_path: Path) -> None:
+    window = {"WindowCenter": [40, 600], "WindowWidth": [400, 1500]}  # the first one counts
+    path = dicom(tmp_path / "a.dcm", VALUES, **window)
+    # PS3.3 C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5) * 255
+    linear = [round(((x - 39.5) / 399 + 0.5) * 255) for x in (0, 40)]
+    assert grey(path) == [[0, linear[0]], [linear[1], 255]]
+    scaled = dicom(tmp_path / "b.dcm", VALUES, RescaleSlope=2, RescaleIntercept=-1000, **window)
+    assert grey(scaled) == [[0, 0], [0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [("LINEAR_EXACT", (40 - 40) / 400 + 0.5), ("SIGMOID", 1 / (1 + np.exp(0.0)))],
+)
+def test_other_window_functions(tmp_path: Path, function: str, expected: float) -> None:
+    window = {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": function}
+    path = dicom(tmp_path / "a.dcm", VALUES, **window)
+    assert grey(path)[1][0] == round(expected * 255)
+
+
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", VALUES, PhotometricInterpretation="MONOCHROME1")
+    assert grey(path) == [[255, 191], [189, 0]]
+
+
+def test_a_voi_lookup_table(tmp_path: Path) -> None:
+    table = Dataset()
+    table.LUTDescriptor = [4, 0, 8]  # four entries, from value 0, of 8 bits
+    table.add_new("LUTData", "US", [0, 10, 200, 255])
+    path = dicom(tmp_path / "a.dcm", np.array([[0, 1], [2, 9]]), VOILUTSequence=[table])
+    assert grey(path) == [[0, 10], [200, 255]]
+
+
+def test_one_of_several_frames_has_to_be_chosen(tmp_path: Path) -> None:
+    path = dicom(tmp_path / "a.dcm", np.arange(12).reshape(3, 2, 2))
+    with pytest.raises(ImageError, match=r"holds 3 frames; choose with --frames .*a\.dcm#2"):
+        open_image(path)
+    assert grey(path, "first") == grey(f"{path}#0") == [[0, 85], [170, 255]]
+    assert grey(path, "middle") == grey(path, 1)
+    with pytest.raises(ImageError, match="no frame 3"):
+        open_image(f"{path}#3")
+
+
+def test_a_file_without_suffix_is_known_by_its_mark(tmp_path: Path) -> None:
+    assert grey(dicom(tmp_path / "IM000001", VALUES))[1][1] == 255
+
+
+@pytest.mark.parametrize("content", [b"", b"no dicom", b"\0" * 128 + b"DICM" + b"x" * 9])
+def test_a_broken_dicom_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.dcm"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"broken\.dcm"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_nifti_slices_share_the_window_of_their_volume(tmp_path: Path, suffix: str) -> None:
+    volume = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    path = tmp_path / f"volume{suffix}"
+    nibabel.Nifti1Image(volume, np.eye(4)).to_filename(path)
+    with open(path, "rb") as data:
+        assert count_frames(data, str(path)) == 4
+    with pytest.raises(ImageError, match="holds 4 frames"):
+        open_image(path)
+    # Columns run along the first axis, the second one points up.
+    expected = np.rot90((volume[:, :, 3] / 23 * 255).round()).astype(int)
+    assert grey(f"{path}#3") == expected.tolist()
+
+
+def test_a_replaced_volume_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "volume.nii"
+    for value in (1, 2):
+        volume = np.zeros((2, 2, 2), np.float32)
+        volume[value - 1, 0, 0] = 1
+        nibabel.Nifti1Image(volume, np.eye(4)).to_filename(path)
+        seen = grey(f"{path}#0")
+        assert seen == np.rot90(volume[:, :, 0] * 255).astype(int).tolist()
+
+
+@pytest.mark.parametrize("cut", [10, 300, 352])
+def test_a_torn_nifti_file_is_named(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "torn.nii"
+    nibabel.Nifti1Image(np.ones((8, 8, 2), np.int16), np.eye(4)).to_filename(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ImageError, match=r"torn\.nii"):
+        open_image(f"{path}#0")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data beside the project are not here")
+def test_real_files_are_read() -> None:
+    files = sorted(REAL.glob("*/*.*"))
+    assert len(files) == 9
+    for path in files:
+        array = np.asarray(open_image(path))
+        assert array.min() < 60
+        assert array.max() > 240
+        assert 25 < array.mean() < 140
