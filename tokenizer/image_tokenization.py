@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from medley.checkpoints import open_checkpoint
 from medley.code_shards import (
     Failure,
     finished_partitions,
@@ -64,7 +63,7 @@ class Options:
     Args:
         input: CSV or Parquet file with a column of paths, folder of pictures, or WebDataset tar
         output: folder of the shards
-        ckpt: checkpoint whose VQGAN is used, or tiny
+        ckpt: checkpoint whose VQGAN is used, a folder with vqgan.yaml and vqgan.ckpt, or tiny
         bs: pictures of one forward pass
         partition_size: rows of the input that one shard holds
         n_limit: use only so many rows of the input
@@ -110,9 +109,8 @@ class Options:
 def work(options: Options) -> None:
     start = time.monotonic()
     keep_freed_memory()
-    tokenizer = open_checkpoint(options.ckpt).image_tokenizer(
-        device=_own_device(options.device), dtype=DTYPES[options.dtype]
-    )
+    device, dtype = _own_device(options.device), DTYPES[options.dtype]
+    tokenizer = ImageTokenizer.from_checkpoint(options.ckpt, device=device, dtype=dtype)
     tokenizer.fit = options.fit or tokenizer.fit
     if options.compile:
         tokenizer.vqgan.encoder.compile()
@@ -120,9 +118,11 @@ def work(options: Options) -> None:
         whole = from_main_rank(lambda: prepare(options, tokenizer))
         done = finished_partitions(options.output)
         barrier()  # every rank has looked before any writes: all see the same share of work
+        encoding = time.monotonic()
         encode_own_share(options, tokenizer, set(done), whole)
         barrier()
-        from_main_rank(lambda: finish(options, whole["rows"], time.monotonic() - start))
+        end = time.monotonic()
+        from_main_rank(lambda: finish(options, whole["rows"], end - start, end - encoding))
 
 
 def prepare(options: Options, tokenizer: ImageTokenizer) -> dict[str, Any]:
@@ -250,11 +250,11 @@ def write_part(options: Options, batches: list[SquaresBatch], codes: Tensor) -> 
     write_partition(target, [names[row] for row in good], numbers, failures, extra)
 
 
-def finish(options: Options, rows: int, seconds: float) -> None:
+def finish(options: Options, rows: int, seconds: float, encoding: float) -> None:
     encoded, failed = write_error_lists(options.output)
     print(
         f"{encoded} pictures of {rows} rows have codes in {options.output}, {failed} failed; "
-        f"{seconds:.1f} s in this run"
+        f"{seconds:.1f} s in this run, {encoding:.2f} s of it encoding"
     )
     if failed and not options.allow_errors:
         raise DataLost(

@@ -53,6 +53,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a log; what a killed run left half-written ends first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n" if torn else f"{line}\n")
+
+
 def write_json(path: Path, value: Any) -> None:
     with whole_file(path) as temporary:
         text = json.dumps(value, ensure_ascii=False, indent=1)

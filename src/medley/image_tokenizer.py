@@ -54,10 +54,13 @@ class ImageTokenizer:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> ImageTokenizer:
-        """Opens the image tokenizer of a checkpoint in any layout, or of `tiny`."""
-        from medley.checkpoints import open_checkpoint
+        """Opens that of a checkpoint in any layout, of a folder with a VQGAN, or of `tiny`.
 
-        return open_checkpoint(path).image_tokenizer(**options)
+        Options are `device` and `dtype`.
+        """
+        from medley.checkpoints import open_image_tokenizer
+
+        return open_image_tokenizer(path, **options)
 
     @property
     def size(self) -> int:
@@ -98,12 +101,16 @@ class ImageTokenizer:
         pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
         if not len(pixels):
             return torch.zeros(0, self.codes_per_image, dtype=torch.int64, device=self.device)
-        if self.device.type != "cpu" or self.dtype != torch.float32:
+        if self.device.type != "cpu":
+            return self.vqgan.encode(pixels)
+        # One at a time: the maps of several would not stay in a CPU's caches.
+        return torch.cat([self._encode_on_cpu(one) for one in torch.split(pixels, 1)])
+
+    def _encode_on_cpu(self, pixels: Tensor) -> Tensor:
+        if self.dtype != torch.float32:
             return self.vqgan.encode(pixels)
         codes, ties = self.vqgan.quantize.codes_and_ties(self.vqgan.latents(pixels))
-        for row in ties.any(1).nonzero()[:, 0].tolist():
-            codes[row] = self._plain_codes(pixels[row : row + 1])[0]
-        return codes
+        return self._plain_codes(pixels) if bool(ties.any()) else codes
 
     def _plain_codes(self, pixels: Tensor) -> Tensor:
         """Codes by the library's own kernels, channels first, as the reference adds things up.
@@ -145,7 +152,9 @@ class ImageTokenizer:
                 f"image codes run from {int(codes.min())} to {int(codes.max())}, "
                 f"valid are 0 to {config.n_embed - 1}"
             )
-        return self.vqgan.decode(codes.to(self.device).long()).float()
+        codes = codes.to(self.device).long()
+        several = 1 if self.device.type == "cpu" else max(1, len(codes))
+        return torch.cat([self.vqgan.decode(part).float() for part in torch.split(codes, several)])
 
 
 def token_space_fingerprint(vqgan: VQGAN) -> str:

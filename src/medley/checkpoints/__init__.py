@@ -76,6 +76,25 @@ def open_checkpoint(path: str | Path, size: str | None = None) -> Checkpoint:
     )
 
 
+def vqgan_folder(path: Path) -> Path | None:
+    """The folder with vqgan.yaml and vqgan.ckpt: this one, or its `tokenizer`; None for none."""
+    for folder in (path, path / "tokenizer"):
+        if (folder / "vqgan.yaml").is_file():
+            return folder
+    return None
+
+
+def open_image_tokenizer(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ImageTokenizer:
+    """The image tokenizer of a checkpoint in any layout, of a folder with a VQGAN, or of `tiny`."""
+    folder = vqgan_folder(Path(path))
+    if folder is not None:
+        vqgan, fit = read_vqgan(folder)
+        return ImageTokenizer(vqgan, fit, True, device, dtype)
+    return open_checkpoint(path).image_tokenizer(device=device, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder; nothing is read until it is asked for."""
@@ -110,8 +129,7 @@ class Checkpoint:
         another token space is refused.
         """
         if elsewhere is not None:
-            inner = elsewhere / "tokenizer"
-            vqgan, fit = read_vqgan(inner if (inner / "vqgan.yaml").is_file() else elsewhere)
+            vqgan, fit = read_vqgan(vqgan_folder(elsewhere) or elsewhere)
             own = token_space_fingerprint(self.vqgan()[0])
             if token_space_fingerprint(vqgan) != own:
                 raise UserError(

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medley.phantoms import Phantom
+
+PROGRAM = "tokenizer.reconstruction_report"
+
+
+def test_the_report_has_every_group_and_names_what_failed(
+    tmp_path: Path, program: Callable[..., Any]
+) -> None:
+    lines = ["img_path,modality"]
+    rng = np.random.default_rng(5)
+    for i in range(6):
+        Phantom.random(rng).image(64).save(tmp_path / f"{i}.png")
+        lines.append(f"{tmp_path}/{i}.png,{'<CT>' if i % 2 else 'MR'}")
+    (tmp_path / "3.png").write_bytes(b"torn")
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    output = tmp_path / "report"
+    flags = ["--input", tmp_path / "list.csv", "--ckpt", "tiny", "--output", output]
+    done = program(PROGRAM, *flags, "--group_by", "modality", "--bs", "2", status=3)
+    assert "1 pictures could not be read" in done.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert {n: g["pictures"] for n, g in report["groups"].items()} == {"MR": 3, "<CT>": 2}
+    assert report["all"]["pictures"] == 5
+    assert report["all"]["psnr"] > 20
+    assert 0.5 < report["all"]["ssim"] <= 1
+    assert report["all"]["codes_used"] + report["all"]["codes_dead"] == 8192
+    assert report["failed"][0]["img_path"].endswith("3.png")
+    page = (output / "index.html").read_text()
+    assert "&lt;CT&gt;" in page
+    assert page.count("data:image/png;base64,") == 2
+    done = program(PROGRAM, *flags, "--group_by", "organ", status=2)
+    assert "no column 'organ' for --group_by, there are modality" in done.stderr
