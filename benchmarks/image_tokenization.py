@@ -222,8 +222,10 @@ def memory(options: Options, folder: Path) -> dict[str, Any]:
             file.writelines(f"{folder}/./one.bmp,row {i} of many\n" for i in range(rows))
         before = [
             sys.executable, "-c",
-            "import resource, sys; from tokenizer.image_tokenization import main; s = main(); "
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(s)",
+            # VmHWM: ru_maxrss of a process starts at what its parent held when it forked.
+            "import re, sys; from tokenizer.image_tokenization import main; s = main(); "
+            "own = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
+            "print('peak', int(own) / 1024); sys.exit(s)",
         ]  # fmt: skip
         flags = ["--input", listed, "--output", folder / f"out{rows}", "--ckpt", ckpt]
         done = subprocess.run(

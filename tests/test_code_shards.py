@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
@@ -30,8 +33,10 @@ def test_written_codes_are_found_by_path_and_by_real_path(tmp_path: Path) -> Non
     picture.touch()
     write_partition(tmp_path / "partition_0_rank_0.parquet", [str(picture)], codes([1, 8191]), [])
     shards = CodeShards(tmp_path)
-    assert shards.get(str(picture)) == (1, 8191)
-    assert shards.get(str(tmp_path / "sub" / ".." / "a.png")) == (1, 8191)
+    for name in (str(picture), str(tmp_path / "sub" / ".." / "a.png")):
+        found = shards.get(name)
+        assert found is not None
+        assert found.tolist() == [1, 8191]
     assert shards.get("b.png") is None
 
 
@@ -65,10 +70,45 @@ def test_real_chameleon_codes_pass_unchanged(tokenizer: TextTokenizer) -> None:
     shards = CodeShards(REAL / "partition_0_rank_0.parquet")
     assert len(shards) == 7
     assert shards.codes_per_image == 1024
-    for path in list(shards._rows):
-        own = shards.get(path)
-        assert own is not None
+    for path in shards.paths():
+        found = shards.get(path)
+        assert found is not None
+        own = tuple(found.tolist())
         document = Document.from_json({"text": "<image>", "image_tokens": list(own)})
         ids = document.to_ids(tokenizer)
         assert ids == [0, 8197, *(code + 4 for code in own), 8196, 2]
         assert Document.from_ids(ids, tokenizer).pictures == [Picture(codes=own)]
+
+
+def test_medmaxs_lists_are_read_and_the_cache_follows_its_shards(tmp_path: Path) -> None:
+    path = tmp_path / "partition_0_rank_0.parquet"
+    for value in (7, 8):
+        table = {"img_path": ["a", "b"], "img_tokens": [[value, 2], [3, 4]]}
+        pq.write_table(pa.table(table), path)  # list<int64>, as MedMax writes it
+        os.utime(path, ns=(value, value))
+        shards = CodeShards(tmp_path)
+        found = shards.get("a")
+        assert found is not None
+        assert found.tolist() == [value, 2]
+        assert list(shards.paths()) == ["a", "b"]
+
+
+def test_codes_that_are_none_and_lists_of_two_lengths_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"img_path": ["a"], "img_tokens": [[-1, 2]]}), path)
+    with pytest.raises(UserError, match=r"x\.parquet: a code that is none"):
+        CodeShards(path)
+    pq.write_table(pa.table({"img_path": ["a", "b"], "img_tokens": [[1, 2], [1]]}), path)
+    with pytest.raises(UserError, match=r"different numbers of codes: \[1, 2\]"):
+        CodeShards(path)
+
+
+def test_shards_in_a_folder_that_cannot_be_written_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_partition(tmp_path / "partition_0_rank_0.parquet", ["a"], codes([5, 6]), [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "a" in CodeShards(tmp_path)
+    assert len(list((tmp_path / "cache" / "medley").iterdir())) == 2
+    assert not list(tmp_path.glob(".*codes*"))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medley.document import Document
 from medley.errors import UserError
-from medley.packing import IGNORED, SequenceTooLong, best_fit, make_row, stack_rows
-from medley.token_shards import TokenShards, write_jsonl, write_parquet
+from medley.packing import IGNORED, SequenceTooLong, best_fit, labels_for, make_row, stack_rows
+from medley.token_shards import ShuffledOrder, TokenShards, write_jsonl, write_parquet
 from medley.vocabulary import TextTokenizer
 
 
@@ -75,7 +76,7 @@ def test_shards_give_back_what_was_written(tmp_path: Path, suffix: str) -> None:
     assert count == len(shards) == len(rows)
     assert [shards[i].tolist() for i in range(len(rows))] == [row["tokens"] for row in rows]
     assert shards.lengths.tolist() == [len(row["tokens"]) for row in rows]
-    assert shards.tasks == [row["task"] for row in rows]
+    assert [shards.task(i) for i in range(len(shards))] == [row["task"] for row in rows]
 
 
 def test_the_cache_is_made_again_when_the_file_changes(tmp_path: Path) -> None:
@@ -104,3 +105,52 @@ def test_medmax_tokens_of_parquet_are_read(tmp_path: Path) -> None:
     table = pa.table({"tokens": pa.array([[0, 4, 2]], pa.list_(pa.int64())), "credential": ["no"]})
     pq.write_table(table, tmp_path / "medmax.parquet")
     assert TokenShards(tmp_path / "medmax.parquet")[0].tolist() == [0, 4, 2]
+
+
+def test_what_has_labels(tokenizer: TextTokenizer) -> None:
+    marks = tokenizer.vocabulary
+    row = {"text": "<image>ab<reserved08706>c<image>", "image_tokens": [[1, 2], [3, 4]]}
+    ids = np.array(Document.from_json(row).to_ids(tokenizer))
+    turn = int((ids == marks.end_turn).nonzero()[0][0])
+
+    def learned(learn: Any) -> list[int]:
+        return (labels_for(ids, marks, learn) != IGNORED).nonzero()[0].tolist()
+
+    assert learned("answers") == list(range(turn + 1, len(ids)))
+    assert learned("everything") == list(range(1, len(ids)))
+    assert learned("pictures") == [1, 2, 3, 4, *range(len(ids) - 5, len(ids) - 1)]
+    labels = labels_for(ids, marks, "pictures")
+    assert labels[1] == marks.begin_image
+    assert labels[4] == marks.end_image
+
+
+def test_an_order_goes_on_at_the_very_next_place_on_any_number_of_ranks() -> None:
+    def take(ranks: int, rounds: int, state: dict[str, int] | None) -> tuple[list[int], Any]:
+        readers = [ShuffledOrder(10, seed=3, rank=r, ranks=ranks) for r in range(ranks)]
+        for reader in readers:
+            if state is not None:
+                reader.resume(state)
+        taken = [next(reader) for _ in range(rounds) for reader in readers]
+        states = [reader.state for reader in readers]
+        assert all(one == states[0] for one in states)
+        return taken, json.loads(json.dumps(states[0]))
+
+    whole, _ = take(1, 36, None)
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    first, state = take(2, 6, None)
+    second, state = take(3, 4, state)
+    third, _ = take(4, 3, state)
+    assert first + second + third == whole
+    other, _ = take(1, 10, None)
+    assert other == whole[:10]
+    with pytest.raises(UserError, match="length 10, this data has 11"):
+        ShuffledOrder(11, seed=3).resume(state)
+
+
+def test_the_cache_takes_two_bytes_a_token(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    write_jsonl(path, iter([{"tokens": [7] * 1000, "task": "a long name of a task"}] * 200))
+    assert TokenShards(path).task(199) == "a long name of a task"
+    cache = sum(p.stat().st_size for p in tmp_path.glob(".t.jsonl.cache*"))
+    assert cache / 200_000 < 2.1

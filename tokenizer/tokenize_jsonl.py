@@ -1,33 +1,40 @@
-"""Documents to token sequences.
+"""Documents to token sequences, in constant memory.
 
 In: a JSONL file of documents and, for pictures without codes, a folder of code shards. Out:
-JSONL (the line plus `tokens`, as MedMax writes it) or, by the name `*.parquet`, Parquet.
+JSONL (the line plus `tokens`, as MedMax writes it) or, by the name `*.parquet`, Parquet; a
+manifest and a report of what went through.
 
     python -m tokenizer.tokenize_jsonl --input_file docs.jsonl --image_codes codes \
         --tokenizer_file CKPT/tokenizer/text_tokenizer.json --output_file tokens.jsonl
+
+Every line is looked at before the first complaint: bad ones are listed with their numbers, and
+nothing is written. With --skip_bad_lines the rest is written, and the bad ones are kept in
+OUTPUT.bad_lines.jsonl.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from medley.code_shards import CodeShards
-from medley.document import Document, DocumentError, Picture
-from medley.errors import UserError
-from medley.files import json_lines, read_manifest, write_manifest
-from medley.medmax import medmax_ids
+from medley.errors import DataLost, UserError
+from medley.files import LineRange, line_ranges, read_manifest, whole_file, write_manifest
+from medley.line_tokenizer import LARGEST_LINE, LineTokenizer, MissingCodes, Overflow, TooLong
 from medley.options import resolved, run_program
-from medley.packing import SequenceTooLong
-from medley.token_shards import write_jsonl, write_parquet
-from medley.vocabulary import TextTokenizer
+from medley.parallel import ordered_map
+from medley.token_shards import PARQUET_SCHEMA, json_line, parquet_batch
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,12 @@ class Options:
         tokenizer_file: text_tokenizer.json of the checkpoint
         output_file: tokens file, .jsonl or .parquet
         image_codes: folder of code shards, for pictures that carry no codes in their line
+        num_workers: processes; one for every core if not given
         max_length: longest sequence that is let through
-        overflow: what happens to a longer one, error or drop
+        overflow: what happens to a longer one; error, drop, or trim_text, which cuts words and
+            never a picture
+        skip_bad_lines: write the good lines, keep the bad ones beside the output
+        max_errors: bad lines that are listed
         compat: medmax parses every mark in a text, repeats one picture at each place and
             leaves codes unchecked, as MedMax's program does
     """
@@ -49,103 +60,181 @@ class Options:
     tokenizer_file: Path
     output_file: Path
     image_codes: Path | None = None
+    num_workers: int | None = None
     max_length: int | None = None
-    overflow: Literal["error", "drop"] = "error"
+    overflow: Overflow = "error"
+    skip_bad_lines: bool = False
+    max_errors: int = 20
     compat: Literal["none", "medmax"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max_length is {self.max_length}, expected 2 or more")
+        if self.output_file.suffix not in (".jsonl", ".parquet"):
+            raise UserError(f"--output_file {self.output_file}: expected .jsonl or .parquet")
+
+    @property
+    def parquet(self) -> bool:
+        return self.output_file.suffix == ".parquet"
+
+    @property
+    def bad_lines(self) -> Path:
+        return self.output_file.with_name(f"{self.output_file.name}.bad_lines.jsonl")
 
 
 @dataclass
-class Report:
-    """What went through, for the last line of the program."""
+class Result:
+    """What became of one range of lines."""
 
-    counts: Counter[str]
+    output: bytes | pa.RecordBatch
+    counts: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)  # by the next power of two
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0  # bytes of the range
 
-    def __str__(self) -> str:
-        c = self.counts
-        return (
-            f"{c['documents']} documents, {c['tokens']} tokens ({c['image tokens']} of pictures), "
-            f"{c['pictures']} pictures, {c['dropped']} dropped as too long"
-        )
+    def add(self, other: Result) -> None:
+        self.counts.update(other.counts)
+        self.counts["bad lines"] += len(other.bad)
+        self.lengths.update(other.lengths)
 
 
-def sequences(options: Options, report: Report) -> Iterator[dict[str, Any]]:
-    """Lines with `tokens`. Raises UserError with file and line for the first bad one."""
-    tokenizer = TextTokenizer.from_file(options.tokenizer_file)
-    shards = None if options.image_codes is None else CodeShards(options.image_codes)
-    for number, line in tqdm(json_lines(options.input_file), unit=" documents", mininterval=1):
-        place = f"{options.input_file}:{number}"
+_job: tuple[LineTokenizer, Path, bool]  # of this process
+
+
+def _start(options: Options) -> None:
+    global _job
+    lines = LineTokenizer(
+        options.tokenizer_file, options.image_codes, options.max_length, options.overflow,
+        options.compat,
+    )  # fmt: skip
+    _job = lines, options.input_file, options.parquet
+
+
+def _tokenize(where: LineRange) -> Result:
+    """One range of lines, in a worker process."""
+    tokenize, path, parquet = _job
+    result = Result(parquet_batch([]) if parquet else b"", size=where.length)
+    rows: list[dict[str, Any]] = []
+    if where.length > LARGEST_LINE:  # one line, which is not even read
+        reason = f"a line of {where.length} bytes, the limit is {LARGEST_LINE}"
+        result.bad.append({"line": where.first_line, "error": reason, "content": None})
+        return result
+    for number, line in where.lines(path):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
-        try:
-            ids = ids_of(row, tokenizer, shards, options.compat)
+            done = tokenize(line)
         except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        if options.max_length is not None and len(ids) > options.max_length:
-            if options.overflow == "error":
-                raise SequenceTooLong(
-                    f"{place}: {len(ids)} tokens, --max_length is {options.max_length}; raise it, "
-                    "or leave such documents out with --overflow drop"
-                )
-            report.counts["dropped"] += 1
+            result.counts["missing pictures"] += isinstance(error, MissingCodes)
+            result.counts["too long"] += isinstance(error, TooLong)
+            content = line.decode("utf-8", errors="backslashreplace")
+            result.bad.append({"line": number, "error": str(error), "content": content})
             continue
-        codes = tokenizer.vocabulary.image_codes
-        report.counts.update(
-            {
-                "documents": 1,
-                "tokens": len(ids),
-                "image tokens": sum(token in codes for token in ids),
-                "pictures": ids.count(tokenizer.vocabulary.begin_image),
-            }
-        )
-        yield {**row, "tokens": ids}
-    if not report.counts["documents"]:  # before the output gets its name
-        raise UserError(f"{options.input_file}: no documents came through")
-
-
-def ids_of(row: Any, tokenizer: TextTokenizer, shards: CodeShards | None, compat: str) -> list[int]:
-    if compat == "medmax":
-        return medmax_ids(row, tokenizer)
-    return Document.from_json(row).map_pictures(lambda p: with_codes(p, shards)).to_ids(tokenizer)
-
-
-def with_codes(picture: Picture, shards: CodeShards | None) -> Picture:
-    """The picture with codes, from its line or from the shards by its path."""
-    if picture.codes is not None:
-        if shards is not None and len(picture.codes) != shards.codes_per_image:
-            raise DocumentError(
-                f"a picture with {len(picture.codes)} codes, those of {shards.folder} have "
-                f"{shards.codes_per_image}"
-            )
-        return picture
-    if shards is None:
-        raise DocumentError(
-            f"the picture {picture.path} has no codes in the line; name their folder with "
-            "--image_codes"
-        )
-    codes = shards.get(str(picture.path))
-    if codes is None:
-        raise DocumentError(
-            f"no codes of {picture.path} in {shards.folder}; tokenize it with "
-            "tokenizer.image_tokenization"
-        )
-    return replace(picture, codes=codes)
+        if done is None:
+            result.counts["dropped as too long"] += 1
+            continue
+        result.counts.update({
+            "documents": 1, "tokens": len(done.ids), "pictures": done.pictures,
+            "image tokens": done.image_tokens, "pictures with codes in their line": done.own_codes,
+            "trimmed documents": bool(done.trimmed), "trimmed tokens": done.trimmed,
+        })  # fmt: skip
+        result.lengths[1 << (len(done.ids) - 1).bit_length()] += 1
+        rows.append({**done.row, "tokens": done.ids})
+    if parquet:
+        result.output = parquet_batch(rows)
+    else:
+        # Ours are checked by now; MedMax's codes are not.
+        checked = ("tokens", "image_tokens") if tokenize.compat == "none" else ("tokens",)
+        result.output = "".join(json_line(row, checked) + "\n" for row in rows).encode()
+    return result
 
 
 def work(options: Options) -> None:
-    report = Report(Counter())
-    rows = sequences(options, report)
-    write = write_parquet if options.output_file.suffix == ".parquet" else write_jsonl
-    write(options.output_file, rows)
-    fingerprint = None
-    if options.image_codes is not None:
-        fingerprint = read_manifest(options.image_codes).get("token_space")
+    if not options.input_file.is_file():
+        raise UserError(f"{options.input_file}: no such file")
+    workers = options.num_workers if options.num_workers is not None else os.cpu_count() or 1
+    total = Result(b"")
+    with (
+        _output(options) as write,
+        _side_file(options) as keep,
+        tqdm(
+            total=options.input_file.stat().st_size, unit="B", unit_scale=True, desc="tokenizing"
+        ) as progress,
+    ):
+        ranges = line_ranges(options.input_file)
+        for result in ordered_map(_tokenize, ranges, workers, partial(_start, options)):
+            write(result.output)
+            keep(result.bad)
+            _complain(options, result, total.counts["bad lines"])
+            total.add(result)
+            progress.update(result.size)
+        _refuse(options, total.counts)  # before the output gets its name
+    _finish(options, total)
+
+
+@contextmanager
+def _output(options: Options) -> Iterator[Callable[[Any], object]]:
+    """Gives what writes an output; the file gets its name when all has gone well."""
+    with whole_file(options.output_file) as temporary:
+        if options.parquet:
+            with pq.ParquetWriter(temporary, PARQUET_SCHEMA) as writer:
+                yield lambda batch: len(batch) and writer.write_batch(batch)
+        else:
+            with open(temporary, "wb") as file:
+                yield file.write
+
+
+@contextmanager
+def _side_file(options: Options) -> Iterator[Callable[[list[dict[str, Any]]], object]]:
+    if not options.skip_bad_lines:
+        yield lambda bad: None
+        return
+    with whole_file(options.bad_lines) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield lambda bad: file.writelines(f"{json.dumps(b, ensure_ascii=False)}\n" for b in bad)
+
+
+def _complain(options: Options, result: Result, before: int) -> None:
+    for bad in result.bad[: max(0, options.max_errors - before)]:
+        tqdm.write(f"{options.input_file}:{bad['line']}: {bad['error']}", file=sys.stderr)
+
+
+def _refuse(options: Options, counts: Counter[str]) -> None:
+    bad = counts["bad lines"]
+    if bad and not options.skip_bad_lines:
+        raise DataLost(
+            f"{options.input_file}: {bad} bad lines, {min(bad, options.max_errors)} of them listed "
+            f"above ({counts['missing pictures']} lack codes of a picture, {counts['too long']} "
+            "are too long); nothing was written (--skip_bad_lines writes the rest)"
+        )
+    if not counts["documents"]:
+        raise UserError(f"{options.input_file}: no documents came through")
+
+
+def _finish(options: Options, total: Result) -> None:
+    counts = total.counts
+    source = {} if options.image_codes is None else read_manifest(options.image_codes)
+    if counts["pictures with codes in their line"]:
+        source = {}  # nobody can know whose codes those are
+    inputs = [options.input_file, options.tokenizer_file]
+    lengths = {str(length): n for length, n in sorted(total.lengths.items())}
     write_manifest(
-        options.output_file, resolved(options), [options.input_file, options.tokenizer_file],
-        fingerprint, counts=dict(report.counts),
+        options.output_file, resolved(options), inputs, source.get("token_space"),
+        fit=source.get("fit"), counts=dict(counts), lengths=lengths,
     )  # fmt: skip
-    print(f"{options.output_file}: {report}")
+    words = counts["tokens"] - counts["image tokens"]
+    print(
+        f"{options.output_file}: {counts['documents']} documents, {counts['tokens']} tokens "
+        f"({words} of text, {counts['image tokens']} of {counts['pictures']} pictures)"
+    )
+    print(
+        f"{counts['dropped as too long']} documents dropped as too long, "
+        f"{counts['trimmed documents']} trimmed by {counts['trimmed tokens']} tokens, "
+        f"{counts['bad lines']} bad lines"
+    )
+    print(f"{'tokens up to':>14}  documents")
+    for length, documents in sorted(total.lengths.items()):
+        bar = "#" * round(40 * documents / counts["documents"])
+        print(f"{length:>14}  {documents:<10} {bar}")
+    if counts["bad lines"]:
+        print(f"bad lines: {options.bad_lines}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from medley.errors import UserError
 from medley.files import check_fingerprint, read_json, write_manifest
 from medley.model import LossOptions
 from medley.options import resolved, run_program
+from medley.packing import Learn
 from medley.ranks import is_main_rank
 from medley.token_shards import TokenShards
 from medley.trainer import MixedModalTrainer, ProvenSaves, Rows, last_complete_checkpoint
@@ -64,6 +65,8 @@ class Options:
         wandb_entity: its entity
         name: name of the run
         pack: pack documents into rows of max_length
+        learn: what has labels; answers, everything, or pictures only
+        compat: medmax masks prompts by the rule of each batch's first row, as MedMax does
         max_length: longest row; the model's context unless given
         gradient_checkpointing: compute activations again instead of keeping them
         image_loss_weight: weight of image tokens in the loss
@@ -101,6 +104,8 @@ class Options:
     wandb_entity: str | None = None
     name: str | None = None
     pack: bool = False
+    learn: Learn = "answers"
+    compat: Literal["none", "medmax"] = "none"
     max_length: int | None = None
     gradient_checkpointing: bool = False
     image_loss_weight: float = 1.0
@@ -111,6 +116,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.lora and "lora" not in self.trainable:
             raise UserError(f"--lora and --trainable {self.trainable} contradict each other")
+        if self.compat == "medmax" and (self.pack or self.learn != "answers"):
+            raise UserError("--compat medmax has its own labels: leave --pack and --learn out")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other")
 
@@ -136,9 +143,9 @@ def row_length(options: Options, vocabulary: Vocabulary, base: Checkpoint, conte
 
 
 def open_data(
-    path: Path, base: Checkpoint, vocabulary: Vocabulary, length: int, pack: bool
+    options: Options, path: Path, base: Checkpoint, vocabulary: Vocabulary, length: int
 ) -> Rows:
-    check_fingerprint(path, base.fingerprint(), str(base.folder))
+    check_fingerprint(path, base.fingerprint(), str(base.folder), base.vqgan()[1])
     shards = TokenShards(path)
     if not len(shards):
         raise UserError(f"{path}: no sequences in it")
@@ -158,7 +165,8 @@ def open_data(
                 f"{path}: sequence {index} has the token id {largest}, the vocabulary of "
                 f"{base.folder} ends at {vocabulary.size - 1}"
             )
-    return Rows(shards, vocabulary, length, pack)
+    medmax = options.compat == "medmax"
+    return Rows(shards, vocabulary, length, options.pack, options.learn, medmax)
 
 
 def training_arguments(options: Options) -> Any:
@@ -222,10 +230,10 @@ def work(options: Options) -> None:
     base = open_checkpoint(options.ckpt)
     vocabulary = base.text_tokenizer().vocabulary
     length = row_length(options, vocabulary, base, base.config().max_position_embeddings)
-    train = open_data(options.train_data, base, vocabulary, length, options.pack)
+    train = open_data(options, options.train_data, base, vocabulary, length)
     val = None
     if options.val_data is not None:
-        val = open_data(options.val_data, base, vocabulary, length, options.pack)
+        val = open_data(options, options.val_data, base, vocabulary, length)
     start = last_complete_checkpoint(options.output_dir) if options.resume else None
     if options.resume and start is None:
         raise UserError(

@@ -1,20 +1,41 @@
 """Medley: one vocabulary for words and pictures, one decoder that reads and writes both."""
 
-from medley.document import Document, Picture, Turn
-from medley.generation import GenerationOptions
-from medley.image_tokenizer import ImageTokenizer
-from medley.loading import Model, load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from medley.version import __version__
-from medley.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from medley.document import Document, Picture, Turn
+    from medley.generation import GenerationOptions
+    from medley.image_tokenizer import ImageTokenizer
+    from medley.loading import Model, load
+    from medley.vocabulary import Vocabulary
 
 __all__ = [
-    "Document",
-    "GenerationOptions",
-    "ImageTokenizer",
-    "Model",
-    "Picture",
-    "Turn",
-    "Vocabulary",
-    "__version__",
-    "load",
-]
+    "Document", "GenerationOptions", "ImageTokenizer", "Model", "Picture", "Turn", "Vocabulary",
+    "__version__", "load",
+]  # fmt: skip
+
+# Imported when they are asked for: a program that needs no torch starts in a second, not four.
+_HOMES = {
+    "Document": "document",
+    "Picture": "document",
+    "Turn": "document",
+    "GenerationOptions": "generation",
+    "ImageTokenizer": "image_tokenizer",
+    "Model": "loading",
+    "load": "loading",
+    "Vocabulary": "vocabulary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"medley.{_HOMES[name]}"), name)
+    try:  # medley.images, as DESIGN of the library has it, without importing it first
+        return importlib.import_module(f"medley.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(f"module 'medley' has no attribute {name!r}") from error

@@ -203,7 +203,7 @@ def _pictures_of(row: dict[str, Any]) -> list[Picture]:
             f"{len(paths)} picture paths but {len(lists)} lists of image codes: one for each"
         )
     for one in lists:
-        if not isinstance(one, list) or not all(type(code) is int for code in one):
+        if not isinstance(one, list) or not set(map(type, one)) <= {int}:
             raise DocumentError("'image_tokens' holds something that is no whole number")
     count = max(len(paths), len(lists))
     return [

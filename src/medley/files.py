@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -10,8 +11,9 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medley.errors import UserError
 from medley.version import __version__
@@ -89,6 +91,54 @@ def json_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
 
 
+@dataclass(frozen=True)
+class LineRange:
+    """A stretch of a file that holds whole lines: bytes, and the number of its first line."""
+
+    offset: int
+    length: int
+    first_line: int
+
+    def lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
+        """Line numbers and lines, blank ones left out, a byte-order mark taken off."""
+        with open(path, "rb") as file:
+            file.seek(self.offset)
+            block = file.read(self.length)
+        if self.offset == 0:
+            block = block.removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(block.split(b"\n"), self.first_line):
+            if line.strip():
+                yield number, line.rstrip(b"\r")
+
+
+def line_ranges(path: Path, size: int = 1 << 17) -> Iterator[LineRange]:
+    """Cuts a text file into ranges of about `size` bytes; a line that is longer has its own."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115  # closed below; opening is what may fail
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    with file:
+        offset, line = 0, 1
+        while block := file.read(size):
+            end = len(block) if len(block) < size else block.rfind(b"\n") + 1
+            lines = block.count(b"\n", 0, end)
+            if end == 0:
+                end, lines = len(block) + _rest_of_line(file, size), 1
+            yield LineRange(offset, end, line)
+            offset, line = offset + end, line + lines
+            file.seek(offset)
+
+
+def _rest_of_line(file: BinaryIO, size: int) -> int:
+    rest = 0
+    while more := file.read(size):
+        end = more.find(b"\n")
+        if end >= 0:
+            return rest + end + 1
+        rest += len(more)
+    return rest
+
+
 def quick_hash(path: Path) -> str:
     """SHA-256 over the size, the first and the last megabyte of a file: fast at any size."""
     size = path.stat().st_size
@@ -136,9 +186,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_fingerprint(path: Path, expected: str, whose: str) -> None:
-    """Refuses a file of another token space; warns where a file does not say which it is."""
-    found = read_manifest(path).get("token_space")
+def check_fingerprint(path: Path, expected: str, whose: str, fit: str | None = None) -> None:
+    """Refuses a file of another token space; warns where a file does not say which it is, and
+    where its pictures were fitted into squares in another way than `fit`.
+    """
+    manifest = read_manifest(path)
+    found = manifest.get("token_space")
+    if fit is not None and manifest.get("fit") not in (None, fit):
+        warnings.warn(
+            f"{path}: its pictures were made square by --fit {manifest['fit']}, {whose} has {fit}: "
+            "the model will see other pictures in use than in training",
+            stacklevel=2,
+        )
     if found is None:
         warnings.warn(
             f"{path} carries no token-space fingerprint: make sure that its image codes come "

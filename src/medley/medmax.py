@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from medley.document import DocumentError
-from medley.packing import IGNORED
 from medley.vocabulary import TextTokenizer, Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def medmax_ids(row: Any, tokenizer: TextTokenizer) -> list[int]:
@@ -37,6 +36,10 @@ def medmax_collate(rows: list[list[int]], vocabulary: Vocabulary) -> dict[str, T
     If the first row has an end-of-turn mark, the labels of every row up to its own first mark
     are left out, and a row without one raises IndexError; otherwise nothing is masked.
     """
+    import torch  # here, so that tokenizing documents starts without it
+
+    from medley.packing import IGNORED
+
     longest = max(map(len, rows))
     ids = torch.tensor([row + [vocabulary.pad] * (longest - len(row)) for row in rows])
     mask = (ids != vocabulary.pad).long()

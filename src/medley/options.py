@@ -95,9 +95,9 @@ def run_program(
 
     Gives the exit status: 0, 2 for bad input, 3 where rows were lost.
     """
-    options = parse(kind, prog, argv)
-    print_resolved(options, prog)
     try:
+        options = parse(kind, prog, argv)
+        print_resolved(options, prog)
         work(options)
     except DataLost as error:
         sys.stderr.write(f"{prog}: {error}\n")

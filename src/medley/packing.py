@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from medley.document import answer_spans
 from medley.errors import UserError
 from medley.vocabulary import Vocabulary
 
+Learn = Literal["answers", "everything", "pictures"]
 IGNORED = -100  # the label that a loss passes over, as torch's cross_entropy has it
 
 
@@ -51,23 +53,38 @@ def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def labels_for(ids: NDArray[np.int64], vocabulary: Vocabulary) -> NDArray[np.int64]:
-    """Labels (S,) of one document, not shifted: learned ids stand, the rest is IGNORED."""
-    labels = np.full_like(ids, IGNORED)
-    for start, end in answer_spans(ids.tolist(), vocabulary):
-        labels[start:end] = ids[start:end]
-    labels[0] = IGNORED  # nothing predicts a document's first token
-    return labels
+def labels_for(
+    ids: NDArray[np.int64], vocabulary: Vocabulary, learn: Learn = "answers"
+) -> NDArray[np.int64]:
+    """Labels (S,) of one document, not shifted: learned ids stand, the rest is IGNORED.
+
+    Learned are the assistant's turns with their closing marks, or everything, or pictures
+    only (codes with both marks, wherever they stand).
+    """
+    learned = np.zeros(len(ids), bool)
+    if learn == "pictures":
+        begun = np.cumsum(ids == vocabulary.begin_image)
+        ended = np.cumsum(ids == vocabulary.end_image)
+        learned = (begun > ended) | (ids == vocabulary.end_image)
+    elif learn == "everything":
+        learned[:] = True
+    else:
+        for start, end in answer_spans(ids.tolist(), vocabulary):
+            learned[start:end] = True
+    learned[0] = False  # nothing predicts a document's first token
+    return np.where(learned, ids, IGNORED)
 
 
-def make_row(documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary) -> dict[str, Tensor]:
+def make_row(
+    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, learn: Learn = "answers"
+) -> dict[str, Tensor]:
     """One row of documents: input_ids, position_ids and labels, each int64 (S,).
 
     Positions restart at every document, which is what keeps attention inside it.
     """
     ids = np.concatenate(documents)
     positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
-    labels = np.concatenate([labels_for(d, vocabulary) for d in documents])
+    labels = np.concatenate([labels_for(d, vocabulary, learn) for d in documents])
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),

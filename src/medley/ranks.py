@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-import torch.distributed as dist
-
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=7)  # a rank with slow pictures must not make the others give up
 
@@ -38,6 +36,8 @@ def is_main_rank() -> bool:
 @contextmanager
 def all_ranks() -> Iterator[None]:
     """Joins the ranks, so that the last step knows that all have ended."""
+    import torch.distributed as dist  # here: programs that need no torch ask for ranks, too
+
     if world_size() > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:
@@ -48,6 +48,8 @@ def all_ranks() -> Iterator[None]:
 
 
 def barrier() -> None:
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
 
@@ -57,6 +59,8 @@ def from_main_rank(work: Callable[[], Value]) -> Value:
 
     Where it raises, the other ranks leave without a word: the error is told once.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return work()
     box: list[tuple[bool, Value | None]] = [(False, None)]

@@ -8,7 +8,11 @@ any sequence is then at hand at once, whatever the size of the whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,50 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from medley.arrow import (
+    CACHE_KEY,
+    array_of,
+    cache_key,
+    cache_place,
+    numbers_of,
+    open_mapped,
+    strings_of,
+)
 from medley.errors import UserError
-from medley.files import json_lines, quick_hash, whole_file
+from medley.files import (
+    json_lines,
+    quick_hash,
+    read_json,
+    whole_file,
+    write_json,
+)
 
 LARGEST_ID = np.iinfo(np.uint16).max
 _BATCH = 2000  # sequences of one record batch
+
+
+_NUMBERS = [str(number) for number in range(LARGEST_ID + 1)]
+
+
+def json_line(row: dict[str, Any], ids: Collection[str] = ()) -> str:
+    """`json.dumps(row)`, the very same text; faster for the fields named in `ids`.
+
+    Each of those holds a list of ids or codes, whole numbers from 0 to LARGEST_ID, or a list of
+    such lists; nobody checks that here.
+    """
+    parts = [
+        f"{json.dumps(name)}: {_ids_text(value) if name in ids else json.dumps(value)}"
+        for name, value in row.items()
+    ]
+    return f"{{{', '.join(parts)}}}"
+
+
+def _ids_text(values: Any) -> str:
+    if not isinstance(values, list) or len(values) < 2:
+        return json.dumps(values)
+    if isinstance(values[0], list):
+        return f"[{', '.join(map(_ids_text, values))}]"
+    return f"[{', '.join(itemgetter(*values)(_NUMBERS))}]"
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
@@ -29,22 +72,31 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     count = 0
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
         for row in rows:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(json_line(row, ("tokens",)) + "\n")
             count += 1
     return count
 
 
+PARQUET_SCHEMA = pa.schema(
+    [("tokens", pa.list_(pa.uint16())), ("source", pa.string()), ("task", pa.string())]
+)
+
+
+def parquet_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
+    """Rows with `tokens` as Parquet holds them: `tokens` (uint16), `source`, `task`."""
+    offsets = array("i", accumulate((len(row["tokens"]) for row in rows), initial=0))
+    flat = array("H", chain.from_iterable(row["tokens"] for row in rows))
+    tokens = pa.ListArray.from_arrays(array_of(pa.int32(), offsets), array_of(pa.uint16(), flat))
+    texts = [strings_of([_text(row.get(n)) for row in rows]) for n in ("source", "task")]
+    return pa.record_batch([tokens, *texts], schema=PARQUET_SCHEMA)
+
+
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes `tokens` (uint16, dictionary-encoded), `source` and `task`; gives their count."""
-    schema = pa.schema(
-        [("tokens", pa.list_(pa.uint16())), ("source", pa.string()), ("task", pa.string())]
-    )
+    """Writes rows with `tokens`, whole or not at all; gives their count."""
     count = 0
-    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, PARQUET_SCHEMA) as writer:
         for batch in _batched(rows):
-            columns = {name: [_text(row.get(name)) for row in batch] for name in ("source", "task")}
-            columns["tokens"] = [row["tokens"] for row in batch]
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_batch(parquet_batch(batch))
             count += len(batch)
     return count
 
@@ -92,27 +144,29 @@ class TokenShards(Sequence[NDArray[np.int64]]):
     """The sequences of one tokens file, memory-mapped.
 
     `shards[i]` are the ids of sequence i, int64 (S,); `lengths` all lengths, int64 (N,);
-    `tasks[i]` its task. The cache stands beside the file as `.NAME.cache.arrow` and is made
-    again when the file changes.
+    `task(i)` its task. The cache, two bytes a token, stands beside the file as
+    `.NAME.cache.arrow` and is made again when the file changes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such tokens file; make it with tokenizer.tokenize_jsonl")
-        cache = self.path.with_name(f".{self.path.name}.cache.arrow")
+        cache = cache_place(self.path.with_name(f".{self.path.name}.cache.arrow"))
+        names = cache.with_suffix(".tasks.json")
         key = f"{quick_hash(self.path)} {self.path.stat().st_mtime_ns}"
-        if not cache.exists() or _cache_key(cache) != key:
-            _make_cache(self.path, cache, key)
-        self._map = pa.memory_map(str(cache))
-        table = pa.ipc.open_file(self._map).read_all()
+        if cache_key(cache) != key or not names.exists():
+            _make_cache(self.path, cache, names, key)
+        table = open_mapped(cache)
         self._parts = [
-            (chunk.values.to_numpy(), chunk.offsets.to_numpy().astype(np.int64))
+            (numbers_of(chunk.values, np.uint16), numbers_of(chunk.offsets, np.int32))
             for chunk in table["tokens"].chunks
         ]
-        self.tasks: list[str | None] = table["task"].to_pylist()
+        self._task_names: list[str | None] = read_json(names)
+        self._tasks = [numbers_of(chunk, np.int16) for chunk in table["task"].chunks]
         self.lengths: NDArray[np.int64] = np.concatenate(
-            [np.diff(offsets) for _, offsets in self._parts] or [np.zeros(0, np.int64)]
+            [np.diff(offsets).astype(np.int64) for _, offsets in self._parts]
+            or [np.zeros(0, np.int64)]
         )
         counts = [len(offsets) - 1 for _, offsets in self._parts]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -120,35 +174,79 @@ class TokenShards(Sequence[NDArray[np.int64]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: Any) -> Any:
+    def _find(self, index: int) -> tuple[int, int]:
+        """The part that holds a sequence, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
+
+    def __getitem__(self, index: Any) -> Any:
+        part, place = self._find(index)
         values, offsets = self._parts[part]
-        place = index - int(self._starts[part])
         return values[offsets[place] : offsets[place + 1]].astype(np.int64)
 
-
-def _cache_key(cache: Path) -> str | None:
-    try:
-        with pa.memory_map(str(cache)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
-    except (pa.ArrowInvalid, OSError):
-        return None
-    value: bytes | None = metadata.get(b"medley.source")
-    return value.decode() if value else None
+    def task(self, index: int) -> str | None:
+        part, place = self._find(index)
+        return self._task_names[int(self._tasks[part][place])]
 
 
-def _make_cache(path: Path, cache: Path, key: str) -> None:
+def _make_cache(path: Path, cache: Path, names: Path, key: str) -> None:
     schema = pa.schema(
-        [("tokens", pa.list_(pa.uint16())), ("task", pa.string())],
-        metadata={b"medley.source": key.encode()},
+        [("tokens", pa.list_(pa.uint16())), ("task", pa.int16())],
+        metadata={CACHE_KEY: key.encode()},
     )
+    known: dict[str | None, int] = {}
     with whole_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
         for batch in _batched(_checked_rows(path)):
             ids = pa.array([row["tokens"] for row in batch], pa.list_(pa.uint16()))
-            tasks = pa.array([_text(row.get("task")) for row in batch], pa.string())
-            writer.write_batch(pa.record_batch([ids, tasks], schema=schema))
+            tasks = [known.setdefault(_text(row.get("task")), len(known)) for row in batch]
+            if len(known) > np.iinfo(np.int16).max:
+                raise UserError(f"{path}: more than {np.iinfo(np.int16).max} different tasks")
+            writer.write_batch(pa.record_batch([ids, pa.array(tasks, pa.int16())], schema=schema))
+        write_json(names, list(known))  # before the cache has its name: it is useless without
+
+
+@dataclass
+class ShuffledOrder(Iterator[int]):
+    """Endless places of a data set in an order shuffled by (seed, epoch), for one rank.
+
+    `state` is where all ranks together are, a small dict: a reader that is given it goes on with
+    the very next place, also on another number of ranks.
+    """
+
+    length: int
+    seed: int = 0
+    rank: int = 0
+    ranks: int = 1
+    _consumed: int = 0  # places that all ranks together have taken
+    _epoch: int = -1
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError("a data set without sequences cannot be read in any order")
+
+    def __next__(self) -> int:
+        epoch, place = divmod(self._consumed + self.rank, self.length)
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch))
+            self._order, self._epoch = generator.permutation(self.length), epoch
+        self._consumed += self.ranks
+        return int(self._order[place])
+
+    @property
+    def state(self) -> dict[str, int]:
+        return {"length": self.length, "seed": self.seed, "consumed": self._consumed}
+
+    def resume(self, state: dict[str, int]) -> None:
+        """Goes on where `state` was taken. Raises UserError for one of other data or seed."""
+        own = {"length": self.length, "seed": self.seed}
+        for name, value in own.items():
+            if state[name] != value:
+                raise UserError(
+                    f"the state to resume from has {name} {state[name]}, this data has {value}"
+                )
+        self._consumed = state["consumed"]
 
 
 def _checked_rows(path: Path) -> Iterator[dict[str, Any]]:

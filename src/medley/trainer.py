@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 from medley.adapters import read_adapter
 from medley.checkpoints import is_adapter
-from medley.packing import SequenceTooLong, best_fit, make_row, stack_rows
+from medley.medmax import medmax_collate
+from medley.packing import Learn, SequenceTooLong, best_fit, make_row, stack_rows
 from medley.token_shards import TokenShards
 from medley.vocabulary import Vocabulary
 
@@ -26,14 +27,25 @@ COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it i
 class Rows(Dataset[dict[str, Tensor]]):
     """The rows of a tokens file: one document each, or packed up to `max_length`.
 
+    `learn` says which tokens have labels; `as_medmax` gives batches MedMax's labels instead, by
+    the rule of their first row.
+
     Raises SequenceTooLong for a document longer than `max_length`, and UserError for a token
     that the vocabulary does not have.
     """
 
     def __init__(
-        self, shards: TokenShards, vocabulary: Vocabulary, max_length: int, pack: bool
+        self,
+        shards: TokenShards,
+        vocabulary: Vocabulary,
+        max_length: int,
+        pack: bool,
+        learn: Learn = "answers",
+        as_medmax: bool = False,
     ) -> None:
         self.shards, self.vocabulary = shards, vocabulary
+        self.learn: Learn = learn
+        self.as_medmax = as_medmax
         lengths = shards.lengths.tolist()
         longest = max(lengths, default=0)
         if longest > max_length:
@@ -48,10 +60,15 @@ class Rows(Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return make_row([self.shards[i] for i in self.rows[index]], self.vocabulary)
+        documents = [self.shards[i] for i in self.rows[index]]
+        return make_row(documents, self.vocabulary, self.learn)
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return stack_rows(rows, self.vocabulary)
+        batch = stack_rows(rows, self.vocabulary)
+        if self.as_medmax:
+            ids = [row["input_ids"].tolist() for row in rows]
+            batch["labels"] = medmax_collate(ids, self.vocabulary)["labels"]
+        return batch
 
 
 class MixedModalTrainer(Trainer):  # type: ignore[misc]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from medley.errors import UserError
+from medley.word_encoder import WordEncoder
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
@@ -119,7 +122,13 @@ class Vocabulary:
 
     def picture_ids(self, codes: Iterable[int]) -> list[int]:
         """Codes of one picture in raster order -> begin mark, their ids, end mark."""
-        return [self.begin_image, *(self.code_to_id(code) for code in codes), self.end_image]
+        codes = tuple(codes)
+        if len(codes) < 2 or min(codes) < 0:  # rare, and told one by one
+            return [self.begin_image, *map(self.code_to_id, codes), self.end_image]
+        try:
+            return [self.begin_image, *itemgetter(*codes)(self.image_codes), self.end_image]
+        except IndexError:
+            return [self.begin_image, *map(self.code_to_id, codes), self.end_image]
 
 
 def _code_range(codes: dict[int, int], where: str) -> range:
@@ -159,21 +168,26 @@ class TextTokenizer:
 
     vocabulary: Vocabulary
     plain: Tokenizer
-    marked: Tokenizer
+    words: WordEncoder
+    parsed: dict[str, Any]  # the content of the file
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextTokenizer:
         parsed = _read_json(path)
         vocabulary = Vocabulary.from_json(parsed, str(path))
-        marked = Tokenizer.from_str(json.dumps(parsed))
         # Without its list of added tokens the same model sees plain text only: the names of
         # the marks stay in its table, but no merge leads to them.
-        plain = Tokenizer.from_str(json.dumps({**parsed, "added_tokens": []}))
-        return cls(vocabulary, plain, marked)
+        bare = {**parsed, "added_tokens": []}
+        plain = Tokenizer.from_str(json.dumps(bare))
+        return cls(vocabulary, plain, WordEncoder(plain, bare), parsed)
+
+    @cached_property
+    def marked(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(self.parsed))
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, no marks parsed or added."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        return self.words.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Ids of text pieces -> text; marks and codes among them are an error of the caller."""

@@ -1,0 +1,217 @@
+"""Documents to sequences: ours beside a plain loop, on 2,000 documents with a real-sized BPE.
+
+    python benchmarks/tokenize_jsonl.py --texts ../shared/data/pubmedqa/ori_pqal.json
+
+Each document has one picture of 1,024 codes and about 240 words. Baseline: json.loads, encode,
+list building, json.dumps, one line at a time in one process, as MedMax does it (checks of codes
+left out). A BPE of some 20,000 merges is trained on the texts first and timed by nobody. Both
+sides are timed from reading the tokenizer to the finished file; starting Python is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from medley.code_shards import partition_file, write_partition
+from medley.options import run_program
+from medley.token_shards import TokenShards
+from medley.vocabulary import TextTokenizer, code_name
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS, CODES = 240, 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measures tokenizer.tokenize_jsonl against a plain loop.
+
+    Args:
+        texts: JSON file with strings anywhere in it, to train a BPE on and to write documents from
+        documents: how many documents
+        workers: processes of ours
+        runs: runs of each side; the fastest counts
+        memory: measure peak memory over so many documents instead
+    """
+
+    texts: Path
+    documents: int = 2000
+    workers: int = os.cpu_count() or 1
+    runs: int = 3
+    memory: list[int] = field(default_factory=list)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program("benchmarks/tokenize_jsonl.py", Options, work, argv)
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for one in inner for text in strings(one)]
+
+
+def make_tokenizer(folder: Path, texts: list[str]) -> Path:
+    """A byte-level BPE in Chameleon's layout of ids."""
+    rule = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ])  # fmt: skip
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = rule
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=21_256, initial_alphabet=alphabet, show_progress=False),
+    )
+    model = json.loads(trained.to_str())["model"]
+    names = ["<s>", "<pad>", "</s>", "<unk>", *map(code_name, range(8192)), "<eoss>"]
+    names += ["<racm3:break>", *(f"<reserved{i:05}>" for i in range(8198, 8707)), "<image>"]
+    table = {name: i for i, name in enumerate(names)}
+    pieces = {piece: len(names) + i for i, piece in enumerate(model["vocab"])}
+    whole = Tokenizer(models.BPE(table | pieces, [tuple(m) for m in model["merges"]]))
+    whole.pre_tokenizer = rule
+    whole.add_special_tokens(names)
+    whole.save(str(folder / "text_tokenizer.json"))
+    print(f"BPE of {len(model['merges'])} merges")
+    return folder / "text_tokenizer.json"
+
+
+def write_documents(folder: Path, texts: list[str], count: int) -> None:
+    """docs.jsonl with codes in its lines, paths.jsonl with paths, and shards of those codes."""
+    words = " ".join(texts).split()
+    rng = np.random.default_rng(0)
+    paths = [f"pictures/{i}.png" for i in range(count)]
+    with (
+        open(folder / "docs.jsonl", "w", encoding="utf-8") as inline,
+        open(folder / "paths.jsonl", "w", encoding="utf-8") as by_path,
+    ):
+        for shard, start in enumerate(range(0, count, 5000)):
+            names = paths[start : start + 5000]
+            codes = rng.integers(0, 8192, (len(names), CODES)).astype(np.uint16)
+            write_partition(partition_file(folder / "codes", shard, 0), names, codes, [])
+            for name, own in zip(names, codes.tolist(), strict=True):
+                begin = int(rng.integers(0, len(words) - WORDS))
+                question = " ".join(words[begin : begin + 60])
+                answer = " ".join(words[begin + 60 : begin + WORDS])
+                text = f"<image>{question}<reserved08706>{answer}"
+                row = {"text": text, "image_path": name, "source": "pubmedqa", "task": "VQA"}
+                by_path.write(json.dumps(row) + "\n")
+                inline.write(json.dumps({**row, "image_tokens": own}) + "\n")
+
+
+def baseline(tokenizer_file: Path, source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    tokenizer = TextTokenizer.from_file(tokenizer_file)
+    marks = tokenizer.vocabulary
+    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+        for line in lines:
+            row = json.loads(line)
+            ids = [marks.bos]
+            for part in re.split("(<image>|<reserved08706>)", row["text"]):
+                if part == "<image>":
+                    codes = [code + marks.image_codes.start for code in row["image_tokens"]]
+                    ids += [marks.begin_image, *codes, marks.end_image]
+                elif part == "<reserved08706>":
+                    ids.append(marks.end_turn)
+                elif part:
+                    ids += tokenizer.plain.encode(part, add_special_tokens=False).ids
+            row["tokens"] = [*ids, marks.eos]
+            out.write(json.dumps(row) + "\n")
+    return time.perf_counter() - start
+
+
+def program(folder: Path, tokenizer_file: Path, source: str, target: str, workers: int) -> str:
+    """The program in a process of its own, which tells its time and its peak memory."""
+    # VmHWM: ru_maxrss of a process starts at what its parent held when it forked.
+    code = (
+        "import re, resource, sys, time; from tokenizer.tokenize_jsonl import main; "
+        "t = time.perf_counter(); s = main(); t = time.perf_counter() - t; "
+        "own = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
+        "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss; "
+        "print('seconds', t, 'peak', max(own, workers) / 1024); sys.exit(s)"
+    )
+    flags = ["--input_file", folder / source, "--tokenizer_file", tokenizer_file]
+    flags += ["--output_file", folder / target, "--num_workers", workers]
+    flags += ["--image_codes", folder / "codes"] if source == "paths.jsonl" else []
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def work(options: Options) -> None:
+    texts = strings(json.loads(options.texts.read_text(encoding="utf-8")))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer_file = make_tokenizer(folder, texts)
+        if options.memory:
+            result = memory(options, folder, tokenizer_file, texts)
+        else:
+            result = speed(options, folder, tokenizer_file, texts)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(json.dumps({**result, "machine": machine}))
+
+
+def speed(options: Options, folder: Path, tokenizer_file: Path, texts: list[str]) -> dict[str, Any]:
+    write_documents(folder, texts, options.documents)
+    plain = folder / "plain.jsonl"
+    seconds = {
+        "baseline": [baseline(tokenizer_file, folder / "docs.jsonl", plain)],
+        "jsonl": [], "parquet": [], "jsonl, one process": [],
+    }  # fmt: skip
+    for _ in range(options.runs):
+        seconds["baseline"].append(baseline(tokenizer_file, folder / "docs.jsonl", plain))
+        for kind, source, target, workers in (
+            ("jsonl", "docs.jsonl", "ours.jsonl", options.workers),
+            ("jsonl, one process", "docs.jsonl", "one.jsonl", 1),
+            ("parquet", "paths.jsonl", "ours.parquet", options.workers),
+        ):
+            told = program(folder, tokenizer_file, source, target, workers)
+            seconds[kind].append(float(told.split()[1]))
+    same = all((folder / n).read_bytes() == plain.read_bytes() for n in ("ours.jsonl", "one.jsonl"))
+    shards, other = TokenShards(folder / "ours.parquet"), TokenShards(plain)
+    same_ids = all((a == b).all() for a, b in zip(shards, other, strict=True))
+    cache = sum(p.stat().st_size for p in folder.glob(".ours.parquet.cache*"))
+    best = {kind: options.documents / min(times) for kind, times in seconds.items()}
+    return {
+        "benchmark": "tokenize_jsonl", "documents": options.documents,
+        "documents_per_second": best,
+        "times_faster_jsonl": best["jsonl"] / best["baseline"],
+        "times_faster_jsonl_one_process": best["jsonl, one process"] / best["baseline"],
+        "times_faster_shards_to_parquet": best["parquet"] / best["baseline"],
+        "byte_for_byte_the_same": same, "parquet_holds_the_same_ids": same_ids,
+        "cache_bytes_per_token": cache / int(shards.lengths.sum()),
+    }  # fmt: skip
+
+
+def memory(
+    options: Options, folder: Path, tokenizer_file: Path, texts: list[str]
+) -> dict[str, Any]:
+    peaks: dict[str, dict[str, float]] = {"jsonl": {}, "parquet": {}}
+    for count in options.memory:
+        write_documents(folder, texts, count)
+        for source, target in (("docs.jsonl", "o.jsonl"), ("paths.jsonl", "o.parquet")):
+            told = program(folder, tokenizer_file, source, target, options.workers)
+            peaks[target.rpartition(".")[2]][str(count)] = float(told.split()[3])
+        print(f"{count} documents: {peaks}")
+    return {"benchmark": "tokenize_jsonl_memory", "peak_mb_of_the_largest_process": peaks}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The program: good lines, bad lines, and what is written of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizer import tokenize_jsonl
+
+from medley.code_shards import write_partition
+from medley.document import Document, DocumentError, Picture, Turn
+from medley.errors import UserError
+from medley.files import line_ranges, read_manifest
+from medley.line_tokenizer import LineTokenizer, TooLong, parse_line, trim_text
+from medley.token_shards import TokenShards
+from medley.vocabulary import TextTokenizer
+
+PROGRAM = "tokenizer.tokenize_jsonl"
+TOKENIZER = GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json"
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def documents(count: int) -> list[dict[str, Any]]:
+    return [
+        {"text": f"<image>What {i}?<reserved08706>An ä {i}.", "image_path": f"{i % 7}.png",
+         "source": "x", "task": "VQA", "id": i}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    codes = np.arange(7 * 4, dtype=np.uint16).reshape(7, 4)
+    names = [f"{i}.png" for i in range(7)]
+    write_partition(tmp_path / "codes" / "partition_0_rank_0.parquet", names, codes, [])
+    return tmp_path / "codes"
+
+
+def test_several_workers_write_the_very_file_of_one(
+    tmp_path: Path, shards: Path, program: Callable[..., Any]
+) -> None:
+    source = write_lines(tmp_path / "docs.jsonl", documents(4000))
+    flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--image_codes", shards]
+    done = program(PROGRAM, *flags, "--output_file", tmp_path / "a.jsonl", "--num_workers", 3)
+    assert "4000 documents" in done.stdout
+    assert "tokens up to" in done.stdout
+    program(PROGRAM, *flags, "--output_file", tmp_path / "b.jsonl", "--num_workers", 1)
+    program(PROGRAM, *flags, "--output_file", tmp_path / "c.parquet", "--num_workers", 2)
+    written = (tmp_path / "a.jsonl").read_bytes()
+    assert written == (tmp_path / "b.jsonl").read_bytes()
+    lines = LineTokenizer(TOKENIZER, shards)
+    expected = [json.dumps({**row, "tokens": lines.tokenize(row).ids}) for row in documents(4000)]  # type: ignore[union-attr]
+    assert written.decode().splitlines() == expected
+    parquet, jsonl = TokenShards(tmp_path / "c.parquet"), TokenShards(tmp_path / "a.jsonl")
+    assert all((a == b).all() for a, b in zip(parquet, jsonl, strict=True))
+    assert parquet.task(3999) == jsonl.task(3999) == "VQA"
+    counts = read_manifest(tmp_path / "c.parquet")["counts"]
+    assert counts["pictures"] == 4000
+    assert counts["image tokens"] == 4000 * 6
+    assert counts["tokens"] == int(parquet.lengths.sum())
+
+
+BAD: list[tuple[Any, str]] = [
+    (b"{not json", "not JSON (Expecting property name"),
+    ([1, 2], "expected an object"),
+    ({"image_path": "1.png"}, "neither 'text' nor 'messages'"),
+    ({"text": "<image><image>", "image_path": "1.png"}, "2 <image> in the text but 1 pictures"),
+    ({"text": "<image>", "image_tokens": [1, 2, 3, 8192]}, "image code 8192 is out of range"),
+    ({"text": "<image>", "image_tokens": [1, 2, 3]}, "a picture with 3 codes"),
+    ({"text": "<image>", "image_path": "none.png"}, "no codes of none.png"),
+    (b'{"text": "\xff"}', "not UTF-8 (byte 10"),
+    ({"text": "word " * 500}, "--max_length is 100"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not known"),
+]
+
+
+def test_every_bad_line_is_named_and_nothing_is_written(
+    tmp_path: Path, shards: Path, program: Callable[..., Any]
+) -> None:
+    good = documents(3)
+    source = write_lines(tmp_path / "docs.jsonl", [good[0], *(b for b, _ in BAD), *good[1:]])
+    flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--image_codes", shards]
+    flags += ["--max_length", "100", "--output_file", tmp_path / "out.jsonl"]
+    done = program(PROGRAM, *flags, status=3)
+    for number, (_, reason) in enumerate(BAD, 2):
+        assert f"{source}:{number}: " in done.stderr
+        assert reason in done.stderr
+    assert f"{len(BAD)} bad lines" in done.stderr
+    assert "1 lack codes of a picture, 1 are too long" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+    done = program(PROGRAM, *flags, "--max_errors", 2, status=3)
+    assert done.stderr.count(f"{source}:") == 3  # two lines and the sum
+
+    done = program(PROGRAM, *flags, "--skip_bad_lines")
+    assert f"{len(BAD)} bad lines" in done.stdout
+    rows = [json.loads(x) for x in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    kept = [
+        json.loads(x) for x in (tmp_path / "out.jsonl.bad_lines.jsonl").read_text().splitlines()
+    ]
+    assert [k["line"] for k in kept] == list(range(2, 2 + len(BAD)))
+    assert kept[1]["content"] == "[1, 2]"
+    assert kept[7]["content"] == '{"text": "\\xff"}'
+
+
+def test_a_line_too_long_to_read_is_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenize_jsonl, "LARGEST_LINE", 1 << 18)
+    rows = [{"text": "a"}, {"text": "b" * (1 << 19)}, {"text": "c"}]
+    source = write_lines(tmp_path / "docs.jsonl", rows)
+    flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--num_workers", 1]
+    flags += ["--output_file", tmp_path / "out.jsonl", "--skip_bad_lines"]
+    assert tokenize_jsonl.main(list(map(str, flags))) == 0
+    assert "docs.jsonl:2: a line of 524301 bytes, the limit is 262144" in capsys.readouterr().err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_marks_of_order_and_line_ends_of_windows_are_accepted(
+    tmp_path: Path, program: Callable[..., Any]
+) -> None:
+    source = tmp_path / "docs.jsonl"
+    rows = "\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in ("中文", "б", "a\r\nb"))
+    source.write_bytes(b"\xef\xbb\xbf" + rows.encode() + b"\r\n\r\n")
+    out = tmp_path / "out.jsonl"
+    program(PROGRAM, "--input_file", source, "--tokenizer_file", TOKENIZER, "--output_file", out)
+    tokenizer = TextTokenizer.from_file(TOKENIZER)
+    documents = [
+        Document.from_ids(json.loads(line)["tokens"], tokenizer)
+        for line in out.read_text().splitlines()
+    ]
+    assert [d.turns[0].parts for d in documents] == [("中文",), ("б",), ("a\r\nb",)]
+
+
+def test_who_made_the_codes_is_said_only_where_it_is_known(
+    tmp_path: Path, shards: Path, program: Callable[..., Any]
+) -> None:
+    (shards / "manifest.json").write_text('{"token_space": "abc", "fit": "pad"}')
+    rows: list[Any] = [{"text": "<image>", "image_path": "1.png"}]
+    out = tmp_path / "out.jsonl"
+    for more, expected in ([], "abc"), ([{"text": "<image>", "image_tokens": [1, 2, 3, 4]}], None):
+        source = write_lines(tmp_path / "docs.jsonl", rows + more)
+        flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--image_codes", shards]
+        program(PROGRAM, *flags, "--output_file", out)
+        assert read_manifest(out)["token_space"] == expected
+
+
+@given(
+    text=st.lists(st.sampled_from([b"a", b"\n", b"long line ", b"\r\n"]), max_size=60),
+    size=st.integers(1, 30),
+)
+def test_ranges_hold_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, text: list[bytes], size: int
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    path.write_bytes(b"".join(text))
+    found = [line for where in line_ranges(path, size) for line in where.lines(path)]
+    whole = enumerate(b"".join(text).split(b"\n"), 1)
+    assert found == [(n, line.rstrip(b"\r")) for n, line in whole if line.strip()]
+
+
+PARTS = st.one_of(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=30),
+    st.lists(st.integers(0, 8191), min_size=4, max_size=4).map(lambda c: Picture(codes=tuple(c))),
+)
+
+
+@given(
+    turns=st.lists(st.lists(PARTS, max_size=4), min_size=2, max_size=4),
+    limit=st.integers(2, 60),
+)
+def test_whatever_is_cut_pictures_stay_whole(
+    tokenizer: TextTokenizer, turns: list[list[Any]], limit: int
+) -> None:
+    if len(turns) % 2:
+        turns = turns[:1]
+    roles = ["assistant"] if len(turns) == 1 else ["user", "assistant"] * 2
+    document = Document(tuple(Turn(r, tuple(p)) for r, p in zip(roles, turns, strict=False)))
+    ids = document.to_ids(tokenizer)
+    if len(ids) <= limit:
+        return
+    try:
+        short = trim_text(ids, limit, tokenizer.vocabulary)
+    except TooLong as error:
+        assert f"--max_length {limit} has no room" in str(error)
+        return
+    assert len(short) == limit
+    again = Document.from_ids(short, tokenizer)
+    assert again.pictures == document.pictures
+    assert len(again.turns) == len(document.turns)
+
+
+def test_questions_lose_their_beginning_and_answers_their_end(tokenizer: TextTokenizer) -> None:
+    document = Document.from_json({"text": "abc def<reserved08706>ghi jkl"})
+    ids = document.to_ids(tokenizer)
+    words = len(tokenizer.encode("abc def"))
+    short = trim_text(ids, len(ids) - 1, tokenizer.vocabulary)
+    turns = Document.from_ids(short, tokenizer).turns
+    assert "abc def".endswith(str(turns[0].parts[0]))
+    assert turns[1].parts == ("ghi jkl",)
+    short = trim_text(ids, len(ids) - words - 1, tokenizer.vocabulary)
+    turns = Document.from_ids(short, tokenizer).turns
+    assert turns[0].parts == ()
+    assert "ghi jkl".startswith(str(turns[1].parts[0]))
+
+
+def test_trimming_by_the_program(tmp_path: Path, program: Callable[..., Any]) -> None:
+    rows = [
+        {"text": "word " * 50},
+        {"text": "short"},
+        {"text": "<image>", "image_tokens": [1] * 40},
+    ]
+    source = write_lines(tmp_path / "docs.jsonl", rows)
+    flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--max_length", 20]
+    flags += ["--output_file", tmp_path / "out.jsonl"]
+    done = program(PROGRAM, *flags, "--overflow", "trim_text", status=3)
+    assert "docs.jsonl:3: 44 tokens, of which 44 are pictures, marks" in done.stderr
+    done = program(PROGRAM, *flags, "--overflow", "drop")
+    assert "1 documents" in done.stdout
+    assert "2 documents dropped as too long" in done.stdout
+    source = write_lines(tmp_path / "docs.jsonl", rows[:2])
+    done = program(PROGRAM, *flags, "--overflow", "trim_text")
+    assert "1 trimmed by" in done.stdout
+    assert TokenShards(tmp_path / "out.jsonl").lengths.max() == 20
+
+
+def test_wrong_flags(tmp_path: Path, program: Callable[..., Any]) -> None:
+    flags = ["--tokenizer_file", TOKENIZER, "--output_file", tmp_path / "o.jsonl"]
+    done = program(PROGRAM, "--input_file", tmp_path / "none.jsonl", *flags, status=2)
+    assert "none.jsonl: no such file" in done.stderr
+    source = write_lines(tmp_path / "docs.jsonl", [])
+    done = program(PROGRAM, "--input_file", source, *flags, status=2)
+    assert "no documents came through" in done.stderr
+    done = program(PROGRAM, "--input_file", source, *flags, "--output_file", "x.csv", status=2)
+    assert "expected .jsonl or .parquet" in done.stderr
+    broken = tmp_path / "broken.json"
+    broken.write_text(TOKENIZER.read_text().replace("<eoss>", "<other>"))
+    flags[1] = broken
+    done = program(PROGRAM, "--input_file", source, *flags, status=2)
+    assert "the token '<eoss>' is missing" in done.stderr
+
+
+def test_nesting_without_end_is_an_error_of_its_line() -> None:
+    with pytest.raises(DocumentError, match="nested too deeply"):
+        parse_line(b"[" * 100_000)
+    assert issubclass(DocumentError, UserError)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from medley.checkpoints import tiny_folder
+from medley.word_encoder import WordEncoder
+
+FILES = [
+    GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json",
+    tiny_folder() / "tokenizer" / "text_tokenizer.json",
+]
+
+
+def make(index: int, **changes: object) -> tuple[WordEncoder, Tokenizer]:
+    parsed = {**json.loads(FILES[index].read_text()), "added_tokens": [], **changes}
+    tokenizer = Tokenizer.from_str(json.dumps(parsed))
+    return WordEncoder(tokenizer, parsed), tokenizer
+
+
+ENCODERS = [make(0), make(1)]
+# Letters, digits, quotes and blanks of all kinds next to each other, where cuts are decided.
+CRITICAL = st.text(
+    st.sampled_from("aB's'd7 0\t\n\r\v\f\x1c\x1f\x85.,-_<>|é中µ°\u00a0\u2028٣😀"), max_size=40
+)
+
+
+@settings(max_examples=1500)
+@given(text=st.one_of(CRITICAL, st.text(max_size=60)), which=st.sampled_from([0, 1]))
+def test_any_text_has_the_ids_that_tokenizers_gives(text: str, which: int) -> None:
+    encoder, tokenizer = ENCODERS[which]
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoder.encode(text) == expected
+    assert encoder.encode(text) == expected  # from memory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It's 37.5 °C,  we'll  see\n\n 12 x",
+        "α-synuclein in “quotes” and plain words",
+        "",
+        " ",
+        "7 7",
+    ],
+)
+def test_texts_of_the_field(text: str) -> None:
+    for encoder, tokenizer in ENCODERS:
+        assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_with_another_rule_is_left_to_the_library() -> None:
+    rule = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    encoder, tokenizer = make(0, pre_tokenizer=rule)
+    text = "a 12b  c's"
+    assert encoder.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoder.encode(text) != ENCODERS[0][0].encode(text)
