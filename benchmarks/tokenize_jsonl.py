@@ -32,6 +32,33 @@ from medley.vocabulary import TextTokenizer, code_name
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS, CODES = 240, 1024
+# Runs the program beside a thread that looks at the memory of each of its processes. Anonymous
+# memory: what is mapped from files, and can be dropped at any time, is told apart.
+WATCHED = """
+import pathlib, re, sys, threading, time
+import psutil
+from tokenizer.tokenize_jsonl import main
+
+peak = {"RssAnon": 0, "VmRSS": 0}
+def watch():
+    own = psutil.Process()
+    while True:
+        for process in [own, *own.children(recursive=True)]:
+            try:
+                status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                continue
+            for name in peak:
+                found = re.search(name + r":\\s+(\\d+)", status)
+                peak[name] = max(peak[name], int(found[1]) if found else 0)
+        time.sleep(0.1)
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+status = main()
+seconds = time.perf_counter() - start
+print("seconds", seconds, "peak", peak["RssAnon"] / 1024, peak["VmRSS"] / 1024)
+sys.exit(status)
+"""
 
 
 @dataclass(frozen=True)
@@ -136,19 +163,11 @@ def baseline(tokenizer_file: Path, source: Path, target: Path) -> float:
 
 def program(folder: Path, tokenizer_file: Path, source: str, target: str, workers: int) -> str:
     """The program in a process of its own, which tells its time and its peak memory."""
-    # VmHWM: ru_maxrss of a process starts at what its parent held when it forked.
-    code = (
-        "import re, resource, sys, time; from tokenizer.tokenize_jsonl import main; "
-        "t = time.perf_counter(); s = main(); t = time.perf_counter() - t; "
-        "own = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
-        "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss; "
-        "print('seconds', t, 'peak', max(own, workers) / 1024); sys.exit(s)"
-    )
     flags = ["--input_file", folder / source, "--tokenizer_file", tokenizer_file]
     flags += ["--output_file", folder / target, "--num_workers", workers]
     flags += ["--image_codes", folder / "codes"] if source == "paths.jsonl" else []
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", WATCHED, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -203,12 +222,15 @@ def speed(options: Options, folder: Path, tokenizer_file: Path, texts: list[str]
 def memory(
     options: Options, folder: Path, tokenizer_file: Path, texts: list[str]
 ) -> dict[str, Any]:
-    peaks: dict[str, dict[str, float]] = {"jsonl": {}, "parquet": {}}
+    peaks: dict[str, dict[str, dict[str, float]]] = {"jsonl": {}, "parquet": {}}
     for count in options.memory:
         write_documents(folder, texts, count)
         for source, target in (("docs.jsonl", "o.jsonl"), ("paths.jsonl", "o.parquet")):
             told = program(folder, tokenizer_file, source, target, options.workers)
-            peaks[target.rpartition(".")[2]][str(count)] = float(told.split()[3])
+            anonymous, whole = map(float, told.split()[3:5])
+            peaks[target.rpartition(".")[2]][str(count)] = {
+                "anonymous_mb": anonymous, "with_mapped_files_mb": whole
+            }  # fmt: skip
         print(f"{count} documents: {peaks}")
     return {"benchmark": "tokenize_jsonl_memory", "peak_mb_of_the_largest_process": peaks}
 

@@ -8,8 +8,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from medley.checkpoints import largest_difference, open_checkpoint, write_chameleon
+from medley.checkpoints import (
+    largest_difference,
+    largest_logit_difference,
+    open_checkpoint,
+    write_chameleon,
+)
 from medley.errors import UserError
 from medley.files import write_manifest
 from medley.options import resolved, run_program
@@ -23,12 +29,17 @@ class Options:
         trained_ckpt: checkpoint in Hugging Face's layout
         original_ckpt: the checkpoint in Chameleon's layout (or tiny) that it was made from
         new_ckpt: folder of the new checkpoint
-        verify: read the new checkpoint back and compare every tensor
+        shards: files that the weights are split over; as many as the model has unless given
+        norms: equal refuses query and key norms that differ between the heads of a shard (after
+            full training); mean takes their mean, which changes the model
+        verify: read the new checkpoint back, compare every tensor, and logits
     """
 
     trained_ckpt: Path
     original_ckpt: str
     new_ckpt: Path
+    shards: int | None = None
+    norms: Literal["equal", "mean"] = "equal"
     verify: bool = False
 
 
@@ -41,14 +52,17 @@ def work(options: Options) -> None:
         raise UserError(f"{options.trained_ckpt}: not in Hugging Face's layout (config.json)")
     if original.layout != "chameleon":
         raise UserError(f"{options.original_ckpt}: not in Chameleon's layout (models/, tokenizer/)")
-    write_chameleon(options.new_ckpt, trained, original.model_folder.name, original)
+    size = original.model_folder.name
+    write_chameleon(options.new_ckpt, trained, size, original, options.shards, options.norms)
     inputs = [options.trained_ckpt / "config.json"]
     write_manifest(options.new_ckpt, resolved(options), inputs, trained.fingerprint())
     print(f"wrote {options.new_ckpt}")
     if options.verify:
-        difference = largest_difference(trained, open_checkpoint(options.new_ckpt))
+        new = open_checkpoint(options.new_ckpt)
+        difference = largest_difference(trained, new)
         print(f"largest tensor difference: {difference:.3g}")
-        if difference:
+        print(f"largest logit difference: {largest_logit_difference(trained, new):.3g}")
+        if difference and options.norms == "equal":
             raise UserError(f"{options.new_ckpt}: differs from {options.trained_ckpt}")
 
 

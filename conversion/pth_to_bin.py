@@ -9,7 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from medley.checkpoints import largest_difference, open_checkpoint, write_hugging_face
+from medley.checkpoints import (
+    largest_difference,
+    largest_logit_difference,
+    open_checkpoint,
+    write_hugging_face,
+)
 from medley.errors import UserError
 from medley.files import write_manifest
 from medley.options import resolved, run_program
@@ -23,7 +28,7 @@ class Options:
         input_dir: checkpoint in Chameleon's layout, or tiny
         output_dir: folder of the new checkpoint
         model_size: folder below models/, where there are several
-        verify: read the new checkpoint back and compare every tensor
+        verify: read the new checkpoint back, compare every tensor, and logits
     """
 
     input_dir: str
@@ -41,8 +46,10 @@ def work(options: Options) -> None:
     write_manifest(options.output_dir, resolved(options), inputs, source.fingerprint())
     print(f"wrote {options.output_dir}")
     if options.verify:
-        difference = largest_difference(source, open_checkpoint(options.output_dir))
+        new = open_checkpoint(options.output_dir)
+        difference = largest_difference(source, new)
         print(f"largest tensor difference: {difference:.3g}")
+        print(f"largest logit difference: {largest_logit_difference(source, new):.3g}")
         if difference:
             raise UserError(f"{options.output_dir}: differs from {options.input_dir}")
 

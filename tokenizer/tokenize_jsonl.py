@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from medley.errors import DataLost, UserError
@@ -34,7 +33,7 @@ from medley.files import LineRange, line_ranges, read_manifest, whole_file, writ
 from medley.line_tokenizer import LARGEST_LINE, LineTokenizer, MissingCodes, Overflow, TooLong
 from medley.options import resolved, run_program
 from medley.parallel import ordered_map
-from medley.token_shards import PARQUET_SCHEMA, json_line, parquet_batch
+from medley.token_shards import ParquetOutput, json_line, parquet_batch
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def _output(options: Options) -> Iterator[Callable[[Any], object]]:
     """Gives what writes an output; the file gets its name when all has gone well."""
     with whole_file(options.output_file) as temporary:
         if options.parquet:
-            with pq.ParquetWriter(temporary, PARQUET_SCHEMA) as writer:
-                yield lambda batch: len(batch) and writer.write_batch(batch)
+            with ParquetOutput(temporary) as write:
+                yield write
         else:
             with open(temporary, "wb") as file:
                 yield file.write

@@ -55,6 +55,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_space(target: Path, size: int) -> None:
+    """Raises UserError where the disk of `target` has no room for so many bytes."""
+    folder = target
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{target}: needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; "
+            "make room or name another folder"
+        )
+
+
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a log; what a killed run left half-written ends first."""
     path.parent.mkdir(parents=True, exist_ok=True)

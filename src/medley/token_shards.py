@@ -91,12 +91,36 @@ def parquet_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
     return pa.record_batch([tokens, *texts], schema=PARQUET_SCHEMA)
 
 
+class ParquetOutput:
+    """Writes batches of any size in row groups of _BATCH rows, each with one dictionary of ids."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, PARQUET_SCHEMA)
+        self._held: list[pa.RecordBatch] = []
+
+    def __enter__(self) -> ParquetOutput:
+        return self
+
+    def __call__(self, batch: pa.RecordBatch) -> None:
+        self._held.append(batch)
+        if sum(map(len, self._held)) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_batches(self._held, PARQUET_SCHEMA))
+        self._held = []
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     """Writes rows with `tokens`, whole or not at all; gives their count."""
     count = 0
-    with whole_file(path) as temporary, pq.ParquetWriter(temporary, PARQUET_SCHEMA) as writer:
+    with whole_file(path) as temporary, ParquetOutput(temporary) as write:
         for batch in _batched(rows):
-            writer.write_batch(parquet_batch(batch))
+            write(parquet_batch(batch))
             count += len(batch)
     return count
 

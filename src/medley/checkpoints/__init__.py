@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from medley.checkpoints.huggingface import (
     write_processor,
     write_weights,
 )
+from medley.checkpoints.names import Norms
 from medley.checkpoints.vqgan_files import (
     HUGGING_FACE_PREFIX,
     check_names,
@@ -37,7 +38,7 @@ from medley.checkpoints.vqgan_files import (
     vqgan_without_decoder,
 )
 from medley.errors import UserError
-from medley.files import read_json, whole_folder
+from medley.files import read_json, require_space, whole_folder
 from medley.image_tokenizer import ImageTokenizer, token_space_fingerprint
 from medley.images import Fit
 from medley.model import ChameleonForConditionalGeneration, decoder_config
@@ -189,6 +190,14 @@ class Checkpoint:
         own = [n for n in weights.names() if not n.startswith(HUGGING_FACE_PREFIX)]
         yield from weights.tensors(own)
 
+    def weight_bytes(self) -> int:
+        """Bytes of the files that hold weights, the VQGAN's among them."""
+        folders = {self.tokenizer_folder}
+        folders.add(self.model_folder if self.layout == "chameleon" else self.folder)
+        kinds = (".pth", ".safetensors", ".bin", ".ckpt")
+        files = [p for folder in folders if folder.is_dir() for p in folder.iterdir()]
+        return sum(p.stat().st_size for p in files if p.suffix in kinds)
+
     def dtype(self) -> torch.dtype:
         """The dtype that the decoder's weights are kept in."""
         if self.layout == "chameleon":
@@ -230,6 +239,7 @@ def write_hugging_face(
     """
     config, dtype = source.config(), source.dtype()
     vqgan, _, can_draw = source.vqgan()
+    require_space(target, source.weight_bytes())
     with whole_folder(target) as folder:
         vq_tensors = hugging_face_tensors(vqgan)
         write_weights(folder, _chain(tensors or source.tensors(), iter(vq_tensors.items())))
@@ -251,14 +261,21 @@ def write_chameleon(
     source: Checkpoint,
     size: str,
     original: Checkpoint | None = None,
+    shards: int | None = None,
+    norms: Norms = "equal",
 ) -> None:
     """Writes a checkpoint in Chameleon's layout, whole or not at all.
+
+    `shards` is the model's own number unless given; `norms` says what becomes of query and key
+    norms that differ between the heads of one shard (see `names.to_chameleon`).
 
     `original` is the checkpoint that the model was made from: its params.json and tokenizer
     folder are kept. Without one both are made from `source`.
     """
     config = source.config()
-    shards = int(config.model_parallel_size or 1)
+    if shards is not None and shards < 1:
+        raise UserError(f"--shards is {shards}, expected 1 or more")
+    shards = shards or int(config.model_parallel_size or 1)
     sizes = Sizes(
         width=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -280,13 +297,14 @@ def write_chameleon(
                 "the checkpoint that the model was trained from"
             )
         weights = ChameleonWeights(original.model_folder)
-        if weights.sizes != sizes:
+        if replace(weights.sizes, shards=shards) != sizes:
             raise UserError(
                 f"{original.folder}: a model of other sizes ({weights.sizes}) than {source.folder} "
                 f"({sizes})"
             )
+    require_space(target, source.weight_bytes())
     with whole_folder(target) as folder:
-        write_model(folder / "models" / size, sizes, dict(source.tensors()), weights)
+        write_model(folder / "models" / size, sizes, dict(source.tensors()), weights, norms)
         tokenizer = (original or source).tokenizer_folder
         copy_tokenizer(tokenizer, folder / "tokenizer")
 
@@ -314,3 +332,13 @@ def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
         largest = max(largest, float((mine.float() - tensor.float()).abs().max()))
     check_names(expected, found, str(other.folder))
     return largest
+
+
+def largest_logit_difference(one: Checkpoint, other: Checkpoint) -> float:
+    """Largest difference of the float32 logits of two checkpoints on the same random ids."""
+    generator = torch.Generator().manual_seed(0)
+    size = one.text_tokenizer().vocabulary.size
+    ids = torch.randint(size, (2, 32), generator=generator)
+    with torch.inference_mode():  # one decoder at a time: they may be large
+        logits = [c.decoder(torch.float32)(input_ids=ids).logits for c in (one, other)]
+    return float((logits[0] - logits[1]).abs().max())

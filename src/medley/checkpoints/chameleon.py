@@ -17,6 +17,7 @@ from torch import Tensor
 from medley.checkpoints.names import (
     ROPE,
     Heads,
+    Norms,
     entries,
     rope_frequencies,
     split_fused,
@@ -159,7 +160,11 @@ class ChameleonWeights:
 
 
 def write_model(
-    folder: Path, sizes: Sizes, state: dict[str, Tensor], original: ChameleonWeights | None = None
+    folder: Path,
+    sizes: Sizes,
+    state: dict[str, Tensor],
+    original: ChameleonWeights | None = None,
+    norms: Norms = "equal",
 ) -> None:
     """Writes `models/<size>`: Hugging Face's tensors -> Chameleon's files.
 
@@ -169,7 +174,9 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     expected = entries(sizes.layers)
     check_names([e.hugging_face for e in expected], state, str(folder))
-    parts = {e.chameleon: to_chameleon(e, state[e.hugging_face], sizes.split) for e in expected}
+    parts = {
+        e.chameleon: to_chameleon(e, state[e.hugging_face], sizes.split, norms) for e in expected
+    }
     frequencies = original.rope if original is not None else None
     if frequencies is None:
         frequencies = rope_frequencies(sizes.width // sizes.heads, sizes.rope_theta)
@@ -179,7 +186,12 @@ def write_model(
         shard = {key: tensors[number].clone() for key, tensors in parts.items()}
         with whole_file(folder / name) as temporary:
             torch.save({**shard, ROPE: frequencies.clone()}, temporary)
-    write_json(folder / "params.json", original.params if original else _params(sizes))
+    params = _params(sizes)
+    if original is not None:
+        params = {**original.params, "model_parallel_size": sizes.shards}
+        if original.params.get("model_parallel_size") in (None, sizes.shards):
+            params = original.params
+    write_json(folder / "params.json", params)
     write_json(folder / "consolidate_params.json", {"model_parallel_size": sizes.shards})
     write_checklist(folder)
 

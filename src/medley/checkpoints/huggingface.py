@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import (
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from medley.checkpoints.safetensors_stream import SafetensorsFile
 from medley.checkpoints.vqgan_files import load_tensors, refuse_missing_or_pointer
 from medley.errors import UserError
 from medley.files import read_json, write_json
@@ -133,6 +133,12 @@ class HuggingFaceWeights:
         return next(self.tensors([name]))[1]
 
 
+def other_files(folder: Path) -> list[Path]:
+    """What a folder holds beside its weights: configuration, tokenizer, licence and the like."""
+    weights = ("*.safetensors", "*.bin", "*.index.json", "manifest.json", ".*")
+    return [p for p in sorted(folder.iterdir()) if not any(p.match(w) for w in weights)]
+
+
 def _names_in(path: Path) -> list[str]:
     if path.suffix != ".safetensors":
         return list(load_tensors(path))
@@ -151,34 +157,32 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes safetensors shards of at most SHARD_BYTES, with an index where there are several."""
-    held: dict[str, Tensor] = {}
-    files: list[list[str]] = []
-    size = total = 0
+    """Writes safetensors shards of about SHARD_BYTES, with an index where there are several.
 
-    def flush() -> None:
-        nonlocal held, size
-        save_file(held, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
-        files.append(list(held))
-        held, size = {}, 0
-
-    for name, tensor in tensors:
-        tensor = tensor.detach().contiguous()
-        if held and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-        held[name] = tensor.clone()  # safetensors refuses tensors that share memory
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    One tensor at a time is in memory.
+    """
+    files: list[SafetensorsFile] = []
+    try:
+        for name, tensor in tensors:
+            full = files and files[-1].size and files[-1].size + tensor.nbytes > SHARD_BYTES
+            if not files or full or not files[-1].has_room_for(name):
+                if files:
+                    files[-1].close()
+                files.append(SafetensorsFile(folder / f"part-{len(files)}.safetensors"))
+            files[-1].add(name, tensor)
+        files[-1].close()
+    finally:
+        for file in files:
+            file.abandon()
     if len(files) == 1:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
         return
     table = {}
-    for number, names in enumerate(files):
+    for number, file in enumerate(files):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / final)
-        table.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": table}
+        table.update(dict.fromkeys(file.names, final))
+    index = {"metadata": {"total_size": sum(f.size for f in files)}, "weight_map": table}
     write_json(folder / "model.safetensors.index.json", index)
 
 

@@ -21,6 +21,7 @@ from medley.errors import UserError
 
 Split = Literal["rows", "columns", "copied", "head norm"]
 HeadKind = Literal["query", "key"]
+Norms = Literal["equal", "mean"]
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,28 @@ def to_hugging_face(entry: Entry, shards: Sequence[Tensor], heads: Heads) -> Ten
     return whole if entry.rotary is None else _split_halves(whole, heads.count(entry.rotary))
 
 
-def to_chameleon(entry: Entry, tensor: Tensor, heads: Heads) -> list[Tensor]:
+def to_chameleon(
+    entry: Entry, tensor: Tensor, heads: Heads, norms: Norms = "equal"
+) -> list[Tensor]:
     """Hugging Face's tensor -> what each shard holds under Chameleon's name.
 
     Raises UserError for query or key norms that differ between the heads of one shard, which
-    Chameleon's layout cannot hold.
+    Chameleon's layout cannot hold, unless `norms` is `mean` and takes their mean.
     """
     if entry.split == "copied":
         return [tensor] * heads.shards
     if entry.split == "head norm":
         shards = []
         for number, part in enumerate(tensor.chunk(heads.shards, dim=0)):
-            if not torch.equal(part, part[:1].expand_as(part)):
+            if norms == "mean":
+                part = part.float().mean(0, keepdim=True).to(part.dtype)
+            elif not torch.equal(part, part[:1].expand_as(part)):
                 difference = float((part - part[:1]).abs().max())
                 raise UserError(
                     f"{entry.hugging_face}: the norms of the heads of shard {number} differ (by "
                     f"up to {difference:.3g}); Chameleon's layout keeps one norm a shard, so "
-                    "that this model (trained in full?) stays in Hugging Face's layout"
+                    "that this model (trained in full?) stays in Hugging Face's layout; more "
+                    "--shards may hold it, --norms mean takes the mean and changes the model"
                 )
             shards.append(_interleave_halves(part[:1], 1)[0])
         return shards

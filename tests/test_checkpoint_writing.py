@@ -1,0 +1,118 @@
+"""Shards, norms, full disks: what is written, and what is not."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from medley import checkpoints
+from medley.checkpoints import huggingface as huggingface_layout
+from medley.checkpoints import (
+    largest_difference,
+    largest_logit_difference,
+    open_checkpoint,
+    write_chameleon,
+    write_hugging_face,
+)
+from medley.checkpoints.safetensors_stream import SafetensorsFile
+from medley.errors import UserError
+from medley.files import read_json
+
+
+def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {
+        "a": torch.randn(3, 4), "empty": torch.zeros(0, 2), "scalar": torch.tensor(3.5),
+        "half": torch.randn(5).bfloat16(), "view": torch.randn(4, 4).t()[1:],
+        "flag": torch.ones(2, dtype=torch.bool), "numbers": torch.arange(5),
+    }  # fmt: skip
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    for name, tensor in state.items():
+        file.add(name, tensor)
+    file.close()
+    found = load_file(tmp_path / "x.safetensors")
+    assert file.names == list(state)
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_many_small_shards_load_in_stock_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_layout, "SHARD_BYTES", 1 << 20)
+    write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
+    shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 5
+    _, told = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert largest_difference(open_checkpoint("tiny"), open_checkpoint(tmp_path / "hf")) == 0
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_any_number_of_shards_that_the_heads_allow(
+    layout: Path, tmp_path: Path, shards: int
+) -> None:
+    source = open_checkpoint(layout / "input")
+    config = source.config()
+    write_hugging_face(tmp_path / "hf", source)
+    trained = open_checkpoint(tmp_path / "hf")
+    size = source.model_folder.name
+
+    def write(norms: Any) -> Any:
+        write_chameleon(tmp_path / "new", trained, size, source, shards, norms)
+        return open_checkpoint(tmp_path / "new")
+
+    if config.num_key_value_heads % shards or config.num_attention_heads % shards:
+        with pytest.raises(UserError, match="cannot be split over"):
+            write("equal")
+    elif shards < config.model_parallel_size:  # the shards' norms differ
+        with pytest.raises(UserError, match=r"norms of the heads of shard 0 differ .*--norms mean"):
+            write("equal")
+        assert largest_difference(trained, write("mean")) > 0
+    else:
+        new = write("equal")
+        assert len(list(new.model_folder.glob("consolidated*.pth"))) == shards
+        assert read_json(new.model_folder / "params.json")["model_parallel_size"] == shards
+        assert largest_difference(trained, new) == 0
+        assert largest_logit_difference(trained, new) < 1e-5
+
+
+def test_a_disk_without_room_is_found_out_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = open_checkpoint("tiny")
+    assert tiny.weight_bytes() > 10_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))  # type: ignore[attr-defined]
+    for write in (write_hugging_face, lambda t, s: write_chameleon(t, s, "tiny")):
+        with pytest.raises(UserError, match=r"needs 0\.02 GB, its disk has 0\.00 GB free"):
+            write(tmp_path / "out", tiny)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout_name", ["huggingface", "chameleon"])
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout_name: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if layout_name == "huggingface":
+        monkeypatch.setattr(SafetensorsFile, "close", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_hugging_face(tmp_path / "out", open_checkpoint("tiny"))
+    else:
+        monkeypatch.setattr(checkpoints, "copy_tokenizer", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_chameleon(tmp_path / "out", open_checkpoint("tiny"), "tiny")
+    assert not list(tmp_path.iterdir())
