@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from medley.image_tokenizer import ImageTokenizer
 from medley.images import ImageError, bytes_to_pixels, from_pixels, open_image, to_pixels, to_rgb
+from medley.vqgan import VQGAN, VQGANConfig
 
+SMALL = ImageTokenizer(VQGAN(VQGANConfig(32, (1, 1, 1), 1, 32, 8, 8, 128)))
 CASES = [c for c in golden("medmax_image_preprocess.json")["cases"] if c["input"]["png"]]
 
 
@@ -91,15 +94,19 @@ def test_bytes_give_the_very_pixels() -> None:
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]),
     fit=st.sampled_from(["crop", "pad"]),
 )
-def test_any_size_and_mode_gives_pixels_or_a_named_error(
+def test_any_size_and_mode_gives_codes_or_a_named_error(
     width: int, height: int, mode: str, fit: Any
 ) -> None:
     image = Image.new(mode, (width, height))
+    SMALL.fit = fit
     try:
-        pixels = to_pixels(image, 32, fit)
+        codes = SMALL.encode([image])
     except ImageError:
         assert max(width, height) > 200 * min(width, height)
         return
+    assert codes.shape == (1, 64)
+    assert bool(((codes >= 0) & (codes < 128)).all())
+    pixels = to_pixels(image, 32, fit)
     assert pixels.shape == (3, 32, 32)
     assert bool(((pixels >= -1) & (pixels <= 1)).all())
 

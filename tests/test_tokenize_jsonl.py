@@ -18,7 +18,7 @@ from medley.code_shards import write_partition
 from medley.document import Document, DocumentError, Picture, Turn
 from medley.errors import UserError
 from medley.files import line_ranges, read_manifest
-from medley.line_tokenizer import LineTokenizer, TooLong, parse_line, trim_text
+from medley.line_tokenizer import LineTokenizer, MissingCodes, TooLong, parse_line, trim_text
 from medley.token_shards import TokenShards
 from medley.vocabulary import TextTokenizer
 
@@ -250,6 +250,11 @@ def test_wrong_flags(tmp_path: Path, program: Callable[..., Any]) -> None:
     flags[1] = broken
     done = program(PROGRAM, "--input_file", source, *flags, status=2)
     assert "the token '<eoss>' is missing" in done.stderr
+
+
+def test_a_picture_without_codes_anywhere_says_where_to_get_them() -> None:
+    with pytest.raises(MissingCodes, match=r"a\.png has no codes in the line; .*--image_codes"):
+        LineTokenizer(TOKENIZER)(b'{"text": "<image>", "image_path": "a.png"}')
 
 
 def test_nesting_without_end_is_an_error_of_its_line() -> None:

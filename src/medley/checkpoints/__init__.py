@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -249,6 +250,15 @@ def write_hugging_face(
         write_processor(folder, parsed, sizes.codes_per_image, sizes.resolution)
         if can_draw:
             copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
+        copy_notices(source.folder, folder)
+
+
+def copy_notices(source: Path, target: Path) -> None:
+    """Carries licences and terms of use along with the weights that they cover."""
+    for pattern in ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "ACCEPTABLE_USE*"):
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def _chain(*parts: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -307,6 +317,7 @@ def write_chameleon(
         write_model(folder / "models" / size, sizes, dict(source.tensors()), weights, norms)
         tokenizer = (original or source).tokenizer_folder
         copy_tokenizer(tokenizer, folder / "tokenizer")
+        copy_notices((original or source).folder, folder)
 
 
 def base_named_by(adapter: Path) -> str | None:
