@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from medley import checkpoints
@@ -116,3 +117,42 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(
         with pytest.raises(OSError, match="No space left"):
             write_chameleon(tmp_path / "out", open_checkpoint("tiny"), "tiny")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_chameleons_own_loader_reads_is_there(tmp_path: Path, shards: int) -> None:
+    """Names, shapes and files as facebookresearch/chameleon's loader asks for them."""
+    source = open_checkpoint(GOLDEN / "checkpoints" / "chameleon_7b_layout" / "input")
+    write_chameleon(tmp_path / "new", source, "7b", None, shards)
+    folder = tmp_path / "new" / "models" / "7b"
+    numbered = [f"consolidated.{i:02d}.pth" for i in range(shards)]
+    files = ["consolidated.pth"] if shards == 1 else numbered
+    others = {"params.json", "consolidate_params.json", "checklist.chk"}
+    assert {p.name for p in folder.iterdir()} == {*files, *others}
+    model = read_json(folder / "params.json")["model"]
+    wide, heads = model["dim"], model["n_heads"]
+    groups = model["n_kv_heads"] or heads
+    head = wide // heads
+    for file in files:
+        state = torch.load(folder / file, weights_only=True)
+        feed = state["layers.0.feed_forward.w1.weight"].shape[0]
+        own, own_groups = heads // shards * head, groups // shards * head
+        layer = {
+            "attention.wq.weight": (own, wide), "attention.wk.weight": (own_groups, wide),
+            "attention.wv.weight": (own_groups, wide), "attention.wo.weight": (wide, own),
+            "attention.q_normalization.weight": (head,), "attention.q_normalization.bias": (head,),
+            "attention.k_normalization.weight": (head,), "attention.k_normalization.bias": (head,),
+            "feed_forward.w1.weight": (feed, wide), "feed_forward.w3.weight": (feed, wide),
+            "feed_forward.w2.weight": (wide, feed),
+            "attention_norm.weight": (wide,), "ffn_norm.weight": (wide,),
+        }  # fmt: skip
+        words = model["vocab_size"]
+        expected = {
+            "tok_embeddings.weight": (words, wide // shards), "norm.weight": (wide,),
+            "output.weight": (words // shards, wide), "rope.freqs": (head // 2,),
+            **{f"layers.{i}.{n}": s for i in range(model["n_layers"]) for n, s in layer.items()},
+        }  # fmt: skip
+        assert {n: tuple(t.shape) for n, t in state.items()} == expected
+        kinds = {t.dtype for n, t in state.items() if n != "rope.freqs"}
+        assert kinds == {source.dtype()}
+        assert state["rope.freqs"].dtype == torch.float32

@@ -76,6 +76,9 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not (torn / "tokenizer").exists()
+    done = program(PROGRAM, *flags(small, torn, 25), "--seed", 1, status=2)
+    assert "holds a run with seed 0, this one has 1" in done.stderr
+    (torn / "tokenizer").mkdir()  # as a kill at the very end may leave it
     done = program(PROGRAM, *flags(small, torn, 25), "--allow_errors")
     assert "going on after step" in done.stdout
     one, other = (read_vqgan(f / "tokenizer")[0].state_dict() for f in (whole, torn))

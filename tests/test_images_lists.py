@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,16 +121,85 @@ def test_batches_keep_order_and_name_what_failed(tmp_path: Path, workers: int) -
     assert values == [0, 1, 2, 4, 5, 6]
 
 
+def test_every_slice_of_a_volume_in_a_tar(tmp_path: Path) -> None:
+    volume = np.arange(2 * 2 * 3, dtype=np.int16).reshape(2, 2, 3)
+    nibabel.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / "v.nii.gz")
+    path = tmp_path / "a.tar"
+    write_tar(path, {"v.nii.gz": (tmp_path / "v.nii.gz").read_bytes(), "w.png": png(1)})
+    (part,) = ImageList(path).parts(9)
+    split = part.with_frames("all")
+    assert names([split])[0][:3] == [f"{path}/v.nii.gz#{i}" for i in range(3)]
+    values = [int(np.asarray(source.open()).max()) for source in split.sources[:3]]
+    assert values == [round(int(volume[:, :, i].max()) / 11 * 255) for i in range(3)]
+
+
+def test_links_in_a_tar_and_dicom_files_with_numbers_for_names_are_not_passed_over(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.png").write_bytes(png(9))
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    (tmp_path / "1.2.840.113619.2.55.3").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "notes.md").write_text("nothing")
+    (part,) = ImageList(tmp_path).parts(9)
+    found = [str(Path(name).relative_to(tmp_path)) for name in names([part])[0]]
+    assert found == ["1.2.840.113619.2.55.3", "a.png", "t.tar/a.png", "t.tar/b.png"]
+    with pytest.raises(ImageError, match=r"b\.png"):
+        part.sources[3].open()
+
+
+def test_rows_of_another_width_are_refused(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    for bad in ("a.png,m.png,", "a.png"):
+        table.write_text(f"img_path,mask\nx.png,y.png\n{bad}\n")
+        with pytest.raises(UserError, match=r"a row of \d fields, the header has 2.*line 3"):
+            list(ImageList(table).parts(1))
+    table.write_text('img_path,mask\n"a,1.png","two\nlines"\n\n')
+    (part,) = ImageList(table, keep_columns=True).parts(9)
+    assert names([part]) == [["a,1.png"]]
+    assert part.kept is not None
+    assert part.kept["mask"].to_pylist() == ["two\nlines"]
+
+
+def test_names_that_no_file_can_have_are_failures_of_their_row(tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    good.write_bytes(png(7))
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(odd, "wb") as file:
+        file.write(png(8))
+    (batch,) = square_batches(ImageList(tmp_path).parts(9), Squares(8, "crop"), 9, 0)
+    assert batch.names == [f"{tmp_path}/caf\\udce9.png", str(good)]
+    assert "its name is not UTF-8" in batch.errors[0]
+    assert batch.errors[1] == ""
+    table = tmp_path / "a.csv"
+    table.write_text(f"img_path\na\0b.png\n{'x' * 300}#3\n{good}\n")
+    (batch,) = square_batches(ImageList(table).parts(9), Squares(8, "crop"), 9, 0)
+    assert [bool(error) for error in batch.errors] == [True, True, False]
+
+
+def test_a_link_that_leads_back_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="leads back"):
+        list(ImageList(tmp_path).parts(1))
+
+
 def test_what_is_no_list_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such image list"):
         ImageList(tmp_path / "none.csv")
     with pytest.raises(UserError, match="no pictures"):
         list(ImageList(tmp_path).parts(1))
     table = tmp_path / "a.csv"
+    table.write_text("img_path\n")
+    with pytest.raises(UserError, match="without a single row"):
+        list(ImageList(table).parts(1))
     table.write_text("path,img_tokens\na.png,1\n")
     with pytest.raises(UserError, match=r"no column 'img_path', there are path, img_tokens"):
         list(ImageList(table).parts(1))
-    with pytest.raises(UserError, match="--keep_columns would write over"):
+    with pytest.raises(UserError, match="would be written over"):
         list(ImageList(table, "path", keep_columns=True).parts(1))
     pd.DataFrame({"img_path": [1, 2]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="holds int64, expected paths"):

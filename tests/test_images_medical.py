@@ -121,6 +121,48 @@ def test_nifti_slices_share_the_window_of_their_volume(tmp_path: Path, suffix: s
     assert grey(f"{path}#3") == expected.tolist()
 
 
+@pytest.mark.parametrize("code", ["RAS", "LPS", "SRA", "ASR"])
+def test_slices_are_counted_as_they_are_read(tmp_path: Path, code: str) -> None:
+    """A volume that was stored along other axes: the third one when turned is what counts."""
+    orientation = nibabel.orientations.axcodes2ornt(code)
+    volume = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)  # as it is when turned
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), orientation
+    )
+    stored = nibabel.orientations.apply_orientation(volume, turn)
+    affine = nibabel.orientations.inv_ornt_aff(turn, volume.shape)
+    path = tmp_path / "volume.nii"
+    nibabel.Nifti1Image(stored, affine).to_filename(path)
+    with open(path, "rb") as data:
+        assert count_frames(data, str(path)) == 4
+    for frame in range(4):
+        expected = np.rot90((volume[:, :, frame] / 23 * 255).round()).astype(int)
+        assert grey(path, frame) == expected.tolist()
+
+
+def test_a_frame_is_windowed_by_its_own_group_or_the_shared_one(tmp_path: Path) -> None:
+    def group(name: str, **tags: Any) -> Dataset:
+        inner, outer = Dataset(), Dataset()
+        for tag, value in tags.items():
+            setattr(inner, tag, value)
+        setattr(outer, name, [inner])
+        return outer
+
+    rescale = {"RescaleSlope": 2, "RescaleIntercept": -1000, "RescaleType": "US"}
+    shared = group("PixelValueTransformationSequence", **rescale)
+    wide, narrow = (
+        group("FrameVOILUTSequence", WindowCenter=0, WindowWidth=w, VOILUTFunction="LINEAR_EXACT")
+        for w in (1000, 100)
+    )
+    frames = np.full((2, 1, 1), 550)
+    path = dicom(
+        tmp_path / "a.dcm", frames, SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=[wide, narrow],
+    )  # fmt: skip
+    assert grey(path, 0) == [[round((100 / 1000 + 0.5) * 255)]]
+    assert grey(path, 1) == [[255]]
+
+
 def test_a_replaced_volume_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "volume.nii"
     for value in (1, 2):

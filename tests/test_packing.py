@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,14 @@ def test_the_cache_takes_two_bytes_a_token(tmp_path: Path) -> None:
     assert TokenShards(path).task(199) == "a long name of a task"
     cache = sum(p.stat().st_size for p in tmp_path.glob(".t.jsonl.cache*"))
     assert cache / 200_000 < 2.1
+
+
+def test_two_files_of_one_name_keep_their_tasks_apart_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for name in ("train", "val"):
+        write_jsonl(tmp_path / name / "t.jsonl", iter([{"tokens": [0, 2], "task": name}]))
+        assert TokenShards(tmp_path / name / "t.jsonl").task(0) == name
+    assert TokenShards(tmp_path / "train" / "t.jsonl").task(0) == "train"

@@ -83,6 +83,9 @@ BAD: list[tuple[Any, str]] = [
     (b'{"text": "\xff"}', "not UTF-8 (byte 10"),
     ({"text": "word " * 500}, "--max_length is 100"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not known"),
+    (b'{"text": "bad \\ud800"}', "half of a surrogate pair"),
+    ({"text": "<image>", "image_path": "a\0b.png"}, "holds a NUL"),
+    (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not JSON that can be read"),
 ]
 
 
@@ -214,6 +217,14 @@ def test_questions_lose_their_beginning_and_answers_their_end(tokenizer: TextTok
     turns = Document.from_ids(short, tokenizer).turns
     assert turns[0].parts == ()
     assert "ghi jkl".startswith(str(turns[1].parts[0]))
+    twice = Document.from_json({"text": "a<reserved08706>bcd<reserved08706>e<reserved08706>fgh"})
+    ids = twice.to_ids(tokenizer)
+    for limit in range(8, len(ids)):  # no answer is emptied: nobody should learn to say nothing
+        try:
+            turns = Document.from_ids(trim_text(ids, limit, tokenizer.vocabulary), tokenizer).turns
+        except TooLong:
+            continue
+        assert turns[1].parts and turns[3].parts
 
 
 def test_trimming_by_the_program(tmp_path: Path, program: Callable[..., Any]) -> None:
@@ -226,7 +237,7 @@ def test_trimming_by_the_program(tmp_path: Path, program: Callable[..., Any]) ->
     flags = ["--input_file", source, "--tokenizer_file", TOKENIZER, "--max_length", 20]
     flags += ["--output_file", tmp_path / "out.jsonl"]
     done = program(PROGRAM, *flags, "--overflow", "trim_text", status=3)
-    assert "docs.jsonl:3: 44 tokens, of which 44 are pictures, marks" in done.stderr
+    assert "docs.jsonl:3: 44 tokens, of which 44 are pictures, " in done.stderr
     done = program(PROGRAM, *flags, "--overflow", "drop")
     assert "1 documents" in done.stdout
     assert "2 documents dropped as too long" in done.stdout

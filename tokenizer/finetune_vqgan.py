@@ -13,6 +13,7 @@ a decoder that was trained on the old codes is refused. `--trainable decoder` ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -30,12 +31,19 @@ from tqdm import tqdm
 from medley.checkpoints import vqgan_folder
 from medley.checkpoints.vqgan_files import load_tensors, read_vqgan, write_vqgan
 from medley.errors import DataLost, UserError
-from medley.files import append_line, read_manifest, whole_file, write_manifest
+from medley.files import (
+    append_line,
+    printable,
+    read_manifest,
+    whole_file,
+    whole_folder,
+    write_manifest,
+)
 from medley.image_tokenizer import ImageTokenizer, token_space_fingerprint
 from medley.images import Fit, bytes_to_pixels, from_pixels
 from medley.images.lists import Frames, ImageList, Part, Source
 from medley.images.loading import Squares, square_batches
-from medley.loading import pick_device
+from medley.loading import own_device
 from medley.options import resolved, run_program
 from medley.process_memory import keep_freed_memory
 from medley.ranks import all_ranks, from_main_rank, is_main_rank, rank, world_size
@@ -125,7 +133,7 @@ class Options:
 
 def work(options: Options) -> None:
     keep_freed_memory()
-    device = pick_device(options.device)
+    device = own_device(options.device)
     vqgan, fit = open_vqgan(options.ckpt)
     before = token_space_fingerprint(vqgan)
     perceptual = None
@@ -140,7 +148,7 @@ def work(options: Options) -> None:
             raise UserError(f"{options.input}: {len(good)} readable pictures, 2 are the least")
         order = torch.randperm(len(good), generator=torch.Generator().manual_seed(options.seed))
         chosen = [good[i] for i in order.tolist()]
-        run = {"names": len(good), "ranks": world_size(), "token_space_before": before}
+        run = what_is_run(options, good, before)
         from_main_rank(lambda: start(options, run, fit))
         resume(options, tuner)
         train(options, tuner, squares, chosen[held_out:], chosen[:held_out])
@@ -176,7 +184,7 @@ def readable(options: Options, squares: Squares) -> tuple[list[Source], int]:
     by_place = {
         r + i * world_size(): e for r, own in enumerate(gathered) for i, e in enumerate(own)
     }
-    bad = [(sources[i].name, e) for i, e in sorted(by_place.items()) if e]
+    bad = [(printable(sources[i].name), e) for i, e in sorted(by_place.items()) if e]
     if is_main_rank():
         options.output.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"img_path": n, "error": e}, ensure_ascii=False) for n, e in bad]
@@ -184,15 +192,33 @@ def readable(options: Options, squares: Squares) -> tuple[list[Source], int]:
     return [source for i, source in enumerate(sources) if not by_place[i]], len(bad)
 
 
+def what_is_run(options: Options, good: list[Source], before: str) -> dict[str, Any]:
+    """What must be the same when a run goes on; steps and learning rate may change."""
+    digest = hashlib.sha256("\n".join(source.name for source in good).encode())
+    same = (
+        "trainable", "bs", "seed", "val_share", "commitment", "perceptual_weight",
+        "discriminator_start", "discriminator_warmup", "discriminator_weight",
+    )  # fmt: skip
+    chosen = {name: getattr(options, name) for name in same}
+    perceptual = None if options.perceptual is None else list(map(str, options.perceptual))
+    return {
+        "pictures": len(good), "names": digest.hexdigest(), "ranks": world_size(),
+        "token_space_before": before, "perceptual": perceptual, **chosen,
+    }  # fmt: skip
+
+
 def start(options: Options, run: dict[str, Any], fit: Fit) -> None:
-    before = read_manifest(options.output).get("run")
-    if before is not None and before != run:
-        raise UserError(
-            f"{options.output}: holds a run of {before}, this one is {run}: the same pictures, "
-            "ranks and checkpoint go on exactly; name another --output for a new one"
-        )
-    if (options.output / "tokenizer").exists():
+    manifest = read_manifest(options.output)
+    if manifest.get("token_space") is not None:
         raise UserError(f"{options.output}: holds a finished VQGAN; name another --output")
+    before = manifest.get("run") or run
+    for name, value in run.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{options.output}: holds a run with {name} {before.get(name)!r}, this one has "
+                f"{value!r}; name another --output, or go on with the same"
+            )
+    shutil.rmtree(options.output / "tokenizer", ignore_errors=True)  # of a kill at the very end
     inputs = [options.input]
     write_manifest(options.output, resolved(options), inputs, None, fit=fit, run=run)
 
@@ -329,14 +355,14 @@ def draw_grid(path: Path, pairs: list[tuple[Tensor, Tensor]]) -> None:
 def finish(
     options: Options, vqgan: VQGAN, fit: Fit, before: str, run: dict[str, Any], failed: int
 ) -> None:
-    folder = options.output / "tokenizer"
-    write_vqgan(folder, vqgan, fit)
-    source = vqgan_folder(Path(options.ckpt))
-    if source is not None and (source / "text_tokenizer.json").is_file():
-        shutil.copy(source / "text_tokenizer.json", folder)
+    with whole_folder(options.output / "tokenizer") as folder:
+        write_vqgan(folder, vqgan, fit)
+        source = vqgan_folder(Path(options.ckpt))
+        if source is not None and (source / "text_tokenizer.json").is_file():
+            shutil.copy(source / "text_tokenizer.json", folder)
     after = token_space_fingerprint(vqgan)
     write_manifest(options.output, resolved(options), [options.input], after, fit=fit, run=run)
-    print(f"wrote {folder}")
+    print(f"wrote {options.output / 'tokenizer'}")
     if after == before:
         print("The token space is the same: use it with --vqgan beside the old decoder.")
     else:

@@ -39,7 +39,7 @@ from medley.image_tokenizer import ImageTokenizer
 from medley.images import Fit
 from medley.images.lists import Digest, Frames, ImageList, Part
 from medley.images.loading import Squares, SquaresBatch, auto_workers, square_batches
-from medley.loading import pick_device
+from medley.loading import own_device
 from medley.options import resolved, run_program
 from medley.process_memory import keep_freed_memory
 from medley.ranks import (
@@ -47,7 +47,6 @@ from medley.ranks import (
     barrier,
     from_main_rank,
     is_main_rank,
-    local_rank,
     local_world_size,
     rank,
     world_size,
@@ -109,7 +108,7 @@ class Options:
 def work(options: Options) -> None:
     start = time.monotonic()
     keep_freed_memory()
-    device, dtype = _own_device(options.device), DTYPES[options.dtype]
+    device, dtype = own_device(options.device), DTYPES[options.dtype]
     tokenizer = ImageTokenizer.from_checkpoint(options.ckpt, device=device, dtype=dtype)
     tokenizer.fit = options.fit or tokenizer.fit
     if options.compile:
@@ -261,13 +260,6 @@ def finish(options: Options, rows: int, seconds: float, encoding: float) -> None
             f"{failed} pictures of {rows} rows could not be read; errors_rank_*.jsonl in "
             f"{options.output} names them (--allow_errors accepts that)"
         )
-
-
-def _own_device(name: str) -> torch.device:
-    device = pick_device(name)
-    if device.type == "cuda" and device.index is None and world_size() > 1:
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    return device
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,6 +72,9 @@ class Options:
     allow_errors: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("bs", "grid"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
         if self.lpips is not None and len(self.lpips) != 2:
             raise UserError("--lpips wants two files: VGG16's weights, and LPIPS's heads")
 

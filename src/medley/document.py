@@ -193,6 +193,8 @@ def _pictures_of(row: dict[str, Any]) -> list[Picture]:
     paths = [paths] if isinstance(paths, str) else paths or []
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         raise DocumentError("'image_path' must be a string or a list of strings")
+    if any("\0" in path for path in paths):
+        raise DocumentError("'image_path' holds a NUL, which no path can")
     lists = codes or []
     if not isinstance(lists, list):
         raise DocumentError("'image_tokens' must be a list of codes, or a list of such lists")

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import warnings
@@ -25,7 +26,8 @@ HASHED_BYTES = 1 << 20  # of a large input, its first and last megabyte and its 
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`, renamed to it when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Several machines that share a folder may have the same process numbers.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -66,6 +68,11 @@ def require_space(target: Path, size: int) -> None:
             f"{target}: needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; "
             "make room or name another folder"
         )
+
+
+def printable(name: str) -> str:
+    """A name whose bytes are no UTF-8, or that holds a NUL, with those bytes written out."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def append_line(path: Path, line: str) -> None:

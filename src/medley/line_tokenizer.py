@@ -116,11 +116,18 @@ def parse_line(line: bytes) -> Any:
     if len(line) > LARGEST_LINE:
         raise DocumentError(f"a line of {len(line)} bytes, the limit is {LARGEST_LINE}")
     try:
-        return json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # half of a pair of surrogates is no character
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return row
     except UnicodeDecodeError as error:
         raise DocumentError(f"not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise DocumentError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeEncodeError as error:
+        raise DocumentError("half of a surrogate pair (\\ud800 to \\udfff) in a string") from error
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise DocumentError(f"not JSON that can be read ({error})") from error
     except RecursionError as error:
         raise DocumentError("JSON nested too deeply") from error
 
@@ -129,27 +136,29 @@ def trim_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
     """Cuts words until a document's ids fit; pictures and marks stay whole.
 
     The user's words go first, from their beginning on, since questions stand at the end; then
-    the answers', from their end. Raises TooLong where no word of any answer, nor a picture in
-    one, would be left.
+    the answers', from their end. No answer that had something loses all of it. Raises TooLong
+    where that does not fit.
     """
     users: list[int] = []
-    answers: list[int] = []
-    marks = ids.count(vocabulary.end_turn)
-    turn = 0 if marks else 1  # a document of one turn is an answer
-    answered = False  # by a picture, which stays
+    answers: list[int] = []  # but for what keeps an answer from being empty
+    turn = 0 if vocabulary.end_turn in ids else 1  # a document of one turn is an answer
+    answered = False
     for place, token in enumerate(ids):
         if token == vocabulary.end_turn:
-            turn += 1
+            turn, answered = turn + 1, False
         elif token in vocabulary.text_pieces:
-            (answers if turn % 2 else users).append(place)
-        elif token == vocabulary.begin_image and turn % 2:
+            if turn % 2 == 0:
+                users.append(place)
+            elif answered:
+                answers.append(place)
+            answered = True
+        elif token == vocabulary.begin_image:
             answered = True
     excess = len(ids) - limit
-    spare = answers if answered else answers[1:]
-    cut = set([*users, *reversed(spare)][:excess])
+    cut = set([*users, *reversed(answers)][:excess])
     if len(cut) < excess:
         raise TooLong(
-            f"{len(ids)} tokens, of which {len(ids) - len(users) - len(spare)} are pictures, marks "
-            f"and the least of an answer: --max_length {limit} has no room for them"
+            f"{len(ids)} tokens, of which {len(ids) - len(users) - len(answers)} are pictures, "
+            f"marks and the least of answers: --max_length {limit} has no room for them"
         )
     return [token for place, token in enumerate(ids) if place not in cut]

@@ -18,6 +18,7 @@ from medley.files import check_fingerprint
 from medley.generation import Engine, GenerationOptions, Request, Result
 from medley.image_tokenizer import ImageTokenizer
 from medley.images import open_image
+from medley.ranks import local_rank, world_size
 from medley.vocabulary import TextTokenizer, Vocabulary
 
 Prompt = Sequence["str | Path | Image.Image | Picture"]
@@ -274,6 +275,14 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def own_device(name: str) -> torch.device:
+    """`pick_device`, with a GPU of its own for each rank of this machine."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and world_size() > 1:
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return device
 
 
 def _pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:

@@ -177,7 +177,7 @@ class TokenShards(Sequence[NDArray[np.int64]]):
         if not self.path.is_file():
             raise UserError(f"{path}: no such tokens file; make it with tokenizer.tokenize_jsonl")
         cache = cache_place(self.path.with_name(f".{self.path.name}.cache.arrow"))
-        names = cache.with_suffix(".tasks.json")
+        names = cache.with_name(f"{cache.name}.tasks.json")
         key = f"{quick_hash(self.path)} {self.path.stat().st_mtime_ns}"
         if cache_key(cache) != key or not names.exists():
             _make_cache(self.path, cache, names, key)

@@ -48,15 +48,19 @@ def open_image(
     """
     name = str(path)
     match = _FRAME_IN_NAME.fullmatch(name)
-    if match and not Path(name).exists():
-        name, frame = match[1], int(match[2])
     try:
+        if match and not Path(name).exists():
+            name, frame = match[1], int(match[2])
         with open(name, "rb") as data:
             return read_image(data, name, frame, exif_orientation)
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such picture") from error
     except OSError as error:
         raise ImageError(f"{path}: cannot be opened ({error.strerror})") from error
+    except ImageError:
+        raise
+    except ValueError as error:  # a NUL in a name
+        raise ImageError(f"{str(path)!r}: cannot be opened ({error})") from error
 
 
 def read_image(

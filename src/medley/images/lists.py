@@ -6,6 +6,7 @@ not grow with it; who needs a part reads up to it.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import os
@@ -15,14 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from medley.errors import UserError
+from medley.files import printable
 from medley.images import Frame, count_frames, medical, open_image, read_image
 
 SUFFIXES = (
@@ -30,6 +31,7 @@ SUFFIXES = (
 )  # fmt: skip
 TAR = ".tar"
 TAR_COLUMNS = ("__key__", "txt", "json")  # what --keep_columns keeps of a WebDataset sample
+LONGEST_FIELD = 1 << 24  # characters of one field of a CSV
 _ROWS_AT_ONCE = 4096  # rows of a table read in one go
 
 
@@ -51,7 +53,9 @@ class Source:
         if self.offset is None:
             return open_image(self.file, self.frame, exif_orientation)
         with self._data() as data:
-            return read_image(data, self.name, self.frame, exif_orientation)
+            # Without the number of its frame: the suffix says what a file is.
+            name = self.name.removesuffix(f"#{self.frame}")
+            return read_image(data, name, self.frame, exif_orientation)
 
     def frames(self) -> list[Source]:
         """One source for each frame of the file, called `name#0`, `name#1` and so on.
@@ -134,6 +138,8 @@ class ImageList:
                 return
         if sources:
             yield Part(number, sources, pa.concat_tables(tables) if tables else None)
+        elif number == 0:
+            raise UserError(f"{self.path}: a list without a single row")
 
     def digest(self, size: int) -> Digest:
         """Rows, and a hash over all their names: whether a list is still the same one."""
@@ -162,24 +168,31 @@ class ImageList:
                 for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                     yield self._checked(pa.Table.from_batches([batch]))
                 return
-            # Every column as it is written: "007" must not become 7, "NA" not nothing.
-            reading: dict[str, Any] = {
-                "dtype": str,
-                "keep_default_na": False,
-                "encoding": "utf-8-sig",
-            }
-            columns = self._wanted(list(pd.read_csv(self.path, nrows=0, **reading).columns))
-            schema = pa.schema([(name, pa.string()) for name in columns])
-            reading |= {"usecols": columns}
-            with pd.read_csv(self.path, chunksize=_ROWS_AT_ONCE, **reading) as chunks:
-                for frame in chunks:
-                    filled = frame[columns].fillna("")
-                    yield pa.Table.from_pandas(filled, schema, preserve_index=False)
+            yield from self._csv()
         except UserError:
             raise
-        except (ValueError, pa.ArrowInvalid, OSError) as error:
+        except (ValueError, csv.Error, pa.ArrowInvalid, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}: not a table that can be read ({reason})") from error
+
+    def _csv(self) -> Iterator[pa.Table]:
+        """Every field as it is written: "007" must not become 7, nor "NA" nothing."""
+        csv.field_size_limit(LONGEST_FIELD)
+        with open(self.path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            columns = self._wanted(header)
+            places = [header.index(name) for name in columns]
+            rows = (row for row in reader if row)
+            while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+                wrong = next((row for row in chunk if len(row) != len(header)), None)
+                if wrong is not None:
+                    raise UserError(
+                        f"{self.path}: a row of {len(wrong)} fields, the header has {len(header)}: "
+                        f"{','.join(wrong)[:100]!r} (at or before line {reader.line_num})"
+                    )
+                values = [pa.array([row[place] for row in chunk], pa.string()) for place in places]
+                yield pa.table(dict(zip(columns, values, strict=True)))
 
     def _wanted(self, columns: list[str]) -> list[str]:
         if self.image_key not in columns:
@@ -190,8 +203,8 @@ class ImageList:
         clash = sorted({"img_tokens", "img_path"} & set(columns) - {self.image_key})
         if self.keep_columns and clash:
             raise UserError(
-                f"{self.path}: has a column {clash[0]!r}, which --keep_columns would write over; "
-                "rename it"
+                f"{self.path}: its column {clash[0]!r} would be written over; rename it, or "
+                "name it with --image_key"
             )
         return columns if self.keep_columns else [self.image_key]
 
@@ -237,21 +250,22 @@ class Digest:
 _Sample = dict[str, str | None]
 
 
-def _walk(folder: Path | str) -> Iterator[str]:
+def _walk(folder: Path | str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Files below a folder that are pictures or tars, in an order that is always the same."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder}: a link that leads back to {real}, which holds it; remove it")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry.path)
+            yield from _walk(entry.path, (*above, real))
         elif entry.name.lower().endswith((*SUFFIXES, TAR)) or _is_bare_dicom(entry.path):
             yield entry.path
 
 
 def _is_bare_dicom(path: str) -> bool:
-    """Scanners write files without a suffix; DICOM's mark tells them."""
-    if "." in Path(path).name:
-        return False
+    """Scanners write files without a suffix, or with a number for one; DICOM's mark tells them."""
     try:
         with open(path, "rb") as data:
             return medical.kind_of(data, path) == "dicom"
@@ -266,7 +280,9 @@ def _rows_of(file: str) -> Iterator[tuple[Source, _Sample]]:
     try:
         with tarfile.open(file, "r:") as tar:
             for key, members in groupby(tar, lambda m: _sample_key(m.name)):
-                yield from _pictures_of(tar, file, key, [m for m in members if m.isfile()])
+                # Links hold nothing and fail when they are opened: they are not passed over.
+                whole = [m for m in members if not m.isdir()]
+                yield from _pictures_of(tar, file, key, whole)
                 tar.members = []  # type: ignore[attr-defined]  # it would remember them all
         with open(file, "rb") as raw:
             raw.seek(tar.offset)
@@ -288,10 +304,10 @@ def _sample_key(member: str) -> str:
 def _pictures_of(
     tar: tarfile.TarFile, file: str, key: str, members: list[tarfile.TarInfo]
 ) -> Iterator[tuple[Source, _Sample]]:
-    sample: _Sample = {**dict.fromkeys(TAR_COLUMNS), "__key__": key}
+    sample: _Sample = {**dict.fromkeys(TAR_COLUMNS), "__key__": printable(key)}
     for member in members:
         kind = member.name.rpartition(".")[2].lower()
-        if kind in TAR_COLUMNS:
+        if kind in TAR_COLUMNS and member.isfile():
             stream = tar.extractfile(member)
             assert stream is not None
             sample[kind] = stream.read().decode("utf-8", errors="replace")

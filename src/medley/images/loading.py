@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from medley.files import printable
 from medley.images import Fit, ImageError, to_bytes
 from medley.images.lists import Part, Source
 
@@ -42,11 +43,13 @@ class Squares(Dataset[tuple[list[str], Tensor]]):
         squares: list[Tensor] = [torch.zeros(0, self.size, self.size, 3, dtype=torch.uint8)]
         for source in sources:
             try:
+                if printable(source.name) != source.name:
+                    raise ImageError(f"{printable(source.name)}: its name is not UTF-8; rename it")
                 image = source.open(self.exif_orientation)
                 squares.append(to_bytes(image, self.size, self.fit)[None])
                 errors.append("")
             except ImageError as error:
-                errors.append(str(error))
+                errors.append(printable(str(error)))
         return errors, torch.cat(squares)
 
 
@@ -72,7 +75,8 @@ def square_batches(
     )
     for errors, read in loader:
         part, sources, ends_part = ahead.popleft()
-        yield SquaresBatch(part, ends_part, [s.name for s in sources], errors, read)
+        names = [printable(source.name) for source in sources]
+        yield SquaresBatch(part, ends_part, names, errors, read)
 
 
 def _as_it_is(batch: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:

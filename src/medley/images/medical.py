@@ -45,7 +45,9 @@ def count_frames(data: BinaryIO, kind: Kind) -> int:
     try:
         if kind == "dicom":
             return int(_dicom(data, header_only=True).get("NumberOfFrames", 1) or 1)
-        return math.prod(_nifti_shape(data, kind)[2:])
+        shape, axes = _nifti_shape(data, kind)
+        turned = [shape[axes.index(i)] for i in range(len(axes))] + list(shape[len(axes) :])
+        return math.prod(turned[2:])
     finally:
         data.seek(start)
 
@@ -107,8 +109,12 @@ def _dicom_frame(dataset: Any, frame: int) -> Image.Image:
         return _colour(stored, stored.dtype.itemsize * 8)
     if stored.ndim == 3:
         return _colour(stored, int(dataset.BitsStored))
-    values = np.asarray(apply_modality_lut(stored, dataset), np.float64)
-    grey = _window(values, dataset, stored)
+    rescale = _of_frame(dataset, frame, "PixelValueTransformationSequence")
+    if rescale is None:
+        values = np.asarray(apply_modality_lut(stored, dataset), np.float64)
+    else:
+        values = stored * float(rescale.RescaleSlope) + float(rescale.RescaleIntercept)
+    grey = _window(values, dataset, _of_frame(dataset, frame, "FrameVOILUTSequence"), stored)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
     return Image.fromarray(grey).convert("RGB")
@@ -118,22 +124,34 @@ def _colour(stored: NDArray[Any], bits: int) -> Image.Image:
     return Image.fromarray(_to_bytes(stored / (2.0**bits - 1)))
 
 
-def _window(values: NDArray[np.float64], dataset: Any, stored: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values after the modality transform -> uint8 by the file's first VOI.
+def _of_frame(dataset: Any, frame: int, name: str) -> Any:
+    """What an enhanced multi-frame file says of one frame, or of all; None for nothing."""
+    groups = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+    for group in [*groups, *(dataset.get("SharedFunctionalGroupsSequence") or [])]:
+        if group.get(name):
+            return group.get(name)[0]
+    return None
+
+
+def _window(
+    values: NDArray[np.float64], dataset: Any, of_frame: Any, stored: NDArray[Any]
+) -> NDArray[np.uint8]:
+    """Grey values after the modality transform -> uint8 by the frame's or the file's first VOI.
 
     A lookup table, else a window (PS3.3 C.11.2.1.2 and C.11.2.1.3), else the range of the
     values themselves, padding left out.
     """
     from pydicom.pixels import apply_voi
 
-    if dataset.get("VOILUTSequence"):
+    if of_frame is None and dataset.get("VOILUTSequence"):
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
         return _to_bytes(apply_voi(values.astype(np.int64), dataset) / (2.0**bits - 1))
-    center, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
+    voi = dataset if of_frame is None else of_frame
+    center, width = _first(voi.get("WindowCenter")), _first(voi.get("WindowWidth"))
     if center is None or width is None or width <= 0:
         padding = dataset.get("PixelPaddingValue")
         return spread(values, None if padding is None else stored != padding)
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    function = str(voi.get("VOILUTFunction") or "LINEAR")
     if function == "SIGMOID":
         return _to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)))
     if function == "LINEAR":  # its window is one value narrower and half a value lower
@@ -169,7 +187,8 @@ def _header(data: BinaryIO, kind: Kind) -> Any:
     return image_class, header
 
 
-def _nifti_shape(data: BinaryIO, kind: Kind) -> tuple[int, ...]:
+def _nifti_shape(data: BinaryIO, kind: Kind) -> tuple[tuple[int, ...], list[int]]:
+    """The shape as it is stored, and which axis each of the first three becomes when turned."""
     _, header = _header(data, kind)
     shape = tuple(int(length) for length in header.get_data_shape())
     if len(shape) < 2 or min(shape) < 1:
@@ -177,8 +196,14 @@ def _nifti_shape(data: BinaryIO, kind: Kind) -> tuple[int, ...]:
     size = math.prod(shape) * header.get_data_dtype().itemsize
     if size > LARGEST_VOLUME:
         raise UserError(f"a NIfTI volume of {size} bytes, the limit is {LARGEST_VOLUME}")
-    _refuse_huge(shape[1], shape[0])
-    return shape
+    if len(shape) < 3:  # a single picture, which is not turned
+        _refuse_huge(shape[1], shape[0])
+        return shape, [0, 1]
+    from nibabel.orientations import io_orientation
+
+    axes = [int(axis) for axis in io_orientation(header.get_best_affine())[:, 0]]
+    _refuse_huge(shape[axes.index(1)], shape[axes.index(0)])
+    return shape, axes
 
 
 def _nifti_slice(data: BinaryIO, kind: Kind, frame: int, name: str) -> Image.Image:
@@ -205,14 +230,17 @@ def _volume(data: BinaryIO, kind: Kind, name: str) -> Volume:
 
 
 def _load_volume(data: BinaryIO, kind: Kind) -> Volume:
-    shape = _nifti_shape(data, kind)
+    shape, _ = _nifti_shape(data, kind)
     image_class, header = _header(data, kind)
     import nibabel
 
     # No more than header, extensions and voxels can have: what follows them is nobody's.
     voxels = math.prod(shape) * header.get_data_dtype().itemsize
     raw = _unpacked(data, kind).read(int(header.get_data_offset()) + voxels)
-    volume = np.asanyarray(nibabel.as_closest_canonical(image_class.from_bytes(raw)).dataobj)
+    image = image_class.from_bytes(raw)
+    if len(shape) > 2:
+        image = nibabel.as_closest_canonical(image)
+    volume = np.asanyarray(image.dataobj)
     if volume.dtype.fields:  # RGB: three bytes a voxel
         raise UserError("a NIfTI volume of colours is not read; save it as grey values")
     volume = volume.reshape(*volume.shape[:2], -1, order="F")

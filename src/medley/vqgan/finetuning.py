@@ -128,6 +128,9 @@ class Finetuner:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.judge_optimizer.load_state_dict(state["judge_optimizer"])
+        for optimizer in (self.optimizer, self.judge_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = self.options.lr  # the state brings the one it was saved with
 
 
 def decoder_parameters(vqgan: VQGAN) -> list[nn.Parameter]:
