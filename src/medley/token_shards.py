@@ -41,6 +41,7 @@ from medley.files import (
 
 LARGEST_ID = np.iinfo(np.uint16).max
 _BATCH = 2000  # sequences of one record batch
+_ROW_GROUP = 400  # of Parquet: small enough that writing goes on while others are tokenized
 
 
 _NUMBERS = [str(number) for number in range(LARGEST_ID + 1)]
@@ -92,7 +93,7 @@ def parquet_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
 
 
 class ParquetOutput:
-    """Writes batches of any size in row groups of _BATCH rows, each with one dictionary of ids."""
+    """Writes batches of any size in row groups of some hundred rows, each with its dictionary."""
 
     def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(path, PARQUET_SCHEMA)
@@ -103,7 +104,7 @@ class ParquetOutput:
 
     def __call__(self, batch: pa.RecordBatch) -> None:
         self._held.append(batch)
-        if sum(map(len, self._held)) >= _BATCH:
+        if sum(map(len, self._held)) >= _ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
