@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +39,7 @@ from medley.files import (
     write_manifest,
 )
 from medley.image_tokenizer import ImageTokenizer, token_space_fingerprint
-from medley.images import Fit, bytes_to_pixels, from_pixels
+from medley.images import Fit, bytes_to_pixels
 from medley.images.lists import Frames, ImageList, Part, Source
 from medley.images.loading import Squares, square_batches
 from medley.loading import own_device
@@ -49,7 +48,7 @@ from medley.process_memory import keep_freed_memory
 from medley.ranks import all_ranks, from_main_rank, is_main_rank, rank, world_size
 from medley.vqgan import VQGAN
 from medley.vqgan.finetuning import Finetuner, FinetuningOptions
-from medley.vqgan.measures import CodeUsage, psnr, ssim
+from medley.vqgan.measures import CodeUsage, comparison, psnr, ssim
 from medley.vqgan.perceptual import PerceptualDistance
 
 GRID = 8  # pictures of a grid
@@ -322,7 +321,8 @@ def measure(
             **losses,
         }
         append_line(options.output / "log.jsonl", json.dumps(entry))
-        draw_grid(options.output / "grids" / f"step_{tuner.step:06}.png", grid)
+        with whole_file(options.output / "grids" / f"step_{tuner.step:06}.png") as temporary:
+            comparison(grid).save(temporary, "png")
         tqdm.write(
             f"step {tuner.step}: PSNR {entry['val_psnr']:.2f} dB, SSIM {entry['val_ssim']:.3f}, "
             f"perplexity {usage.perplexity:.0f}, {usage.used} of {len(usage.counts)} codes used"
@@ -338,18 +338,6 @@ def measure(
             torch.save(tuner.state(), temporary)
 
     from_main_rank(on_main_rank)
-
-
-def draw_grid(path: Path, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Originals above, reconstructions below."""
-    side = pairs[0][0].shape[-1]
-    grid = Image.new("RGB", (side * len(pairs), 2 * side))
-    for column, pair in enumerate(pairs):
-        for row, pixels in enumerate(pair):
-            grid.paste(from_pixels(pixels), (column * side, row * side))
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
-        grid.save(temporary, "png")
 
 
 def finish(

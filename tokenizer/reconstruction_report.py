@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from medley.errors import DataLost, UserError
 from medley.files import whole_file, write_json, write_manifest
 from medley.image_tokenizer import ImageTokenizer
-from medley.images import bytes_to_pixels, from_pixels
+from medley.images import bytes_to_pixels
 from medley.images.lists import Frames, ImageList, Part
 from medley.images.loading import Squares, square_batches
 from medley.loading import pick_device
 from medley.options import resolved, run_program
 from medley.process_memory import keep_freed_memory
-from medley.vqgan.measures import CodeUsage, psnr, ssim
+from medley.vqgan.measures import CodeUsage, comparison, psnr, ssim
 from medley.vqgan.perceptual import PerceptualDistance
 
 FOLDER = "folder"
@@ -222,13 +221,8 @@ def shown(value: float | None) -> str:
 
 
 def grid(group: Group) -> str:
-    side = group.shown[0][0].shape[-1]
-    picture = Image.new("RGB", (side * len(group.shown), 2 * side))
-    for column, pair in enumerate(group.shown):
-        for row, pixels in enumerate(pair):
-            picture.paste(from_pixels(pixels), (column * side, row * side))
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    comparison(group.shown).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

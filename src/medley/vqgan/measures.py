@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 from torch import Tensor
 
 from medley.errors import UserError
+from medley.images import from_pixels
 
 HIGHEST_PSNR = 100.0  # decibels; two equal pictures would have infinitely many
 
@@ -27,6 +31,16 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
     measured = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none")
     assert isinstance(measured, Tensor)
     return measured.reshape(len(one))
+
+
+def comparison(pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
+    """Pixels (3, size, size), each twice -> one picture: originals above, reconstructions below."""
+    side = pairs[0][0].shape[-1]
+    picture = Image.new("RGB", (side * len(pairs), 2 * side))
+    for column, pair in enumerate(pairs):
+        for row, pixels in enumerate(pair):
+            picture.paste(from_pixels(pixels), (column * side, row * side))
+    return picture
 
 
 class CodeUsage:
