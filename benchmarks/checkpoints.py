@@ -45,7 +45,7 @@ RANK = 16
 WATCHED = """
 import pathlib, re, sys, threading, time
 import peft, torch, transformers
-import conversion.merge_lora, conversion.pth_to_bin
+import conversion.bin_to_pth, conversion.merge_lora, conversion.pth_to_bin
 from medley.checkpoints import open_checkpoint
 
 def status():
@@ -73,6 +73,10 @@ conversion.merge_lora.main(
 """
 PTH_TO_BIN = """
 conversion.pth_to_bin.main(["--input_dir", {base!r}, "--output_dir", {output!r}])
+"""
+BIN_TO_PTH = """
+conversion.bin_to_pth.main(
+    ["--trained_ckpt", {base!r}, "--original_ckpt", {original!r}, "--new_ckpt", {output!r}])
 """
 
 
@@ -107,6 +111,7 @@ def work(options: Options) -> None:
             write_chameleon(folder / "pth", source, "random")
             print(f"{parameters / 1e6:.0f} million parameters", flush=True)
             runs = {"merge": (OURS, "base"), "pth_to_bin": (PTH_TO_BIN, "pth")}
+            runs["bin_to_pth"] = (BIN_TO_PTH, "merge")
             if times == 1:
                 runs = {"peft": (PEFT, "base"), **runs}
             for kind, (code, base) in runs.items():
@@ -173,7 +178,7 @@ def make_adapter(options: Options, layers: int, folder: Path) -> None:
 
 
 def watched(code: str, folder: Path, base: str, kind: str) -> dict[str, float]:
-    paths = {"base": base, "adapter": "adapter", "output": kind}
+    paths = {"base": base, "adapter": "adapter", "output": kind, "original": "pth"}
     filled = code.format(**{name: str(folder / value) for name, value in paths.items()})
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, filled], cwd=ROOT, capture_output=True, text=True,

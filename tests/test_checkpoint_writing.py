@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from medley import checkpoints
 from medley.checkpoints import huggingface as huggingface_layout
@@ -23,8 +24,9 @@ from medley.checkpoints import (
     write_hugging_face,
 )
 from medley.checkpoints.safetensors_stream import SafetensorsFile
+from medley.checkpoints.torch_stream import TorchFile
 from medley.errors import UserError
-from medley.files import read_json
+from medley.files import read_json, write_json
 
 
 def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -43,6 +45,45 @@ def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
+
+
+def test_a_streamed_pth_is_what_torch_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {
+        "a": torch.randn(3, 4), "half": torch.randn(500, 30).bfloat16(), "empty": torch.zeros(0, 2),
+        "view": torch.randn(4, 4).t()[1:], "scalar": torch.tensor(3.5), "ids": torch.arange(5),
+    }  # fmt: skip
+    file = TorchFile(tmp_path / "x.pth", {n: t.to("meta") for n, t in state.items()})
+    for name in reversed(state):
+        file.put(name, state[name])
+    file.close()
+    for mapped in (False, True):
+        found = torch.load(tmp_path / "x.pth", weights_only=True, mmap=mapped)
+        assert list(found) == list(state)
+        for name, tensor in state.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    assert zipfile.ZipFile(tmp_path / "x.pth").testzip() is None  # every checksum is right
+
+
+def test_what_is_surplus_or_missing_is_named(tmp_path: Path) -> None:
+    write_chameleon(tmp_path / "pth", open_checkpoint("tiny"), "tiny")
+    model = tmp_path / "pth" / "models" / "tiny"
+    shutil.copy(model / "consolidated.pth", model / "consolidated.00.pth")
+    with pytest.raises(UserError, match=r"consolidated\.pth and 1 numbered .*move the other away"):
+        open_checkpoint(tmp_path / "pth").decoder()
+    write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    state.pop("lm_head.weight")
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensors missing: lm_head\.weight; copy all files"):
+        open_checkpoint(tmp_path / "hf").decoder()
+    index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    write_json(tmp_path / "hf" / "model.safetensors.index.json", index)
+    for name in ("model-00001-of-00001.safetensors", "model-00002-of-00003.safetensors"):
+        shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / name)
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors: not named by"):
+        open_checkpoint(tmp_path / "hf").decoder()
 
 
 def test_many_small_shards_load_in_stock_transformers(

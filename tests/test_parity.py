@@ -235,6 +235,12 @@ def test_a_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: 
     for name, tensor in found.items():
         rounded = expected[name].to(tensor.dtype).float()
         assert torch.allclose(tensor.float(), rounded, rtol=2**-7, atol=1e-6), name
+    # An older PEFT wrote the same tensors as a pickle.
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    for name, tensor in merged_tensors(base, tmp_path / "adapter"):
+        assert torch.equal(tensor, found[name]), name
 
 
 @pytest.mark.parametrize("trainable", ["lora", "image_head", "lora+image_head", "full"])

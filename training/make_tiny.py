@@ -331,7 +331,7 @@ def save_decoder(options: Options, decoder: ChameleonForConditionalGeneration) -
         for name, tensor in decoder.state_dict().items()
         if not name.startswith(HUGGING_FACE_PREFIX)
     }
-    write_model(options.output / "models" / "tiny", sizes, state)
+    write_model(options.output / "models" / "tiny", sizes, lambda: iter(state.items()))
 
 
 def work(options: Options) -> None:

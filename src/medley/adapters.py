@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medley.checkpoints import Checkpoint, base_named_by, is_adapter, open_checkpoint
+from medley.checkpoints.vqgan_files import load_tensors, refuse_missing_or_pointer
 from medley.errors import UserError
 from medley.files import read_json
 from medley.model import ChameleonForConditionalGeneration
@@ -62,13 +63,19 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config: dict[str, Any] = read_json(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
+    older = folder / "adapter_model.bin"
+    if not path.is_file() and older.is_file():
+        path = older
+        tensors = load_tensors(path)
+    elif path.is_file():
+        refuse_missing_or_pointer(path)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        except SafetensorError as error:
+            raise UserError(f"{path}: broken or cut off ({error})") from error
+    else:
         raise UserError(f"{path}: no such file; the adapter is not whole without it")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken or cut off ({error})") from error
     problem = _fault(tensors)
     if problem is not None:
         raise UserError(f"{path}: {problem}")

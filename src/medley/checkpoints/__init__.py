@@ -314,7 +314,7 @@ def write_chameleon(
             )
     require_space(target, source.weight_bytes())
     with whole_folder(target) as folder:
-        write_model(folder / "models" / size, sizes, dict(source.tensors()), weights, norms)
+        write_model(folder / "models" / size, sizes, source.tensors, weights, norms)
         tokenizer = (original or source).tokenizer_folder
         copy_tokenizer(tokenizer, folder / "tokenizer")
         copy_notices((original or source).folder, folder)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from medley.checkpoints.names import (
     to_chameleon,
     to_hugging_face,
 )
+from medley.checkpoints.torch_stream import TorchFile
 from medley.checkpoints.vqgan_files import check_names, load_tensors
 from medley.errors import UserError
 from medley.files import read_json, whole_file, write_json
@@ -89,7 +91,12 @@ class ChameleonWeights:
             if (match := _SHARD.fullmatch(path.name))
         }
         declared = self.params.get("model_parallel_size")
-        if single.is_file() and not numbered:
+        if single.is_file() and numbered:
+            raise UserError(
+                f"{self.folder}: holds consolidated.pth and {len(numbered)} numbered shards; only "
+                "one of the two can be the model: move the other away"
+            )
+        if single.is_file():
             files = [single]
         else:
             files = [path for _, path in sorted(numbered.items())]
@@ -104,7 +111,8 @@ class ChameleonWeights:
                 )
         if declared not in (None, len(files)):
             raise UserError(
-                f"{self.folder}: params.json says {declared} shards, {len(files)} are there"
+                f"{self.folder}: params.json says {declared} shards, {len(files)} are there: "
+                "copy the missing ones, or move away those of another model"
             )
         return files
 
@@ -162,30 +170,44 @@ class ChameleonWeights:
 def write_model(
     folder: Path,
     sizes: Sizes,
-    state: dict[str, Tensor],
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
     original: ChameleonWeights | None = None,
     norms: Norms = "equal",
 ) -> None:
-    """Writes `models/<size>`: Hugging Face's tensors -> Chameleon's files.
+    """Writes `models/<size>`: Hugging Face's tensors -> Chameleon's files, one at a time.
 
-    `original` is the model that this one was made from: its `params.json` and rotary
-    frequencies are kept. Without one they are made from `sizes`.
+    `tensors` is called twice, for the shapes and for the numbers. `original` is the model that this
+    one was made from: its `params.json` and rotary frequencies are kept. Without one they are made
+    from `sizes`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    expected = entries(sizes.layers)
-    check_names([e.hugging_face for e in expected], state, str(folder))
-    parts = {
-        e.chameleon: to_chameleon(e, state[e.hugging_face], sizes.split, norms) for e in expected
-    }
+    by_name = {entry.hugging_face: entry for entry in entries(sizes.layers)}
+    shapes = {name: tensor.to("meta") for name, tensor in tensors()}
+    check_names(by_name, shapes, str(folder))
     frequencies = original.rope if original is not None else None
     if frequencies is None:
         frequencies = rope_frequencies(sizes.width // sizes.heads, sizes.rope_theta)
-    for number in range(sizes.shards):
-        name = "consolidated.pth" if sizes.shards == 1 else f"consolidated.{number:02d}.pth"
-        # Cloned: a view would carry the storage of the whole tensor into the file.
-        shard = {key: tensors[number].clone() for key, tensors in parts.items()}
-        with whole_file(folder / name) as temporary:
-            torch.save({**shard, ROPE: frequencies.clone()}, temporary)
+    # Shapes alone: whether norms are equal is seen when they are written.
+    parts = {
+        e.chameleon: to_chameleon(e, shapes[n], sizes.split, "mean") for n, e in by_name.items()
+    }
+    with ExitStack() as stack:
+        files = []
+        for number in range(sizes.shards):
+            name = "consolidated.pth" if sizes.shards == 1 else f"consolidated.{number:02d}.pth"
+            temporary = stack.enter_context(whole_file(folder / name))
+            own = {key: tensors[number] for key, tensors in parts.items()}
+            files.append(TorchFile(temporary, {**own, ROPE: frequencies}))
+            stack.callback(files[-1].abandon)
+        for name, tensor in tensors():
+            entry = by_name[name]
+            for file, part in zip(
+                files, to_chameleon(entry, tensor, sizes.split, norms), strict=True
+            ):
+                file.put(entry.chameleon, part)
+        for file in files:
+            file.put(ROPE, frequencies)
+            file.close()
     params = _params(sizes)
     if original is not None:
         params = {**original.params, "model_parallel_size": sizes.shards}

@@ -101,6 +101,14 @@ class HuggingFaceWeights:
                         f"{self.folder}: weights are missing: {', '.join(missing)} ({index} "
                         "names them); copy them there"
                     )
+                pattern = f"{Path(single).stem}-*-of-*{Path(single).suffix}"
+                surplus = {p.name for p in self.folder.glob(pattern)} - set(table.values())
+                if surplus:
+                    raise UserError(
+                        f"{self.folder}: {', '.join(sorted(surplus))}: not named by {index}; "
+                        "shards of two checkpoints are mixed here: move the surplus ones away, or "
+                        "copy the index that belongs to them"
+                    )
                 return {name: self.folder / file for name, file in table.items()}
             if (self.folder / single).is_file():
                 path = self.folder / single

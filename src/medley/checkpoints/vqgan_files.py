@@ -124,11 +124,17 @@ def fill(config: VQGANConfig, state: dict[str, Tensor], where: str) -> VQGAN:
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], where: str) -> None:
+    """Raises UserError naming tensors that are missing or surplus, and what would mend it."""
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    advice = {
+        "missing": "copy all files of the checkpoint again, its configuration among them",
+        "not known": "the configuration beside these weights is that of another (smaller?) model",
+    }
     for problem, names in (("missing", missing), ("not known", surplus)):
         if names:
             rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise UserError(f"{where}: tensors {problem}: {', '.join(names[:5])}{rest}")
+            listed = f"{', '.join(names[:5])}{rest}"
+            raise UserError(f"{where}: tensors {problem}: {listed}; {advice[problem]}")
 
 
 # --- inside a Hugging Face folder ---------------------------------------------------------
