@@ -21,7 +21,7 @@ from medley.adapters import read_adapter
 from medley.checkpoints import open_checkpoint, tiny_folder
 from medley.files import read_manifest
 from medley.token_shards import TokenShards
-from medley.trainer import COMPLETE
+from medley.training.saving import COMPLETE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TOKENIZER = tiny_folder() / "tokenizer" / "text_tokenizer.json"

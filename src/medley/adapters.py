@@ -55,11 +55,11 @@ def base_of(adapter: Path, base: str | Path | None) -> Checkpoint:
     return open_checkpoint(named)
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(folder: Path, trained: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of an adapter.
 
-    Raises UserError for one whose tensors are missing, empty, all zero or not finite: such an
-    adapter would merge to the base, silently.
+    Raises UserError for one whose tensors are missing, empty, not finite or, where it is `trained`,
+    all zero: such an adapter would merge to the base, silently.
     """
     config: dict[str, Any] = read_json(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
@@ -76,13 +76,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise UserError(f"{path}: broken or cut off ({error})") from error
     else:
         raise UserError(f"{path}: no such file; the adapter is not whole without it")
-    problem = _fault(tensors)
+    problem = _fault(tensors, trained)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
     return config, tensors
 
 
-def _fault(tensors: dict[str, Tensor]) -> str | None:
+def _fault(tensors: dict[str, Tensor], trained: bool) -> str | None:
     if not tensors:
         return "holds no tensors (saved under ZeRO-3 without gathering?)"
     for name, tensor in tensors.items():
@@ -91,15 +91,15 @@ def _fault(tensors: dict[str, Tensor]) -> str | None:
         if not bool(tensor.isfinite().all()):
             return f"{name} holds NaN or infinite values; the training run went wrong"
     learned = [t for n, t in tensors.items() if "lora_A" not in n]
-    if all(not bool(tensor.any()) for tensor in learned):
+    if trained and all(not bool(tensor.any()) for tensor in learned):
         return "every learned tensor is zero: this adapter was never trained"
     return None
 
 
-def attach(decoder: ChameleonForConditionalGeneration, folder: Path) -> Any:
-    """A decoder with an adapter laid over it, unmerged, as a PeftModel."""
+def attach(decoder: ChameleonForConditionalGeneration, folder: Path, learns: bool = False) -> Any:
+    """A decoder with an adapter laid over it, unmerged, as a PeftModel; `learns` to train it on."""
     _, tensors = read_adapter(folder)  # refuses an empty one with a reason
-    modules = {name.removesuffix(".weight"): t.shape for name, t in decoder.state_dict().items()}
+    modules = {n: _shape(m) for n, m in decoder.named_modules() if hasattr(m, "weight")}
     for name, tensor in tensors.items():
         module, _, kind = name.removeprefix(_PREFIX).partition(".lora_")
         if not kind:
@@ -112,7 +112,15 @@ def attach(decoder: ChameleonForConditionalGeneration, folder: Path) -> Any:
                 f"({module}: {'no such matrix' if shape is None else tuple(shape)}); was it "
                 "trained on another one?"
             )
-    return peft.PeftModel.from_pretrained(decoder, str(folder)).eval()
+    model = peft.PeftModel.from_pretrained(decoder, str(folder), is_trainable=learns)
+    return model if learns else model.eval()
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of a module's weight; of a quantised one as it was before."""
+    if hasattr(module, "in_features"):
+        return (module.out_features, module.in_features)
+    return tuple(module.weight.shape)
 
 
 def merged_tensors(base: Checkpoint, adapter: Path) -> Iterator[tuple[str, Tensor]]:
@@ -221,17 +229,22 @@ def trainable_model(
     alpha: int,
     dropout: float,
     targets: Sequence[str],
+    rslora: bool = False,
+    start: Path | None = None,
 ) -> Any:
     """A decoder of which only what `trainable` names learns; the VQGAN in it never does.
 
     `lora`, `image_head` (the rows of the image codes in the output head, Anole's way) and both
-    give a PeftModel; `full` the decoder itself.
+    give a PeftModel; `full` the decoder itself. `start` is an adapter to go on learning, which
+    then says itself what it trains.
     """
     decoder.requires_grad_(False)
     if trainable == "full":
         decoder.requires_grad_(True)
         decoder.model.vqmodel.requires_grad_(False)
         return decoder
+    if start is not None:
+        return attach(decoder, find_adapter(start), learns=True)
     modules = [name.rpartition(".")[2] for name, _ in decoder.model.layers.named_modules()]
     unknown = [target for target in targets if target not in modules]
     if "lora" in trainable and unknown:
@@ -243,6 +256,7 @@ def trainable_model(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rslora,
         target_modules=list(targets) if "lora" in trainable else DUMMY_TARGET_MODULES,
         trainable_token_indices=image_rows,
         base_model_name_or_path=base_name,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from medley.doctor import doctor
-from medley.document import Document, DocumentError, Picture
+from medley.document import Document, Picture
 from medley.errors import DataLost, UserError
-from medley.files import json_lines, whole_file
+from medley.files import whole_file
 from medley.generation.options import GenerationOptions, Mode
-from medley.loading import Answer, Model, Prompt, load
+from medley.loading import Prompt, load
 from medley.options import run_program
+from medley.responses import answer_good, page, prompts_in, save_answer
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class GenerateOptions:
 
 
 def read_prompts(options: GenerateOptions) -> list[Prompt | Document]:
-    """The prompts of the flags or of the input file.
-
-    A line is like a document's: `text` with one `<image>` for each of `image_path`, or
-    `messages` that end with the user's. Raises UserError with file and line for a bad one.
-    """
+    """The prompts of the flags or of the input file."""
     if (options.prompt is None) == (options.input is None):
         raise UserError("give either --prompt or --input")
     if options.prompt is not None:
@@ -102,25 +98,7 @@ def read_prompts(options: GenerateOptions) -> list[Prompt | Document]:
     if options.image:
         raise UserError("--image belongs to --prompt; in --input the lines name their pictures")
     assert options.input is not None
-    prompts: list[Prompt | Document] = []
-    for number, line in json_lines(options.input):
-        place = f"{options.input}:{number}"
-        try:
-            document = Document.from_json(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg})") from error
-        except DocumentError as error:
-            raise UserError(f"{place}: {error}") from error
-        if len(document.turns) % 2 == 0:
-            raise UserError(
-                f"{place}: ends with an answer already; a prompt ends with the user's turn (leave "
-                "out <reserved08706> and what follows)"
-            )
-        alone = len(document.turns) == 1
-        prompts.append(list(document.turns[0].parts) if alone else document)
-    if not prompts:
-        raise UserError(f"{options.input}: no prompts in it")
-    return prompts
+    return prompts_in(options.input)
 
 
 def generate(options: GenerateOptions) -> None:
@@ -155,66 +133,6 @@ def generate(options: GenerateOptions) -> None:
     if failed:
         reason = next(row["error"] for row in rows if "error" in row)
         raise DataLost(f"{failed} of {len(rows)} prompts failed: {reason} (see responses.jsonl)")
-
-
-def answer_good(
-    model: Model,
-    prompts: Sequence[Prompt | Document],
-    options: GenerationOptions,
-    complete: bool,
-    numbers: Sequence[int],
-) -> list[Answer | str]:
-    """Answers; for a prompt that cannot be answered (a broken picture, one that is longer than
-    the context) the reason in its place. `numbers` seed the rows.
-    """
-    out: list[Answer | str] = []
-    good: list[tuple[int, Prompt | Document]] = []
-    for number, prompt in zip(numbers, prompts, strict=True):
-        try:
-            model.engine.check(model.prompt_ids(prompt, complete))
-            good.append((number, prompt))
-            out.append("")
-        except UserError as error:
-            out.append(str(error))
-    rows, chosen = [number for number, _ in good], [options] * len(good)
-    found = model.answer_batch([p for _, p in good], chosen, complete, rows=rows)
-    answers = iter(found)
-    return [next(answers) if reason == "" else reason for reason in out]
-
-
-def save_answer(folder: Path, number: int, answer: Answer | str) -> dict[str, Any]:
-    """Pictures to PNG files; gives the line of responses.jsonl."""
-    if isinstance(answer, str):
-        return {"index": number, "error": answer}
-    parts: list[dict[str, str]] = []
-    for part in answer.parts:
-        if isinstance(part, str):
-            parts.append({"type": "text", "text": part})
-        else:
-            name = f"{number:05d}_{len(parts)}.png"
-            part.save(folder / name)
-            parts.append({"type": "image", "file": name})
-    row = {"index": number, "parts": parts, "finish_reason": answer.finish_reason}
-    return row | ({"note": answer.note} if answer.note else {})
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """The answers as one HTML page beside their pictures."""
-    blocks = []
-    for row in rows:
-        inner = "".join(
-            f"<span>{html.escape(part['text'])}</span>"
-            if part["type"] == "text"
-            else f"<img src='{html.escape(part['file'])}' alt='generated picture'>"
-            for part in row.get("parts", [])
-        )
-        blocks.append(f"<p><b>{row['index']}</b> {inner}{html.escape(row.get('error', ''))}</p>")
-    style = "body{font-family:sans-serif;margin:2em}img{width:192px;image-rendering:pixelated}"
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Medley: responses</title>"
-        f"<style>{style}</style><h1>Responses</h1>{''.join(blocks)}"
-        "<p>Research only, not for clinical decisions.</p></html>"
-    )
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from medley.attention import document_lengths
+from medley.loss_head import LOSS_CHUNK, Head
 from medley.packing import IGNORED
-
-LOSS_CHUNK = 256  # labelled places whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
 
     loss_options = LossOptions()
     loss_sums: Tensor | None = None
+
+    def __init__(self, config: transformers.ChameleonConfig) -> None:
+        super().__init__(config)
+        sizes = (config.hidden_size, config.vocab_size)
+        self.lm_head: Head = Head(*sizes, bias=False)
+
+    @property
+    def training_attention(self) -> bool:
+        """Whether `attention.set_attention` chose a kernel that is told of each document."""
+        return str(self.config._attn_implementation).startswith("medley_")
 
     def forward(
         self,
@@ -68,6 +78,8 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
                     "training takes no attention_mask: documents are kept apart by position_ids"
                 )
             use_cache = False
+            if self.training_attention and position_ids is not None:
+                kwargs["documents"] = document_lengths(position_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -112,21 +124,33 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[places]
         weights = self.label_weights(targets)
         image = self._is_image(targets)
-        total = hidden.sum() * 0.0  # a row without labels still has a graph
-        sums = torch.zeros(4, dtype=torch.float64, device=hidden.device)
-        for chunk in range(0, len(targets), LOSS_CHUNK):
-            part = slice(chunk, chunk + LOSS_CHUNK)
-            # Recomputed in the backward pass: the logits of one chunk are alive at a time.
+        if isinstance(self.lm_head, Head):
+            z_loss = self.loss_options.z_loss
+            total, losses = self.lm_head(states, targets, weights, z_loss)
+        else:  # an adapter lies over it
+            total, losses = self._checkpointed(states, targets, weights)
+        total = total + hidden.sum() * 0.0  # a row without labels still has a graph
+        seen = torch.stack([~image, image]).double()
+        self.loss_sums = torch.stack([(seen * losses.double()).sum(1), seen.sum(1)], 1).reshape(-1)
+        return total / (weights.sum().clamp(min=1e-8) if num_items is None else num_items)
+
+    def _checkpointed(
+        self, states: Tensor, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `HeadLoss` gives, with the logits of a chunk made again for its gradient."""
+        total = torch.zeros((), device=states.device)
+        losses = [states.new_zeros(0, dtype=torch.float32)]
+        # ZeRO-3 gathers the head at each call, which must be as many on every rank: one.
+        taken_apart = any(hasattr(p, "ds_id") for p in self.lm_head.parameters())
+        size = max(len(targets), 1) if taken_apart else LOSS_CHUNK
+        for chunk in range(0, max(len(targets), taken_apart), size):
+            part = slice(chunk, chunk + size)
             token_loss, z_loss = checkpoint(
                 self._token_losses, states[part], targets[part], use_reentrant=False
             )
             total = total + (weights[part] * (token_loss + z_loss)).sum()
-            losses = token_loss.detach().double()
-            seen = image[part].double()
-            counts = torch.stack([1 - seen, seen])
-            sums += torch.stack([(counts * losses).sum(1), counts.sum(1)], 1).reshape(-1)
-        self.loss_sums = sums
-        return total / (weights.sum().clamp(min=1e-8) if num_items is None else num_items)
+            losses.append(token_loss.detach())
+        return total, torch.cat(losses)
 
     def _token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """States (N, D), targets (N,) -> cross entropy and weighted z-loss, float32 (N,)."""

@@ -56,8 +56,22 @@ def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options
             parser.add_argument(name, type=element, nargs="+", **extra)
         else:
             parser.add_argument(name, type=hint, **extra)
-    values = vars(parser.parse_args(list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    values = vars(parser.parse_args(_config_first(words)))
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """The parser lets the later of two win; flags shall win wherever the file is named."""
+    first: list[str] = []
+    rest: list[str] = []
+    while words:
+        word, *words = words
+        if word == "--config" and words:
+            first += [word, words.pop(0)]
+        else:
+            (first if word.startswith("--config=") else rest).append(word)
+    return [*first, *rest]
 
 
 def _element(hint: Any) -> Any:

@@ -17,14 +17,19 @@ LEARNED = "\u27e6", "\u27e7"  # white square brackets around what is learned
 THUMBNAIL = 256  # pixels of the longer side
 
 
-def example_text(ids: Sequence[int], tokenizer: TextTokenizer) -> str:
-    """A whole document's ids as text: pictures by their number of codes, the learned part between
-    white square brackets, its closing mark included.
+def example_text(
+    ids: Sequence[int],
+    tokenizer: TextTokenizer,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> str:
+    """Ids as text: pictures by their number of codes, what is learned between white square
+    brackets. `spans` (start, end) say what that is; a whole document's answers unless given.
     """
+    spans = answer_spans(ids, tokenizer.vocabulary) if spans is None else spans
     marks = {tokenizer.vocabulary.bos: BOS, tokenizer.vocabulary.eos: EOS}
     marks[tokenizer.vocabulary.end_turn] = END_TURN
-    edges = sorted({0, len(ids), *(e for s in answer_spans(ids, tokenizer.vocabulary) for e in s)})
-    learned = {start for start, _ in answer_spans(ids, tokenizer.vocabulary)}
+    edges = sorted({0, len(ids), *(edge for span in spans for edge in span)})
+    learned = {start for start, _ in spans}
     pieces = []
     for start, end in pairwise(edges):
         shown = "".join(_pieces(list(ids[start:end]), marks, tokenizer))
