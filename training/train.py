@@ -24,6 +24,7 @@ import transformers
 from medley.adapters import trainable_model
 from medley.attention import set_attention
 from medley.checkpoints import TINY, Checkpoint, open_checkpoint, write_hugging_face
+from medley.doctor import versions
 from medley.errors import UserError
 from medley.files import quick_hash, write_manifest
 from medley.generation import GenerationOptions
@@ -153,6 +154,7 @@ def tell_before_the_first_step(
         f"{learned:,} of {total:,} parameters learn; {steps} steps of {options.rows_a_step} rows",
         f"time: {preflight.readable(estimate)} or so, by this device's matrix products",
     ]
+    lines += [f"{name} {version}: {note}" for name, version, note in versions() if "range" in note]
     if options.preflight:
         limit = options.trainer.get("save_total_limit")
         saves = preflight.saves_to_come(

@@ -1,0 +1,274 @@
+"""Training: trained tokens a second beside transformers' Trainer, and the memory of the loss head.
+
+    python benchmarks/training.py
+
+Documents with MedMax's spread of lengths (answers of 10 to 300 words, 0 to 3 pictures) train LoRA
+on `tiny`. Baseline: transformers' Trainer with PEFT, batches of 8 documents padded on the right,
+the plain loss over all logits. Both see the same documents in the same number of steps; the loss on
+held-out documents must come out alike. Then the loss head alone, at any width and vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+from medley.adapters import PROJECTIONS
+from medley.checkpoints import open_checkpoint
+from medley.files import write_manifest
+from medley.model import ChameleonForConditionalGeneration
+from medley.options import run_program
+from medley.packing import IGNORED, labels_for, make_row, stack_rows
+from medley.phantoms import Phantom, caption
+from medley.token_shards import TokenShards, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measures training.
+
+    Args:
+        documents: documents to learn from; as many steps as batches of 8 of them
+        length: places of the loss head's measurement
+        width: its width
+        vocabulary: its vocabulary
+        rounds: runs of each, of which the fastest counts
+    """
+
+    documents: int = 320
+    length: int = 4096
+    width: int = 1024
+    vocabulary: int = 65536
+    rounds: int = 2
+
+
+class Plain(ChameleonForConditionalGeneration):
+    """The same decoder with the loss that transformers' classes have: all logits at once."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None,
+                **kwargs: Any) -> Any:  # fmt: skip
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = self.loss_function(
+            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
+        )
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program("benchmarks/training.py", Options, work, argv)
+
+
+def work(options: Options) -> None:
+    result: dict[str, Any] = {"benchmark": "training"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_documents(folder / "train.jsonl", options.documents, 0)
+        write_documents(folder / "val.jsonl", 64, 1)
+        held_out = list(TokenShards(folder / "val.jsonl"))
+        for kind, run in (("baseline", run_baseline), ("ours", run_ours)):
+            runs = [run(folder, options) for _ in range(options.rounds)]
+            figures = max(runs, key=lambda r: r["trained_tokens_per_second"])
+            figures["held_out_loss"] = held_out_loss(folder / kind, held_out)
+            result[kind] = figures
+            print(kind, figures, flush=True)
+    speeds = [result[kind]["trained_tokens_per_second"] for kind in ("baseline", "ours")]
+    result["times_the_baseline"] = speeds[1] / speeds[0]
+    result["head"] = head_figures(options)
+    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(json.dumps(result))
+
+
+# --- documents --------------------------------------------------------------------------------
+
+
+def write_documents(path: Path, count: int, seed: int) -> None:
+    """Phantoms' texts, strung together to MedMax's lengths; pictures by their codes."""
+    tiny = open_checkpoint("tiny")
+    text, images = tiny.text_tokenizer(), tiny.image_tokenizer()
+    marks = text.vocabulary
+    generator = np.random.default_rng(seed)
+    scans = [Phantom.random(generator) for _ in range(40)]
+    codes = [images.encode([scan.image(images.size)])[0].tolist() for scan in scans]
+    sentences = [text.encode(caption(scan) + " ") for scan in scans]
+
+    def row() -> dict[str, Any]:
+        ids = [marks.bos]
+        for place in generator.integers(0, len(scans), generator.integers(0, 4)):
+            ids += marks.picture_ids(codes[place])
+        ids += [*text.encode("What is seen?"), marks.end_turn]
+        wanted = len(ids) + int(generator.integers(10, 301) * 1.3)  # tokens of so many words
+        while len(ids) < wanted:
+            ids += sentences[generator.integers(0, len(scans))]
+        return {"tokens": [*ids[:wanted], marks.eos]}
+
+    write_jsonl(path, (row() for _ in range(count)))
+    write_manifest(path, {}, [], tiny.fingerprint())
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def run_baseline(folder: Path, options: Options) -> dict[str, float]:
+    tiny = open_checkpoint("tiny")
+    marks = tiny.text_tokenizer().vocabulary
+    transformers.set_seed(0)
+    decoder = tiny.decoder(torch.float32)
+    decoder.__class__ = Plain
+    config = peft.LoraConfig(
+        r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = peft.get_peft_model(decoder, config)
+    documents = list(TokenShards(folder / "train.jsonl"))
+
+    def collate(batch: Sequence[Any]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids in batch)
+        made = {"input_ids": marks.pad, "labels": IGNORED, "attention_mask": 0}
+        rows: dict[str, list[Any]] = {name: [] for name in made}
+        for ids in batch:
+            own = {"input_ids": ids, "labels": labels_for(ids, marks),
+                   "attention_mask": np.ones(len(ids), np.int64)}  # fmt: skip
+            for name, filler in made.items():
+                rows[name].append(
+                    np.pad(own[name], (0, longest - len(ids)), constant_values=filler)
+                )
+        return {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "baseline"), per_device_train_batch_size=8, num_train_epochs=1,
+        learning_rate=LEARNING_RATE, warmup_steps=0.1, lr_scheduler_type="cosine", report_to="none",
+        use_cpu=True, logging_steps=5, save_strategy="no", remove_unused_columns=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=documents, data_collator=collate
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    model.save_pretrained(str(folder / "baseline"))
+    return {"trained_tokens_per_second": trained(documents) / seconds, "seconds": seconds}
+
+
+def trained(documents: Sequence[Any]) -> int:
+    marks = open_checkpoint("tiny").text_tokenizer().vocabulary
+    return sum(int((labels_for(ids, marks) != IGNORED).sum()) for ids in documents)
+
+
+def run_ours(folder: Path, options: Options) -> dict[str, float]:
+    """The program itself, with rows of about 8 documents, as the baseline's batches have."""
+    shards = TokenShards(folder / "train.jsonl")
+    # One row a step, as long as makes as many steps as the baseline's batches of 8.
+    length = int(shards.lengths.sum() / (options.documents / 8) * 1.01)
+    output = folder / "ours"
+    for old in output.glob("*"):
+        old.unlink()
+    flags = ["--train_data", shards.path, "--ckpt", "tiny", "--output_dir", output, "--pack"]
+    flags += ["--max_length", length, "--lr", LEARNING_RATE, "--lora_dropout", 0]
+    flags += ["--logging_steps", 5, "--save_strategy", "no", "--trainer", '{"disable_tqdm": true}']
+    command = [sys.executable, "-m", "training.train", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    seconds = next(e["train_runtime"] for e in state if "train_runtime" in e)
+    steps_done = max(e["step"] for e in state)
+    tokens = trained(list(shards))
+    return {
+        "trained_tokens_per_second": tokens / seconds, "seconds": seconds, "steps": steps_done,
+    }  # fmt: skip
+
+
+def held_out_loss(adapter: Path, documents: Sequence[Any]) -> float:
+    """Mean loss a labelled token, by the same code for both."""
+    tiny = open_checkpoint("tiny")
+    marks = tiny.text_tokenizer().vocabulary
+    model = peft.PeftModel.from_pretrained(tiny.decoder(torch.float32), str(adapter)).eval()
+    total, count = 0.0, 0.0
+    with torch.no_grad():
+        for ids in documents:
+            model(**stack_rows([make_row([ids], marks)], marks))
+            text, texts, image, images = model.get_base_model().loss_sums.tolist()
+            total, count = total + text + image, count + texts + images
+    return total / count
+
+
+# --- the loss head ------------------------------------------------------------------------------
+
+HEAD = """
+import pathlib, re, threading, time, torch
+import torch.nn.functional as F
+from medley.loss_head import HeadLoss
+
+def naive(states, head, targets):  # logits of all places, in float32, as transformers has them
+    F.cross_entropy((states @ head.t()).float(), targets, ignore_index=-100).backward()
+def ours(states, head, targets):
+    places = (targets != -100).nonzero().squeeze(1)
+    ones = torch.ones(len(places))
+    total, _ = HeadLoss.apply(states[places], head, targets[places], ones, 0.0)
+    (total / len(places)).backward()
+def status():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+torch.manual_seed(0)
+states = torch.randn({length}, {width}).bfloat16().requires_grad_()
+head = (torch.randn({vocabulary}, {width}) * 0.02).bfloat16()
+targets = torch.randint({vocabulary}, ({length},))
+{kind}(states[:64].detach().requires_grad_(), head, targets[:64])  # libraries' own workspaces
+targets = torch.where(torch.arange({length}) < {labelled}, targets, -100)
+before = peak = status()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, status())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+{kind}(states, head, targets)
+print("figures", time.perf_counter() - start, (peak - before) / 1024)
+"""
+
+
+def head_figures(options: Options) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    cases = {
+        "naive": ("naive", options.length), "ours": ("ours", options.length),
+        "ours_quarter_labelled": ("ours", options.length // 4),
+    }  # fmt: skip
+    for name, (kind, labelled) in cases.items():
+        code = HEAD.format(
+            kind=kind, labelled=labelled,
+            length=options.length, width=options.width, vocabulary=options.vocabulary,
+        )  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        seconds, megabytes = map(float, done.stdout.split("figures")[1].split())
+        found[name] = {"seconds": seconds, "peak_mb": megabytes}
+        print("head", name, found[name], flush=True)
+    found["memory_of_naive"] = found["ours"]["peak_mb"] / found["naive"]["peak_mb"]
+    found["time_of_naive"] = found["ours"]["seconds"] / found["naive"]["seconds"]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
