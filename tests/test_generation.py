@@ -118,7 +118,7 @@ def test_randomness_is_the_seeds_the_rows_and_the_positions() -> None:
 def test_choosing_follows_the_probabilities() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0]]).expand(4000, 3)
     draws = uniforms([3] * 4000, [0] * 4000, range(4000))
-    tokens = choose(logits, draws, torch.zeros(4000, dtype=torch.bool))
+    tokens = choose(logits, draws)
     share = float((tokens == 2).double().mean())
     assert abs(share - float(torch.tensor([0.0, 1.0]).softmax(0)[1])) < 0.03
     assert not bool((tokens == 1).any())

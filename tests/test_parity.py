@@ -19,7 +19,7 @@ from medley.checkpoints import open_checkpoint, write_chameleon, write_hugging_f
 from medley.checkpoints.chameleon import ChameleonWeights
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
-from medley.generation.sampling import keep_top_p, penalise_repetition
+from medley.generation.sampling import kept, penalise_repetition
 from medley.model import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
 from medley.packing import IGNORED, make_row, stack_rows
 
@@ -332,14 +332,24 @@ class _WordPenalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: igno
         return super().__call__(torch.tensor(words), scores)
 
 
-def test_penalty_and_top_p_equal_transformers() -> None:
+def test_penalty_top_k_and_top_p_equal_transformers() -> None:
     torch.manual_seed(0)
     logits, ids = torch.randn(3, 50), torch.randint(0, 50, (3, 7))
     seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
     assert torch.equal(penalise_repetition(logits, seen, torch.full((3, 1), 1.3)), theirs)
-    theirs = transformers.TopPLogitsWarper(0.7)(ids, logits.clone())
-    assert torch.equal(keep_top_p(logits, torch.full((3, 1), 0.7)), theirs)
+    for top_k, top_p in ((0, 0.7), (5, 1.0), (9, 0.6), (0, 1.0)):
+        theirs = logits.clone()
+        if top_k:
+            theirs = transformers.TopKLogitsWarper(top_k)(ids, theirs)
+        theirs = transformers.TopPLogitsWarper(top_p)(ids, theirs)
+        for width in (30, 50):
+            places, found, complete = kept(logits, top_k, top_p, width)
+            ours = torch.zeros(3, 50).scatter_(1, places, found)
+            ours = ours / ours.sum(-1, keepdim=True)
+            same = torch.isclose(ours, theirs.softmax(-1), atol=1e-6).all(-1)
+            assert bool(same[complete].all())
+            assert bool(complete.all()) or width < 50
 
 
 def test_guided_codes_equal_three_plain_forward_passes(model: medley.Model) -> None:

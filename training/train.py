@@ -22,13 +22,13 @@ import torch
 import transformers
 
 from medley.adapters import trainable_model
+from medley.assistant import Model
 from medley.attention import set_attention
 from medley.checkpoints import TINY, Checkpoint, open_checkpoint, write_hugging_face
 from medley.doctor import versions
 from medley.errors import UserError
 from medley.files import quick_hash, write_manifest
 from medley.generation import GenerationOptions
-from medley.loading import Model
 from medley.model import LossOptions, tie_head_norms
 from medley.options import resolved, run_program
 from medley.packing import IGNORED

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from medley.version import __version__
 
 if TYPE_CHECKING:
+    from medley.assistant import Model
     from medley.document import Document, Picture, Turn
     from medley.generation import GenerationOptions
     from medley.image_tokenizer import ImageTokenizer
-    from medley.loading import Model, load
+    from medley.loading import load
     from medley.vocabulary import Vocabulary
 
 __all__ = [
@@ -26,7 +27,7 @@ _HOMES = {
     "Turn": "document",
     "GenerationOptions": "generation",
     "ImageTokenizer": "image_tokenizer",
-    "Model": "loading",
+    "Model": "assistant",
     "load": "loading",
     "Vocabulary": "vocabulary",
 }

@@ -55,7 +55,7 @@ def self_test_values(folder: Path | str = TINY) -> dict[str, object]:
     return {"codes": codes, "logits": [round(v, 5) for v in logits[::97].tolist()]}
 
 
-def doctor() -> None:
+def examine() -> None:
     """Prints what was found. Raises UserError when the self-test fails."""
     print(f"python {platform.python_version()} on {platform.machine()}")
     for name, found, note in versions():

@@ -37,7 +37,10 @@ def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options
     """
     assert dataclasses.is_dataclass(kind)
     docs = parse_docstring(kind.__doc__ or "")
-    helps = {p.arg_name: " ".join((p.description or "").split()) for p in docs.params}
+    inherited = [parse_docstring(c.__doc__ or "") for c in reversed(kind.__mro__[:-1])]
+    helps = {
+        p.arg_name: " ".join((p.description or "").split()) for own in inherited for p in own.params
+    }
     parser = _Parser(prog=prog, description=docs.short_description)
     parser.add_argument("--config", action="config", help="a YAML file of options; flags win")
     hints = get_type_hints(kind)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medley.assistant import Answer, Model, Prompt
 from medley.document import Document, DocumentError
 from medley.errors import UserError
 from medley.files import json_lines
 from medley.generation import GenerationOptions
-from medley.loading import Answer, Model, Prompt
 
 
 def prompts_in(path: Path) -> list[Prompt | Document]:
@@ -48,6 +48,7 @@ def answer_good(
     options: GenerationOptions,
     complete: bool,
     numbers: Sequence[int],
+    batch_size: int = 32,
 ) -> list[Answer | str]:
     """Answers; for a prompt that cannot be answered (a broken picture, one that is longer than
     the context) the reason in its place. `numbers` seed the rows.
@@ -62,7 +63,7 @@ def answer_good(
         except UserError as error:
             out.append(str(error))
     rows, chosen = [number for number, _ in good], [options] * len(good)
-    found = model.answer_batch([p for _, p in good], chosen, complete, rows=rows)
+    found = model.answer_batch([p for _, p in good], chosen, complete, batch_size, rows)
     answers = iter(found)
     return [next(answers) if reason == "" else reason for reason in out]
 

@@ -1,10 +1,12 @@
 """Keys and values of many streams, each with its own length, in one tensor a layer.
 
-Shapes: R streams in use, H heads of keys and values, L longest length, K head width.
+Shapes: S slots, R streams that take part, T new tokens of each, H heads of keys and values,
+L longest length, K head width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +16,23 @@ from torch import Tensor
 _GROWTH = 256  # room is made in steps of this many places
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Ids of the beginning of a context, and their keys and values: (2, H, T, K) a layer."""
+
+    ids: tuple[int, ...]
+    layers: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
 class KeyValueCache:
     """Speaks the protocol that transformers' attention layers expect of a cache.
 
-    `place` says where the next keys and values go: which slots, and from which position on.
-    Slots are kept dense, so that a step reads views and copies nothing.
+    `place` says where the next keys and values go. Slots in use are kept dense, so that a step
+    reads views and copies nothing.
     """
 
     is_compileable = False
@@ -31,10 +45,12 @@ class KeyValueCache:
         layers = range(config.num_hidden_layers)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self._slots = slice(0, 0)
-        self._positions = torch.zeros(0, dtype=torch.int64)
+        self._slots = torch.zeros(0, dtype=torch.int64)
+        self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._length = 0
         self.streams = 0
+
+    # --- slots ----------------------------------------------------------------------------
 
     def add_stream(self) -> int:
         """Takes the next slot."""
@@ -51,10 +67,23 @@ class KeyValueCache:
         self.streams -= 1
         return last
 
-    def place(self, slots: slice, positions: Tensor, length: int) -> None:
-        """Next keys and values: positions int64 (R,) or, for one slot, (T,) from a start on."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` places of one slot to another."""
         self._reserve(self.streams, length)
-        self._slots, self._positions, self._length = slots, positions, length
+        for table in (*self._keys, *self._values):
+            table[target, :, :length] = table[source, :, :length]
+
+    def export(self, slot: int, ids: tuple[int, ...]) -> Prefix:
+        """A copy of what a slot holds of the first tokens of its context."""
+        pairs = zip(self._keys, self._values, strict=True)
+        return Prefix(ids, tuple(torch.stack([t[slot, :, : len(ids)] for t in p]) for p in pairs))
+
+    def restore(self, slot: int, prefix: Prefix, length: int) -> None:
+        """The first `length` places of what was exported, into a slot."""
+        self._reserve(self.streams, length)
+        for tables, side in ((self._keys, 0), (self._values, 1)):
+            for table, saved in zip(tables, prefix.layers, strict=True):
+                table[slot, :, :length] = saved[side, :, :length]
 
     def _reserve(self, streams: int, length: int) -> None:
         have_streams, heads, have_length, width = self._keys[0].shape
@@ -71,18 +100,27 @@ class KeyValueCache:
                 grown[:have_streams, :, :have_length] = old
                 tables[index] = grown
 
+    # --- forward passes -------------------------------------------------------------------
+
+    def place(self, first_slot: int, positions: Tensor, length: int) -> None:
+        """The next keys and values belong to the slots from `first_slot` on, at `positions`
+        int64 (R, T); `length` places of each are read back."""
+        self._reserve(self.streams, length)
+        self._first, self._count = first_slot, len(positions)
+        self._slots = torch.arange(len(positions), device=positions.device)[:, None]
+        self._positions, self._length = positions, length
+
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """New keys and values (R, H, T, K) -> all that their streams hold, (R, H, L, K)."""
         out = []
         for tables, new in ((self._keys, keys), (self._values, values)):
-            table = tables[layer_idx][self._slots]
-            if new.shape[2] == 1 and len(self._positions) == new.shape[0]:
-                rows = torch.arange(new.shape[0], device=new.device)
-                table[rows, :, self._positions] = new[:, :, 0]
-            else:
-                table[:, :, self._positions] = new
+            if tables[layer_idx].device != new.device:  # a layer that lives on another device
+                tables[layer_idx] = tables[layer_idx].to(new.device)
+            table = tables[layer_idx][self._first : self._first + self._count]
+            slots, positions = self._slots.to(new.device), self._positions.to(new.device)
+            table[slots, :, positions] = new.transpose(1, 2)
             out.append(table[:, :, : self._length])
         return out[0], out[1]
 

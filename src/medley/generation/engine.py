@@ -3,133 +3,158 @@
 A row has one stream of keys and values for its full context and, while it is inside a
 picture, up to two more for guidance: its context's pictures only, and nothing. All streams of
 all rows take part in the same forward pass, each at its own position. Rows join when there is
-room and leave when they end.
+room and leave when they end, or when nobody wants them any more.
 
-Shapes: R streams, B rows, T prompt tokens, L longest stream, V vocabulary.
+Shapes: R streams, B rows, T prompt tokens, L longest stream, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medley.errors import UserError
 from medley.generation.cache import KeyValueCache
+from medley.generation.choosing import Chooser
+from medley.generation.decode_step import FusedStep, can_fuse
 from medley.generation.grammar import Grammar, TokenClasses
-from medley.generation.options import GenerationOptions
-from medley.generation.sampling import choose, guide, keep_top_p, penalise_repetition, uniforms
+from medley.generation.packed import LARGEST, Matrix
+from medley.generation.prefixes import LEAST, Prefixes, shared
+from medley.generation.rows import Request, Result, Row, Stream
 from medley.vocabulary import Vocabulary
 
+ROWS = 32  # that are worked on at once, unless said otherwise
+PREFILL_TOKENS = 8192  # of all prompts that are read in one pass
+PREFIX_BYTES = 1 << 30  # of remembered contexts
 
-@dataclass(frozen=True)
-class Request:
-    """Prompt ids of one row and how it is to be continued; `row` seeds its randomness."""
-
-    prompt: Sequence[int]
-    options: GenerationOptions
-    row: int = 0
-
-
-@dataclass
-class Result:
-    """What came out of a row: new ids without prompt, why it ended, why no picture came."""
-
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    note: str | None = None
-
-
-@dataclass
-class _Stream:
-    slot: int
-    length: int
-
-
-@dataclass
-class _Row:
-    index: int
-    request: Request
-    grammar: Grammar
-    full: _Stream
-    seen: Tensor  # bool (V,): text pieces of prompt and output
-    images_only: _Stream | None = None
-    nothing: _Stream | None = None
-    next_token: int | None = None
-    result: Result = field(default_factory=Result)
-
-    @property
-    def streams(self) -> list[_Stream]:
-        return [s for s in (self.full, self.images_only, self.nothing) if s is not None]
-
-    @property
-    def ids(self) -> list[int]:
-        return [*self.request.prompt, *self.result.ids]
+Step = tuple[int, int | None, Result]  # ticket, new token or None at the end, result so far
 
 
 class Engine:
-    """Continues prompts with a decoder. Not safe for use by several threads at once."""
+    """Continues prompts with a decoder. Not safe for use by several threads at once.
 
-    def __init__(self, decoder: Any, vocabulary: Vocabulary, codes_per_image: int) -> None:
-        self.decoder = decoder
-        self.vocabulary = vocabulary
-        self.codes_per_image = codes_per_image
+    `fuse` joins the weights of the layers for a faster step, where they are plain; it must not be
+    used on a decoder that is being trained.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        vocabulary: Vocabulary,
+        codes_per_image: int,
+        fuse: bool = False,
+        rows: int = ROWS,
+    ) -> None:
+        self.decoder, self.vocabulary = decoder, vocabulary
+        self.codes_per_image, self.capacity = codes_per_image, rows
         weight = decoder.model.embed_tokens.weight
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
         self.classes = TokenClasses(vocabulary, decoder.config.vocab_size, self.device)
+        self.prefixes = Prefixes(PREFIX_BYTES)
+        self._chooser = Chooser(self.classes)
+        with torch.no_grad():
+            self._fused = FusedStep(decoder) if fuse and can_fuse(decoder) else None
+        self._heads: dict[tuple[Any, Any], Matrix] = {}  # by the part of the vocabulary
+        self._cache = KeyValueCache(decoder.config, self.dtype, self.device)
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: list[Row] = []
+        self._tickets = 0
+        self._inbox: dict[int, deque[Step]] = {}
 
     @property
     def context(self) -> int:
         return int(self.decoder.config.max_position_embeddings)
 
-    def generate(self, requests: Sequence[Request], batch_size: int = 32) -> list[Result]:
+    # --- one request ----------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Takes a request in; gives its ticket. Raises UserError for a prompt that cannot be."""
+        self.check(request.prompt)
+        self._tickets += 1
+        self._waiting.append((self._tickets, request))
+        self._inbox[self._tickets] = deque()
+        return self._tickets
+
+    def cancel(self, ticket: int) -> None:
+        """Forgets a request: its row is free at once. Nothing happens for one that has ended."""
+        self._inbox.pop(ticket, None)
+        self._waiting = deque((t, r) for t, r in self._waiting if t != ticket)
+        for row in [row for row in self._rows if row.ticket == ticket]:
+            self._rows.remove(row)
+            self._free(row.streams, [*self._rows, row])
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._rows)
+
+    def news(self, ticket: int) -> Iterator[Step]:
+        """What has become of a request since it was asked last, without any work."""
+        inbox = self._inbox.get(ticket)
+        while inbox:
+            step = inbox.popleft()
+            if step[1] is None:
+                del self._inbox[ticket]
+            yield step
+
+    # --- many requests --------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], batch_size: int = ROWS) -> list[Result]:
         """Results in the order of the requests."""
         results = [Result() for _ in requests]
         for index, _, result in self.run(requests, batch_size):
             results[index] = result
         return results
 
-    @torch.inference_mode()
     def run(
-        self, requests: Sequence[Request], batch_size: int = 32
-    ) -> Iterator[tuple[int, int | None, Result]]:
-        """Yields (index of the request, new token or None at its end, its result so far)."""
+        self, requests: Sequence[Request], batch_size: int = ROWS
+    ) -> Generator[Step, None, None]:
+        """Yields (index of the request, new token or None at its end, its result so far).
+
+        Closing the iterator cancels what has not ended.
+        """
         for request in requests:
             self.check(request.prompt)
-        waiting = deque(enumerate(requests))
-        rows: list[_Row] = []
-        logits: dict[int, Tensor] = {}  # of rows that have just joined: their prompt's last
-        cache = KeyValueCache(self.decoder.config, self.dtype, self.device)
-        while waiting or rows:
-            while waiting and len(rows) < batch_size:
-                index, request = waiting.popleft()
-                row = self._admit(index, request, cache, logits)
-                if row is not None:
-                    rows.append(row)
-                else:
-                    yield index, None, self._refused(request)
-            if not rows:
-                continue
-            tokens = self._next_tokens(rows, self._step(rows, cache, logits))
-            still: list[_Row] = []
-            for row, token in zip(rows, tokens, strict=True):
-                self._take(row, token, rows, cache)
-                yield row.index, token, row.result
-                if row.grammar.finished is None:
-                    still.append(row)
-                    continue
-                row.result.finish_reason = row.grammar.finished
-                row.result.note = row.grammar.missing_picture_note()
-                yield row.index, None, row.result
-            for row in rows:
-                if row.grammar.finished is not None:
-                    self._free(row.streams, rows, cache)
-            rows = still
+        left = deque(enumerate(requests))
+        own: dict[int, int] = {}
+        try:
+            while left or own:
+                while left and len(own) < batch_size:
+                    index, request = left.popleft()
+                    own[self.submit(request)] = index
+                self.step()
+                for ticket, index in list(own.items()):
+                    for _, token, result in self.news(ticket):
+                        if token is None:
+                            del own[ticket]
+                        yield index, token, result
+        finally:
+            for ticket in own:
+                self.cancel(ticket)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Takes waiting requests in, and gives every row its next token."""
+        self._admit()
+        if not self._rows:
+            return
+        states = self._decode()
+        tokens = self._chooser(self._rows, states, self._logits, self._cache.streams)
+        beginning = []
+        for row, token in zip(self._rows, tokens, strict=True):
+            self._take(row, token)
+            if token == self.vocabulary.begin_image and row.request.options.guided:
+                beginning.append(row)
+            elif token == self.vocabulary.end_image:
+                self._free(row.streams[1:], self._rows)
+                row.images_only = row.nothing = None
+        self._open_guidance([row for row in beginning if row.grammar.finished is None])
+        for row in [row for row in self._rows if row.grammar.finished is not None]:
+            self._end(row)
 
     # --- rows -----------------------------------------------------------------------------
 
@@ -150,52 +175,109 @@ class Engine:
         grammar.start()
         return grammar
 
-    def _refused(self, request: Request) -> Result:
-        grammar = self._grammar(request)
-        return Result([], grammar.finished or "length", grammar.missing_picture_note())
+    def _admit(self) -> None:
+        while self._waiting and len(self._rows) < self.capacity:
+            joining: list[tuple[int, Request, Grammar]] = []
+            while self._waiting and len(self._rows) + len(joining) < self.capacity:
+                longest = max([len(r.prompt) for _, r, _ in joining] + [0])
+                longest = max(longest, len(self._waiting[0][1].prompt))
+                if joining and longest * (len(joining) + 1) > PREFILL_TOKENS:
+                    break
+                ticket, request = self._waiting.popleft()
+                grammar = self._grammar(request)
+                if grammar.finished is None:
+                    joining.append((ticket, request, grammar))
+                else:
+                    result = Result([], grammar.finished, grammar.missing_picture_note())
+                    self._inbox[ticket].append((ticket, None, result))
+            self._join(joining)
 
-    def _admit(
-        self, index: int, request: Request, cache: KeyValueCache, logits: dict[int, Tensor]
-    ) -> _Row | None:
-        grammar = self._grammar(request)
-        if grammar.finished is not None:
-            return None
-        stream, last = self._prefill(list(request.prompt), cache)
-        seen = torch.zeros(self.classes.size, dtype=torch.bool, device=self.device)
-        seen[torch.tensor(list(request.prompt), device=self.device)] = True
-        logits[index] = last
-        return _Row(index, request, grammar, stream, seen & self.classes.text)
+    def _join(self, joining: Sequence[tuple[int, Request, Grammar]]) -> None:
+        """Reads prompts and begins their rows."""
+        prompts = [list(request.prompt) for _, request, _ in joining]
+        if not prompts:
+            return
+        streams, begun = [], []
+        for ids in prompts:
+            stream = Stream(self._cache.add_stream(), 0)
+            found = self.prefixes.find(ids)
+            if found is not None:
+                self._cache.restore(stream.slot, *found)
+            streams.append(stream)
+            begun.append(0 if found is None else found[1])
+        last = self._read(streams, prompts, begun)
+        for (ticket, request, grammar), stream, state in zip(joining, streams, last, strict=True):
+            seen = torch.zeros(self.classes.size, dtype=torch.bool, device=self.device)
+            seen[torch.tensor(list(request.prompt), device=self.device)] = True
+            logits = self._logits(state[None], slice(None))[0]
+            seen &= self.classes.text
+            self._rows.append(Row(ticket, request, grammar, stream, seen, logits))
 
-    def _take(self, row: _Row, token: int, rows: list[_Row], cache: KeyValueCache) -> None:
+    def _take(self, row: Row, token: int) -> None:
         row.result.ids.append(token)
-        row.next_token = token
-        if bool(token in self.vocabulary.text_pieces):
+        row.next_token, row.logits = token, None
+        if token in self.vocabulary.text_pieces:
             row.seen[token] = True
         row.grammar.take(token)
-        if token == self.vocabulary.begin_image and row.request.options.guided:
-            pictures = self._pictures_of(row.ids[:-1])
-            row.nothing, _ = self._prefill([self.vocabulary.bos], cache)
-            if pictures:
-                row.images_only, _ = self._prefill([self.vocabulary.bos, *pictures], cache)
-        elif token == self.vocabulary.end_image:
-            self._free(row.streams[1:], rows, cache)
-            row.images_only = row.nothing = None
+        if row.ticket in self._inbox:
+            self._inbox[row.ticket].append((row.ticket, token, row.result))
+
+    def _end(self, row: Row) -> None:
+        row.result.finish_reason = row.grammar.finished or ""
+        row.result.note = row.grammar.missing_picture_note()
+        if row.request.keep:
+            ids = tuple(row.ids[: row.full.length])
+            self.prefixes.keep(self._cache.export(row.full.slot, ids))
+        self._rows.remove(row)
+        self._free(row.streams, [*self._rows, row])
+        if row.ticket in self._inbox:
+            self._inbox[row.ticket].append((row.ticket, None, row.result))
+
+    def _open_guidance(self, rows: Sequence[Row]) -> None:
+        """Streams of the context's pictures only and of nothing, up to before the begin mark.
+
+        What such a context shares with the full one is copied, not read again.
+        """
+        streams: list[Stream] = []
+        contexts: list[list[int]] = []
+        begun: list[int] = []
+        for row in rows:
+            ids = row.ids[:-1]
+            pictures = self._pictures_of(ids)
+            bos = self.vocabulary.bos
+            for context in ([bos], [bos, *pictures]) if pictures else ([bos],):
+                stream = Stream(self._cache.add_stream(), len(context))
+                same = shared(context, ids)
+                if 0 < same < len(context):  # copies are worth it from a few tokens on
+                    same = same if same >= LEAST else 0
+                if same:
+                    self._cache.copy(row.full.slot, stream.slot, same)
+                if same < len(context):
+                    streams.append(stream)
+                    contexts.append(context)
+                    begun.append(same)
+                if len(context) == 1:
+                    row.nothing = stream
+                else:
+                    row.images_only = stream
+        for stream, context, start in zip(streams, contexts, begun, strict=True):
+            self._read([stream], [context], [start])
 
     def _pictures_of(self, ids: Sequence[int]) -> list[int]:
         """The ids of whole pictures in a context, with their marks."""
-        kept: list[int] = []
+        found: list[int] = []
         start: int | None = None
         for place, token in enumerate(ids):
             if token == self.vocabulary.begin_image:
                 start = place
             elif token == self.vocabulary.end_image and start is not None:
-                kept += ids[start : place + 1]
+                found += ids[start : place + 1]
                 start = None
-        return kept
+        return found
 
-    def _free(self, streams: list[_Stream], rows: list[_Row], cache: KeyValueCache) -> None:
+    def _free(self, streams: Sequence[Stream], rows: Sequence[Row]) -> None:
         for stream in streams:
-            moved, freed = cache.remove_stream(stream.slot), stream.slot
+            moved, freed = self._cache.remove_stream(stream.slot), stream.slot
             stream.slot = -1
             for other in (s for row in rows for s in row.streams):
                 if other.slot == moved:
@@ -203,116 +285,78 @@ class Engine:
 
     # --- forward passes -------------------------------------------------------------------
 
-    def _prefill(self, ids: list[int], cache: KeyValueCache) -> tuple[_Stream, Tensor]:
-        """Reads a context into a new stream; gives the logits (V,) behind its last token."""
-        slot, length = cache.add_stream(), len(ids)
-        positions = torch.arange(length, device=self.device)
-        cache.place(slice(slot, slot + 1), positions, length)
-        mask = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()[None, None]
-        tokens = torch.tensor([ids], device=self.device)
-        hidden = self._forward(tokens, positions[None], mask, cache)
-        return _Stream(slot, length), self.decoder.lm_head(hidden[:, -1]).float()[0]
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KeyValueCache
+    def _read(
+        self, streams: Sequence[Stream], contexts: Sequence[Sequence[int]], begun: Sequence[int]
     ) -> Tensor:
-        out = self.decoder.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
+        """Reads contexts from their places `begun` on, in one pass, into neighbouring slots; gives
+        the state (D,) behind the last token of each, as (B, D).
+
+        Shorter ones are filled up on the right: what that writes lies behind the stream's end,
+        where its own tokens will come.
+        """
+        rest = [list(ids[start:]) for ids, start in zip(contexts, begun, strict=True)]
+        longest = max(map(len, rest))
+        tokens = torch.tensor(
+            [[*ids, *[self.vocabulary.pad] * (longest - len(ids))] for ids in rest],
+            device=self.device,
         )
-        hidden: Tensor = out.last_hidden_state
+        starts = torch.tensor(list(begun), device=self.device)
+        positions = starts[:, None] + torch.arange(longest, device=self.device)
+        length = int(max(begun)) + longest
+        self._cache.place(streams[0].slot, positions, length)
+        seen = torch.arange(length, device=self.device)[None, None] <= positions[..., None]
+        positions = positions.clamp(max=self.context - 1)  # of fillings that stand beyond it
+        hidden = self._modules(tokens, positions, seen[:, None])
+        for stream, ids in zip(streams, contexts, strict=True):
+            stream.length = len(ids)
+        ends = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
+        return hidden[torch.arange(len(rest), device=self.device), ends]
+
+    def _modules(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        hidden: Tensor = self.decoder.model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask,
+            past_key_values=self._cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
         return hidden
 
-    def _step(
-        self, rows: list[_Row], cache: KeyValueCache, fresh: dict[int, Tensor]
-    ) -> dict[int, Tensor]:
-        """One pass for all streams that have a token to read; guided logits (V,) of each row.
+    def _decode(self) -> Tensor | None:
+        """One pass for all streams: states (R, D) by slot; None where all rows are new.
 
-        Rows that have just joined bring the logits of their prompt with them.
+        Streams of rows that are new keep their slots: all slots are stepped, and those without
+        a token write to their next place, which their own token overwrites.
         """
-        moving = [row for row in rows if row.next_token is not None]
-        logits = {row.index: fresh.pop(row.index) for row in rows if row.next_token is None}
-        if not moving:
-            return logits
-        # Streams of rows that wait for this pass keep their slots: all slots are stepped, and
-        # those without a token write to their next place, which their own token overwrites.
-        tokens = torch.full((cache.streams, 1), self.vocabulary.pad, dtype=torch.int64)
-        places = torch.zeros(cache.streams, dtype=torch.int64)
-        for row in rows:
+        if all(row.next_token is None for row in self._rows):
+            return None
+        count = self._cache.streams
+        tokens, places = [self.vocabulary.pad] * count, [0] * count
+        for row in self._rows:
             for stream in row.streams:
                 places[stream.slot] = stream.length
                 if row.next_token is not None:
                     tokens[stream.slot] = row.next_token
                     stream.length += 1
-        length = int(places.max()) + 1
-        places = places.to(self.device)
-        cache.place(slice(0, cache.streams), places, length)
-        mask = (torch.arange(length, device=self.device)[None] <= places[:, None])[:, None, None]
-        hidden = self._forward(tokens.to(self.device), places[:, None], mask, cache)
-        every = self.decoder.lm_head(hidden[:, -1]).float()
-        logits |= self._guided(moving, every)
-        return logits
+        length = max(places) + 1
+        ids = torch.tensor(tokens, device=self.device)
+        positions = torch.tensor(places, device=self.device)
+        self._cache.place(0, positions[:, None], length)
+        mask = None
+        if min(places) + 1 < length:
+            seen = torch.arange(length, device=self.device)[None] <= positions[:, None]
+            mask = seen[:, None, None]
+        if self._fused is not None:
+            return self._fused(ids, positions, mask, self._cache)
+        if mask is None:  # the modules would make a causal one, of this one token
+            mask = torch.ones(count, 1, 1, length, dtype=torch.bool, device=self.device)
+        return self._modules(ids[:, None], positions[:, None], mask)[:, -1]
 
-    def _guided(self, rows: list[_Row], every: Tensor) -> dict[int, Tensor]:
-        out = {row.index: every[row.full.slot] for row in rows}
-        guided = [row for row in rows if row.nothing is not None]
-        if guided:
-            full = every[[row.full.slot for row in guided]]
-            nothing = every[[row.nothing.slot for row in guided if row.nothing]]
-            images = every[[(row.images_only or row.nothing).slot for row in guided]]  # type: ignore[union-attr]
-            options = [row.request.options for row in guided]
-            mixed = guide(
-                full,
-                images,
-                nothing,
-                self._column([o.guidance_scale_text for o in options]),
-                self._column([o.guidance_scale_image for o in options]),
-            )
-            out |= {row.index: mixed[i] for i, row in enumerate(guided)}
-        return out
-
-    def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
-
-    # --- choosing -------------------------------------------------------------------------
-
-    def _next_tokens(self, rows: list[_Row], logits: dict[int, Tensor]) -> list[int]:
-        forced = {row.index: row.grammar.forced() for row in rows}
-        free = [row for row in rows if forced[row.index] is None]
-        chosen: dict[int, int] = {}
-        if free:
-            table = torch.stack([logits[row.index] for row in free])
-            allowed = torch.stack([row.grammar.allowed(self.classes) for row in free])
-            in_image = [row.grammar.in_image for row in free]
-            options = [row.request.options for row in free]
-            pairs = list(zip(options, in_image, strict=True))
-            seen = torch.stack([row.seen for row in free])
-            # A picture's codes carry no repetition penalty: none of them is ever in `seen`.
-            table = penalise_repetition(
-                table, seen, self._column([o.repetition_penalty for o in options])
-            )
-            table = table.masked_fill(~allowed, float("-inf"))
-            table = table / self._column(
-                [o.image_temperature if image else o.text_temperature for o, image in pairs]
-            )
-            greedy = torch.tensor(
-                [o.image_greedy if image else o.text_greedy for o, image in pairs],
-                device=self.device,
-            )
-            if not bool(greedy.all()):
-                top_p = [o.image_top_p if image else o.text_top_p for o, image in pairs]
-                table = keep_top_p(table, self._column(top_p))
-            drawn = uniforms(
-                [o.seed for o in options],
-                [row.request.row for row in free],
-                [len(row.request.prompt) + len(row.result.ids) for row in free],
-            )
-            tokens = choose(table, drawn, greedy).tolist()
-            chosen = {row.index: token for row, token in zip(free, tokens, strict=True)}
-        return [
-            chosen[row.index] if forced[row.index] is None else int(forced[row.index] or 0)
-            for row in rows
-        ]
+    def _logits(self, states: Tensor, part: slice) -> Tensor:
+        """States (B, D) -> float32 logits of a part of the vocabulary."""
+        head = self.decoder.lm_head
+        if not isinstance(head, nn.Linear):  # an adapter lies over it
+            logits: Tensor = head(states).float()
+            return logits[:, part]
+        key = (part.start, part.stop)
+        if key not in self._heads:
+            pack = self._fused is not None and head.weight.nbytes <= LARGEST
+            self._heads[key] = Matrix(head.weight[part], pack)
+        return self._heads[key](states.to(head.weight.device)).float().to(self.device)

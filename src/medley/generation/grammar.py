@@ -46,6 +46,20 @@ class TokenClasses:
         mask[self.vocabulary.image_codes.start : self.vocabulary.image_codes.stop] = True
         return mask
 
+    def words(self, begin_image: bool, ends: bool) -> Tensor:
+        """Text pieces, with the mark that begins a picture and those that end an answer."""
+        return self._words[begin_image, ends]
+
+    @cached_property
+    def _words(self) -> dict[tuple[bool, bool], Tensor]:
+        found = {}
+        for begin in (False, True):
+            for end in (False, True):
+                mask = self.text.clone()
+                mask |= self.begin_image if begin else False
+                found[begin, end] = mask | self.ends if end else mask
+        return found
+
     def _only(self, *ids: int) -> Tensor:
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
         mask[list(ids)] = True
@@ -62,7 +76,7 @@ class Grammar:
     room: int
     images: int = 0
     drawn: int | None = None  # codes drawn of the current picture; None in the text state
-    finished: str | None = None  # why the row ended: "end", "length" or "images"
+    finished: str | None = None  # why the row ended: "end", "stop", "length" or "images"
     barred: bool = field(default=False)  # a picture was allowed but had no room
 
     @property
@@ -89,12 +103,8 @@ class Grammar:
         """Mask (V,) of the tokens that may come next, where none is forced."""
         if self.in_image:
             return classes.codes
-        mask = classes.text
-        if self._picture_allowed():
-            mask = mask | classes.begin_image
-        if self.options.images_wanted <= self.images or not self._picture_allowed():
-            mask = mask | classes.ends
-        return mask
+        picture = self._picture_allowed()
+        return classes.words(picture, self.options.images_wanted <= self.images or not picture)
 
     def _picture_allowed(self) -> bool:
         options = self.options
@@ -127,6 +137,8 @@ class Grammar:
             self.drawn += 1
         elif token in (self.vocabulary.eos, self.vocabulary.end_turn):
             self.finished = "end"
+        elif token in self.options.stop:
+            self.finished = "stop"
         if self.room <= 0 and self.finished is None:
             self.finished = "length"
 

@@ -16,8 +16,9 @@ class GenerationOptions:
     """How one row is generated.
 
     `mode` is `any` (text and pictures in any order), `text`, or `image` (pictures alone, at
-    least one). The repetition penalty acts on text pieces, over prompt and output. Guidance
-    scales weigh the words and the pictures of the context while codes are drawn.
+    least one). A top-k of 0 keeps all. `stop` are ids of text pieces that end the answer, beside
+    `</s>` and the end of the turn. The repetition penalty acts on text pieces, over prompt and
+    output. Guidance scales weigh the words and the pictures of the context while codes are drawn.
     """
 
     mode: Mode = "any"
@@ -26,14 +27,17 @@ class GenerationOptions:
     text_greedy: bool = False
     text_temperature: float = 0.7
     text_top_p: float = 0.9
+    text_top_k: int = 0
     repetition_penalty: float = 1.2
     image_greedy: bool = False
     image_temperature: float = 0.7
     image_top_p: float = 0.9
+    image_top_k: int = 0
     guidance_scale_text: float = 3.0
     guidance_scale_image: float = 1.2
     min_images: int = 0
     max_images: int | None = None
+    stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         checks = [
@@ -44,6 +48,8 @@ class GenerationOptions:
             ("image_temperature", self.image_temperature > 0, "above 0 (or image_greedy)"),
             ("text_top_p", 0 < self.text_top_p <= 1, "above 0, at most 1"),
             ("image_top_p", 0 < self.image_top_p <= 1, "above 0, at most 1"),
+            ("text_top_k", self.text_top_k >= 0, "0 (all) or more"),
+            ("image_top_k", self.image_top_k >= 0, "0 (all) or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("min_images", self.min_images >= 0, "0 or more"),
             (

@@ -1,0 +1,289 @@
+"""A model with its tokenizers: documents to ids, questions to answers, whole or as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from medley.document import Document, Part, Picture, ids_to_parts, parts_to_ids
+from medley.errors import UserError
+from medley.generation import Engine, GenerationOptions, Request, Result
+from medley.image_tokenizer import ImageTokenizer
+from medley.images import open_image
+from medley.vocabulary import TextTokenizer, Vocabulary
+
+Prompt = Sequence["str | Path | Image.Image | Picture"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Parts of an answer in order, why it ended, and why a picture did not come."""
+
+    parts: list[str | Image.Image]
+    finish_reason: str
+    note: str | None
+    ids: list[int]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [part for part in self.parts if isinstance(part, Image.Image)]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What `stream` yields: one of a piece of text, progress of a picture (with a preview of what
+    is there, where asked for), a whole picture; at the end the whole answer."""
+
+    text: str | None = None
+    progress: float | None = None
+    preview: Image.Image | None = None
+    image: Image.Image | None = None
+    answer: Answer | None = None
+
+
+class Model:
+    """A decoder with its tokenizers. `decoder(input_ids).logits` is (B, S, V), images open.
+
+    `fuse` joins the layers' weights for faster generation; not for a decoder in training.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
+        fuse: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        inner = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
+        self.engine = Engine(inner, self.vocabulary, image_tokenizer.codes_per_image, fuse)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.vocabulary
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The tokenizers.Tokenizer, marks parsed as its file has them."""
+        return self.tokenizer.marked
+
+    # --- documents ------------------------------------------------------------------------
+
+    def with_codes(self, picture: Picture) -> Picture:
+        """The same picture with its image codes; one that has them is returned as it is."""
+        if picture.codes is not None:
+            if len(picture.codes) != self.image_tokenizer.codes_per_image:
+                raise UserError(
+                    f"a picture with {len(picture.codes)} codes, this checkpoint's have "
+                    f"{self.image_tokenizer.codes_per_image}"
+                )
+            return picture
+        image = picture.image if picture.image is not None else open_image(str(picture.path))
+        codes = tuple(self.image_tokenizer.encode([image])[0].tolist())
+        return replace(picture, codes=codes)
+
+    def encode(self, document: Document) -> list[int]:
+        """A document -> its token ids; pictures without codes are read and encoded."""
+        return document.map_pictures(self.with_codes).to_ids(self.tokenizer)
+
+    def prompt_ids(self, prompt: Prompt | Document, complete: bool = False) -> list[int]:
+        """Parts of a question, or a talk that ends with one -> ids of the prompt.
+
+        `complete` leaves the end-of-turn mark out, so that the text itself is continued.
+        """
+        if isinstance(prompt, Document):
+            ids = self.encode(prompt)[:-1]  # without </s>
+        else:
+            parts = [self._part(part) for part in ([prompt] if isinstance(prompt, str) else prompt)]
+            ids = [self.vocabulary.bos, *parts_to_ids(parts, self.tokenizer)]
+        return ids if complete else [*ids, self.vocabulary.end_turn]
+
+    def _part(self, part: str | Path | Image.Image | Picture) -> Part:
+        if isinstance(part, Image.Image):
+            part = Picture(image=part)
+        elif isinstance(part, Path):
+            part = Picture(path=part)
+        return self.with_codes(part) if isinstance(part, Picture) else part
+
+    # --- generation -----------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt | Document,
+        mode: Any = "any",
+        complete: bool = False,
+        **options: Any,
+    ) -> list[str | Image.Image]:
+        """Parts of the answer to one prompt: strings and PIL images in their order.
+
+        Options are the fields of `GenerationOptions`.
+        """
+        chosen = GenerationOptions(mode=mode, **options)
+        return self.answer_batch([prompt], [chosen], complete)[0].parts
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt | Document], mode: Any = "any", **options: Any
+    ) -> list[list[str | Image.Image]]:
+        """Answers to many prompts in one batch; `mode` is one for all, or one for each."""
+        modes: list[Any] = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
+        chosen = [GenerationOptions(mode=m, **options) for m in modes]
+        return [answer.parts for answer in self.answer_batch(prompts, chosen)]
+
+    def answer_batch(
+        self,
+        prompts: Sequence[Prompt | Document],
+        options: Sequence[GenerationOptions],
+        complete: bool = False,
+        batch_size: int = 32,
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Answers with their reasons.
+
+        A row's randomness comes from its seed and its number: its place in `prompts`, unless
+        `rows` gives the numbers (of a list that is answered in parts, say).
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+        numbers = range(len(prompts)) if rows is None else rows
+        requests = [
+            self._request(prompt, chosen, row, complete)
+            for row, prompt, chosen in zip(numbers, prompts, options, strict=True)
+        ]
+        return [self.answer_of(result) for result in self.engine.generate(requests, batch_size)]
+
+    def stream(
+        self,
+        prompt: Prompt | Document,
+        mode: Any = "any",
+        complete: bool = False,
+        preview_every: int = 0,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """The answer as it comes: pieces of text, progress of pictures, whole pictures.
+
+        A preview comes with every `preview_every` codes of a picture; 0 for none. Closing the
+        iterator ends the work.
+        """
+        chosen = GenerationOptions(mode=mode, **options)
+        return self.events(self._request(prompt, chosen, 0, complete), preview_every)
+
+    def events(self, request: Request, preview_every: int = 0) -> Iterator[Event]:
+        """`stream`, for ids that are there already."""
+        text: list[int] = []
+        shown = ""
+        codes: list[int] = []
+        steps = self.engine.run([request])
+        with closing(steps):
+            for _, token, result in steps:
+                if token in self.vocabulary.text_pieces:
+                    assert token is not None
+                    text.append(token)
+                    decoded = self.tokenizer.decode(text)
+                    if not decoded.endswith("\ufffd"):  # half of a character comes with the next
+                        yield Event(text=decoded[len(shown) :])
+                        shown = decoded
+                    continue
+                if text and shown != self.tokenizer.decode(text):
+                    yield Event(text=self.tokenizer.decode(text)[len(shown) :])
+                    shown = self.tokenizer.decode(text)
+                if token is None:
+                    yield Event(answer=self.answer_of(result))
+                elif token in self.vocabulary.image_codes:
+                    codes.append(self.vocabulary.id_to_code(token))
+                    preview = None
+                    if preview_every and len(codes) % preview_every == 0:
+                        preview = self.preview(codes)
+                    done = len(codes) / self.image_tokenizer.codes_per_image
+                    yield Event(progress=done, preview=preview)
+                elif token == self.vocabulary.end_image:
+                    yield Event(image=self.image_tokenizer.decode([codes])[0])
+                    text, shown, codes = [], "", []
+
+    def preview(self, codes: Sequence[int]) -> Image.Image:
+        """A picture that is not whole yet, grey where no code has been drawn."""
+        return self.image_tokenizer.decode([[*codes, *self._grey_codes[len(codes) :]]])[0]
+
+    @cached_property
+    def _grey_codes(self) -> list[int]:
+        size = (self.image_tokenizer.size, self.image_tokenizer.size)
+        grey: list[int] = self.image_tokenizer.encode([Image.new("RGB", size, "gray")])[0].tolist()
+        return grey
+
+    def chat(self, mode: Any = "any", **options: Any) -> Chat:
+        """A talk of several turns, whose earlier turns are not read again."""
+        return Chat(self, GenerationOptions(mode=mode, **options))
+
+    def _request(
+        self, prompt: Prompt | Document, options: GenerationOptions, row: int, complete: bool
+    ) -> Request:
+        if options.mode != "text":
+            self.image_tokenizer.require_decoder()
+        return Request(self.prompt_ids(prompt, complete), options, row)
+
+    def answer_of(self, result: Result) -> Answer:
+        """The parts of what was generated; a picture that the limit cut short is left out."""
+        ends = (self.vocabulary.eos, self.vocabulary.end_turn)
+        ids = result.ids[:-1] if result.ids and result.ids[-1] in ends else result.ids
+        ids = whole(ids, self.vocabulary)
+        parts: list[str | Image.Image] = []
+        for part in ids_to_parts(ids, self.tokenizer):
+            if isinstance(part, str):
+                parts.append(part)
+            else:
+                assert part.codes is not None
+                parts.append(self.image_tokenizer.decode([part.codes])[0])
+        return Answer(parts, result.finish_reason, result.note, result.ids)
+
+
+class Chat:
+    """A talk. `say` gives the events of the next answer; what was said stays in the engine's
+    memory, so that only what is new is read.
+
+    Raises UserError, from `say`, where the context has no room left: begin a new talk.
+    """
+
+    def __init__(self, model: Model, options: GenerationOptions) -> None:
+        self.model, self.options = model, options
+        self.ids: list[int] = [model.vocabulary.bos]
+        self.turns = 0
+
+    def say(
+        self, *parts: str | Path | Image.Image | Picture, preview_every: int = 0
+    ) -> Iterator[Event]:
+        """The user's next turn -> the answer as it comes, the whole of it in the last event."""
+        marks = self.model.vocabulary
+        own = self.model.prompt_ids(list(parts))[1:]  # without <s>; the end of the turn is there
+        request = Request([*self.ids, *own], self.options, self.turns, keep=True)
+        self.model.engine.check(request.prompt)
+        if self.options.mode != "text":
+            self.model.image_tokenizer.require_decoder()
+        for event in self.model.events(request, preview_every):
+            if event.answer is not None:
+                answered = event.answer.ids
+                if answered and answered[-1] in (marks.eos, marks.end_turn):
+                    answered = answered[:-1]
+                self.ids = [*request.prompt, *whole(answered, marks), marks.end_turn]
+                self.turns += 1
+            yield event
+
+
+def whole(ids: Sequence[int], marks: Vocabulary) -> list[int]:
+    """Ids without a picture that was cut short at their end."""
+    found = list(ids)
+    if marks.begin_image in found:
+        last = len(found) - 1 - found[::-1].index(marks.begin_image)
+        if marks.end_image not in found[last:]:
+            return found[:last]
+    return found

@@ -1,0 +1,1 @@
+"""What the `medley` command does: one module a command."""

@@ -1,0 +1,179 @@
+"""`medley generate`: one prompt or a file of them -> text and PNG files, `responses.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from medley.assistant import Model, Prompt
+from medley.commands.common import ModelOptions
+from medley.document import Document, Part, Picture
+from medley.errors import DataLost, UserError
+from medley.files import append_line, json_lines, quick_hash, read_json, whole_file, write_json
+from medley.images.lists import ImageList
+from medley.images.remote import fetch_image, is_address
+from medley.options import resolved
+from medley.responses import answer_good, page, prompts_in, save_answer
+
+RESPONSES, OPTIONS = "responses.jsonl", "options.json"
+_WITHOUT_EFFECT = ("output", "html", "batch_size", "device")  # on what the answers are
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
+    """Generates text and pictures in any order.
+
+    Args:
+        output: folder of responses.jsonl and of the pictures
+        prompt: the question or request
+        image: picture files (or addresses, with --allow_network) that stand before the prompt
+        image_folder: folder whose pictures stand before the prompt (the slices of a CT)
+        image_limit: take so many of the folder's pictures, evenly spread
+        allow_network: fetch pictures that are given by their address
+        input: JSONL file of prompts in place of --prompt, lines with text and image_path; a run
+            that was stopped goes on where it was
+        complete: continue the prompt itself, without an end-of-turn mark
+        html: write index.html beside the responses
+        batch_size: rows that are generated at once
+    """
+
+    output: Path
+    prompt: str | None = None
+    image: list[str] | None = None
+    image_folder: Path | None = None
+    image_limit: int | None = None
+    allow_network: bool = False
+    input: Path | None = None
+    complete: bool = False
+    html: bool = False
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.input is None):
+            raise UserError("give either --prompt or --input")
+        if self.input is not None and (self.image or self.image_folder):
+            raise UserError("--image belongs to --prompt; in --input the lines name their pictures")
+        if self.image_limit is not None and (self.image_folder is None or self.image_limit < 1):
+            raise UserError("--image_limit is a number from 1 on, for --image_folder")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+        self.generation()
+
+
+def generate(options: GenerateOptions) -> None:
+    prompts = prompts_in(options.input) if options.input is not None else [_parts(options)]
+    done = _earlier(options) if options.input is not None else {}
+    model = options.load(min(options.batch_size, len(prompts)))
+    if options.image_folder is not None:
+        pictures = sum(isinstance(part, Picture) for part in _alone(prompts))
+        say_how_many_fit(model, options.image_folder, pictures)
+    chosen = options.generation(model)
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / RESPONSES
+    if not done:
+        file.unlink(missing_ok=True)
+        write_json(options.output / OPTIONS, _identity(options))
+    left = [number for number in range(len(prompts)) if number not in done]
+    size = options.batch_size * 4  # rows join as others leave; an answer is on disk soon after
+    for start in tqdm(range(0, len(left), size), desc="generating", unit="batch"):
+        numbers = left[start : start + size]
+        batch = [prompts[number] for number in numbers]
+        answers = answer_good(model, batch, chosen, options.complete, numbers, options.batch_size)
+        for number, answer in zip(numbers, answers, strict=True):
+            done[number] = save_answer(options.output, number, answer)
+            append_line(file, json.dumps(done[number], ensure_ascii=False))
+    _finish(options, [done[number] for number in range(len(prompts))])
+
+
+def _finish(options: GenerateOptions, rows: list[dict[str, Any]]) -> None:
+    with whole_file(options.output / RESPONSES) as temporary:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    if options.html:
+        with whole_file(options.output / "index.html") as temporary:
+            temporary.write_text(page(rows), encoding="utf-8")
+    for row in rows[:10]:
+        print(json.dumps(row, ensure_ascii=False))
+    print(f"{len(rows)} answers in {options.output}")
+    failed = [row["error"] for row in rows if "error" in row]
+    if failed:
+        raise DataLost(
+            f"{len(failed)} of {len(rows)} prompts failed: {failed[0]} (see {RESPONSES})"
+        )
+
+
+def _parts(options: GenerateOptions) -> Prompt:
+    assert options.prompt is not None
+    parts: list[Part] = []
+    for name in options.image or []:
+        if is_address(name) and not Path(name).exists():
+            if not options.allow_network:
+                raise UserError(f"--image {name}: an address; --allow_network fetches it")
+            parts.append(Picture(image=fetch_image(name)))
+        else:
+            parts.append(Picture(path=name))
+    if options.image_folder is not None:
+        slices = [
+            source
+            for part in ImageList(options.image_folder).parts(1000)
+            for source in part.with_frames("all").sources
+        ]
+        count = min(options.image_limit or len(slices), len(slices))
+        chosen = (slices[i * len(slices) // count] for i in range(count))
+        parts += [Picture(image=source.open()) for source in chosen]
+    return [*parts, options.prompt]
+
+
+def _alone(prompts: Sequence[Prompt | Document]) -> Prompt:
+    (prompt,) = prompts
+    assert not isinstance(prompt, Document)
+    return prompt
+
+
+def say_how_many_fit(model: Model, folder: Path, count: int) -> None:
+    """Raises UserError where a folder's pictures are more than the context has room for."""
+    each = model.image_tokenizer.codes_per_image + 2
+    room = (model.engine.context - 100) // each  # some words are wanted as well
+    print(f"{folder}: {count} pictures of {each} tokens; the context has room for {room}")
+    if count > room:
+        raise UserError(
+            f"{folder}: {count} pictures, the context of {model.engine.context} tokens has room "
+            f"for {room}: --image_limit {room} takes that many, evenly spread"
+        )
+
+
+def _identity(options: GenerateOptions) -> dict[str, Any]:
+    """What the answers depend on."""
+    kept = {n: v for n, v in resolved(options).items() if n not in _WITHOUT_EFFECT}
+    return kept | ({"input_hash": quick_hash(options.input)} if options.input else {})
+
+
+def _earlier(options: GenerateOptions) -> dict[int, dict[str, Any]]:
+    """Answers of a run of the same options that was stopped; those that failed come again."""
+    file = options.output / RESPONSES
+    if not file.exists():
+        return {}
+    saved = options.output / OPTIONS
+    before, now = read_json(saved) if saved.exists() else {}, _identity(options)
+    changed = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+    if changed:
+        raise UserError(
+            f"{options.output}: holds answers of other options ({', '.join(changed)}); name "
+            "another --output"
+        )
+    found: dict[int, dict[str, Any]] = {}
+    for _, line in json_lines(file):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short: its prompt is answered again
+        if "error" not in row:
+            found[int(row["index"])] = row
+    if found:
+        print(f"{options.output}: {len(found)} answers are there already")
+    return found

@@ -1,0 +1,229 @@
+"""`medley generate`, `chat` and `answer` as a user runs them, and pictures at addresses."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from medley.commands.answer import chunk, devices_of, finished, read_questions
+from medley.commands.chat import parts_of
+from medley.document import Picture
+from medley.errors import UserError
+from medley.images import ImageError
+from medley.images.remote import fetch_image
+from medley.phantoms import Phantom
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, organ in enumerate(("head", "chest", "abdomen", "head")):
+        Phantom("CT", organ).image(64).save(folder / f"{number}.png")
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- generate -------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_goes_on_where_it_stopped(
+    pictures: Path, tmp_path: Path, program: Run
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"text": f"<image>Is there a cyst? {i}", "image_path": str(pictures / f"{i}.png")}
+            for i in range(4)]  # fmt: skip
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["medley.cli", "generate", "--ckpt", "tiny", "--input", prompts, "--mode", "text"]
+    words += ["--max_new_tokens", "20", "--output", tmp_path / "out"]
+    said = program(*words).stdout
+    assert "memory: weights" in said
+    file = tmp_path / "out" / "responses.jsonl"
+    whole = file.read_text()
+    kept = whole.splitlines(keepends=True)
+    file.write_text(kept[0] + kept[2] + kept[3][:9])  # as a kill leaves it
+    said = program(*words).stdout
+    assert "2 answers are there already" in said
+    assert file.read_text() == whole
+    said = program(*words, "--seed", 5, status=2).stderr
+    assert "holds answers of other options (seed)" in said
+    assert file.read_text() == whole
+
+
+def test_a_folder_of_slices_says_how_many_fit(pictures: Path, tmp_path: Path, program: Run) -> None:
+    words = ["medley.cli", "generate", "--ckpt", "tiny", "--prompt", "Which organ is shown?"]
+    words += ["--image_folder", pictures, "--output", tmp_path, "--mode", "text"]
+    said = program(*words, "--image_limit", 2).stdout
+    assert "2 pictures of 66 tokens; the context has room for 60" in said
+    for number in range(61):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
+    words[words.index(pictures)] = tmp_path
+    said = program(*words, status=2).stderr
+    assert "61 pictures" in said
+    assert "--image_limit 60 takes that many" in said
+
+
+def test_an_address_is_fetched_only_where_the_network_is_allowed(
+    tmp_path: Path, program: Run
+) -> None:
+    words = ["medley.cli", "generate", "--ckpt", "tiny", "--prompt", "x", "--output", tmp_path]
+    said = program(*words, "--image", "http://127.0.0.1:9/x.png", status=2).stderr
+    assert "an address; --allow_network fetches it" in said
+    said = program(*words, "--image", "http://127.0.0.1:9/x.png", "--allow_network", status=2)
+    assert "cannot be fetched" in said.stderr
+
+
+def test_words_that_end_an_answer_are_single_pieces(tmp_path: Path, program: Run) -> None:
+    words = ["medley.cli", "generate", "--ckpt", "tiny", "--prompt", "x", "--output", tmp_path]
+    said = program(*words, "--mode", "text", "--stop", "a cyst and more", status=2).stderr
+    assert "not one text piece but" in said
+
+
+# --- pictures at addresses --------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Serves a picture, a large answer, a lie, and a way to a file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), "red").save(buffer, "png")
+    answers = {"/good.png": buffer.getvalue(), "/large.png": bytes(3000), "/lie.png": b"hello"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/away":
+                self.send_response(302)
+                self.send_header("Location", "file:///etc/passwd")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers[self.path])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_picture_at_an_address(server: str) -> None:
+    assert fetch_image(f"{server}/good.png").size == (9, 7)
+    with pytest.raises(ImageError, match="larger than 0 MB"):
+        fetch_image(f"{server}/large.png", largest=2000)
+    with pytest.raises(ImageError, match="not a picture"):
+        fetch_image(f"{server}/lie.png")
+    with pytest.raises(ImageError, match=r"leads to file:///etc/passwd|cannot be fetched"):
+        fetch_image(f"{server}/away")
+    with pytest.raises(ImageError, match="not an http or https address"):
+        fetch_image("file:///etc/passwd")
+
+
+# --- chat -------------------------------------------------------------------------------------
+
+
+def test_a_typed_line_names_pictures() -> None:
+    assert parts_of('what is @a.png and @"b c.png" ?') == [
+        "what is", Picture(path="a.png"), "and", Picture(path="b c.png"), "?",
+    ]  # fmt: skip
+    assert parts_of("me@home.org") == ["me@home.org"]
+
+
+def test_a_talk_in_the_terminal(pictures: Path, tmp_path: Path) -> None:
+    typed = f"@{pictures}/0.png What modality is this?\n@no.png hm\n/reset\nShow me.\n/quit\n"
+    words = ["chat", "--ckpt", "tiny", "--output", tmp_path / "drawn", "--min_images", 1]
+    done = subprocess.run(
+        [sys.executable, "-m", "medley.cli", *map(str, words), "--max_images", "1"],
+        input=typed, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "(no.png: no such picture)" in done.stdout
+    assert "(a new talk)" in done.stdout
+    saved = sorted((tmp_path / "drawn").glob("*.png"))
+    assert len(saved) == 2
+    assert f"[picture saved as {saved[1]}]" in done.stdout
+
+
+# --- answer -----------------------------------------------------------------------------------
+
+
+def write_questions(folder: Path) -> Path:
+    path = folder / "questions.jsonl"
+    rows = [{"question_id": i if i % 2 else f"q{i}", "image": f"{i % 4}.png",
+             "text": f"Is there a cyst? {i}\n<image>"} for i in range(5)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_questions_become_llavas_answers(pictures: Path, tmp_path: Path, program: Run) -> None:
+    questions, output = write_questions(tmp_path), tmp_path / "answers.jsonl"
+    words = ["medley.cli", "answer", "--ckpt", "tiny", "--questions", questions, "--mode", "text"]
+    words += ["--image_folder", pictures, "--output", output, "--text_greedy"]
+    program(*words)
+    rows = lines(output)
+    assert [row["question_id"] for row in rows] == ["q0", 1, "q2", 3, "q4"]
+    assert list(rows[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert rows[0]["prompt"] == "Is there a cyst? 0"
+    assert len(str(rows[0]["answer_id"])) == 22
+    assert len({row["answer_id"] for row in rows}) == 5
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[2:]) + '{"question')
+    assert "3 answers are there already" in program(*words).stdout
+    assert [r["question_id"] for r in lines(output)] == ["q0", 1, "q2", 3, "q4"]
+    joined = program(*words[:-2], tmp_path / "two.jsonl", "--answer_prompter", "--text_greedy")
+    assert joined.returncode == 0
+    assert "\n The answer is " in str(lines(tmp_path / "two.jsonl")[0]["text"])
+
+
+def test_parts_on_several_devices_are_gathered(
+    pictures: Path, tmp_path: Path, program: Run
+) -> None:
+    questions, output = write_questions(tmp_path), tmp_path / "answers.jsonl"
+    words = ["medley.cli", "answer", "--ckpt", "tiny", "--questions", questions, "--mode", "text"]
+    words += ["--image_folder", pictures, "--output", output, "--text_greedy", "--devices", "0-1"]
+    program(*words)
+    assert [row["question_id"] for row in lines(output)] == ["q0", 1, "q2", 3, "q4"]
+    (tmp_path / "missing").mkdir()
+    words[words.index(pictures)] = tmp_path / "missing"
+    words[words.index(output)] = tmp_path / "none.jsonl"
+    said = program(*words, status=3).stderr
+    assert "the parts of devices 0, 1 failed" in said
+
+
+def test_chunks_are_the_whole() -> None:
+    questions = list(range(9))
+    for count in (1, 2, 4, 12):
+        parts = [chunk(questions, count, i) for i in range(count)]
+        assert [q for part in parts for q in part] == questions
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert devices_of("0-2,5") == [0, 1, 2, 5]
+    with pytest.raises(UserError, match="expected numbers"):
+        devices_of("cuda:0")
+
+
+def test_bad_questions_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question_id": 1, "text": "a"}\n{"question_id": 2}\n')
+    with pytest.raises(UserError, match=r"q\.jsonl:2: expected question_id and text"):
+        read_questions(path)
+    lists = tmp_path / "q.json"
+    row = {"id": 3, "image": "a.png", "conversations": [{"from": "human", "value": "b\n<image>"}]}
+    lists.write_text(json.dumps([row]))
+    assert [(q.identifier, q.text, q.image) for q in read_questions(lists)] == [(3, "b", "a.png")]
+    assert finished(tmp_path / "none.jsonl") == set()
