@@ -299,10 +299,11 @@ def test_not_a_number_stops_the_run_and_names_the_documents(
 
 def test_a_first_step_without_gradients_stops_the_run() -> None:
     layer = torch.nn.Linear(2, 2)
-    proof = GradientProof(layer)
+    proof = GradientProof(layer, lambda: 1.0)
     layer(torch.ones(1, 2)).sum().backward()
     proof.on_step_end(None, None, None)
-    cut = GradientProof(layer)
+    cut = GradientProof(layer, lambda: 1.0)
+    GradientProof(layer, lambda: 0.0).on_step_end(None, None, None)  # blank rows prove nothing
     with pytest.raises(UserError, match="no gradient reached 2 tensors, bias among them"):
         cut.on_step_end(None, None, None)
 
@@ -374,6 +375,26 @@ def tiny_context() -> int:
     return int(TINY.config().max_position_embeddings)
 
 
+def test_batches_without_a_label_cost_nothing_and_stop_nothing(data: Path, tmp_path: Path) -> None:
+    """Blank rows, and text rows where pictures alone are learned."""
+    generator = np.random.default_rng(0)
+    rows = [document(generator, 9, "a") for _ in range(3)]
+    rows[1]["tokens"] = [MARKS.bos, *range(MARKS.image + 1, MARKS.image + 9), MARKS.eos]
+    path = tmp_path / "mixed.jsonl"
+    write_jsonl(path, iter(rows))
+    write_manifest(path, {}, [], TINY.fingerprint())
+    more: list[object] = ["--train_data", path, "--val_data", path, "--learn", "pictures"]
+    more += ["--trainable", "image_head", "--grad_acc", 2, "--warmup_ratio", 0, "--epoch", 2]
+    assert train.main(words(data, tmp_path / "run", *more)) == 0
+    assert len(losses(tmp_path / "run", "eval_a_loss")) == 1
+    medmax = ["--compat", "medmax", "--bs", 5, "--warmup_ratio", 0]
+    assert train.main(words(data, tmp_path / "medmax", *medmax)) == 0
+
+
+def test_a_share_of_steps_between_saves_is_counted_as_one() -> None:
+    assert preflight.saves_to_come("steps", 4000, 0.5, 1, None) == 3
+
+
 # --- going on ---------------------------------------------------------------------------------
 
 
@@ -419,6 +440,45 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(data: Path, tmp_
     )
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert losses(killed) == losses(tmp_path / "whole")
+
+
+def test_rows_of_like_lengths_come_in_the_same_order_after_a_stop(
+    data: Path, tmp_path: Path
+) -> None:
+    more: list[object] = ["--group_by_length", "--epoch", 3, "--bs", 4, "--lora_dropout", 0]
+    more += ["--save_strategy", "steps", "--save_steps", 7]
+    assert train.main(words(data, tmp_path / "whole", *more)) == 0
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    shutil.copy(tmp_path / "whole" / saving.RUN, stopped)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-14", stopped / "checkpoint-14")
+    assert train.main(words(data, stopped, *more, "--resume")) == 0
+    assert losses(stopped) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    # Killed after its last checkpoint and before its last save: no step more is made.
+    for name in ("manifest.json", "adapter_model.safetensors"):
+        (stopped / name).unlink()
+    assert train.main(words(data, stopped, *more, "--resume")) == 0
+    names = ("whole", "stopped")
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in names)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert train.main(words(data, stopped, *more, "--resume")) == 0  # has finished
+    assert train.main(words(data, stopped, *more, "--resume", "--lr", "1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("trainable", "stage"), [("full", 3), ("lora+image_head", 2)], ids=["full", "head"]
+)
+def test_ranks_with_blank_rows_do_not_wait_for_ever(
+    data: Path, tmp_path: Path, trainable: str, stage: int
+) -> None:
+    few = write_tokens(tmp_path / "five.jsonl", 5)
+    more: list[object] = ["--train_data", few, "--trainable", trainable, "--bs", 1, "--steps", 6]
+    more += ["--ds", ROOT / "training" / "deepspeed" / f"zero{stage}.json", "--epoch", 9]
+    more += ["--save_strategy", "no"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+    run([*ranks, "training.train", *words(data, tmp_path / "out", *more)], tmp_path / "log")
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert len(losses(tmp_path / "out")) == 6
 
 
 @pytest.mark.parametrize("stage", [2, 3])

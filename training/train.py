@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers import TrainerState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from medley.adapters import trainable_model
 from medley.assistant import Model
@@ -27,21 +30,35 @@ from medley.attention import set_attention
 from medley.checkpoints import TINY, Checkpoint, open_checkpoint, write_hugging_face
 from medley.doctor import versions
 from medley.errors import UserError
-from medley.files import quick_hash, write_manifest
+from medley.files import quick_hash, write_json, write_manifest
 from medley.generation import GenerationOptions
+from medley.loading import own_device
 from medley.model import LossOptions, tie_head_norms
 from medley.options import resolved, run_program
 from medley.packing import IGNORED
 from medley.preview import example_text
 from medley.quantization import quantize_layers
-from medley.ranks import from_main_rank, is_main_rank, local_world_size, world_size
+from medley.ranks import barrier, from_main_rank, is_main_rank, local_world_size, world_size
 from medley.responses import answer_good, prompts_in, save_answer
 from medley.training import preflight, saving
 from medley.training.data import RowOptions, Rows, Weighted, by_task, open_shards
 from medley.training.options import TrainOptions
 from medley.training.trainer import MixedModalTrainer
-from medley.training.watching import Course, GradientProof, Samples
+from medley.training.watching import Course, GradientProof, Samples, write_course
 from medley.vocabulary import TextTokenizer, Vocabulary
+
+# What a run that is gone on with must not change: its next losses and weights hang on these.
+KEPT = (
+    "epoch", "steps", "lr", "lr_scheduler", "warmup_ratio", "learn", "compat", "max_length",
+    "image_loss_weight", "z_loss", "group_by_length", "bf16", "fp16", "quantize", "lora_r",
+    "lora_alpha", "lora_rslora", "lora_dropout", "lora_target", "tie_head_norms",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def prepare_environment(options: TrainOptions) -> None:
@@ -54,6 +71,10 @@ def prepare_environment(options: TrainOptions) -> None:
             "--nproc-per-node, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     if options.ds is not None:
+        if "RANK" not in os.environ:  # started without torchrun: DeepSpeed would ask for MPI
+            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}
+            os.environ.update({name: str(value) for name, value in alone.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--ds {options.ds}: deepspeed is not installed; leave out --ds")
         # Its extensions are built by ninja, which a virtual environment keeps beside python.
@@ -95,7 +116,11 @@ def open_rows(
         return train, None
     shards = open_shards(options.val_data, base, vocabulary)
     tasks = by_task(shards)
-    rows = {t: Rows([(shards, 1.0)], vocabulary, chosen, places) for t, places in tasks.items()}
+    at_once = options.bs * world_size()
+    rows = {
+        task: Rows([(shards, 1.0)], vocabulary, chosen, places, at_once)
+        for task, places in tasks.items()
+    }
     return train, rows
 
 
@@ -105,7 +130,7 @@ def go_on_from(options: TrainOptions, train: Rows) -> Path | None:
         "ranks": world_size(), "global_bs": options.rows_a_step, "seed": options.seed,
         "rows": len(train.rows), "trainable": options.trainable, "pack": options.pack,
         "train_data": [quick_hash(shards.path) for shards in train.shards],
-        "epoch": options.epoch, "steps": options.steps, "lr": options.lr,
+        "zero_stage": options.zero_stage, **{name: getattr(options, name) for name in KEPT},
     }  # fmt: skip
     return saving.start_or_go_on(options.output_dir, options.resume, run)
 
@@ -118,7 +143,7 @@ def make_model(options: TrainOptions, base: Checkpoint, vocabulary: Vocabulary) 
     kernel = set_attention(decoder, options.attention, options.compute_dtype)
     if options.quantize is not None:
         quantize_layers(decoder, options.quantize, options.compute_dtype)
-        decoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        decoder.to(own_device("auto" if torch.cuda.is_available() else "cpu"))
     if options.tie_head_norms:
         tie_head_norms(decoder)
     model = trainable_model(
@@ -143,7 +168,8 @@ def tell_before_the_first_step(
     plan = preflight.Plan(
         learned, total, longest * options.bs, max(labels) * options.bs,
         options.dtype.itemsize, options.gradient_checkpointing, options.zero_stage, world_size(),
-        trainer.decoder.config,
+        trainer.decoder.config, sum(p.numel() * p.element_size() for p in model.parameters()),
+        options.offloads,
     )  # fmt: skip
     work = trainer.work
     operations = work.operations(mean, float(np.mean(labels))) * steps * options.rows_a_step
@@ -158,9 +184,12 @@ def tell_before_the_first_step(
     if options.preflight:
         limit = options.trainer.get("save_total_limit")
         saves = preflight.saves_to_come(
-            options.save_strategy, steps, options.save_steps, options.epoch, limit
-        )
-        lines.append(preflight.require_memory(plan, arguments.device, local_world_size()))
+            options.save_strategy, steps, options.save_steps,
+            steps * options.rows_a_step / len(train), limit,
+        )  # fmt: skip
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        there = weights if next(model.parameters()).device == arguments.device else 0
+        lines.append(preflight.require_memory(plan, arguments.device, local_world_size(), there))
         lines.append(preflight.require_disk(plan, options.output_dir, saves))
     if is_main_rank():
         row = train[0]
@@ -184,11 +213,13 @@ def sampler(options: TrainOptions, base: Checkpoint, decoder: Any) -> Callable[[
         inner = decoder()
         model = Model(inner, text, images)
         mode = "any" if images.can_draw else "text"
-        chosen = GenerationOptions(mode=mode, max_new_tokens=512, seed=options.seed)
+        longest = images.codes_per_image + 2 + 512  # a picture, and words about it
+        chosen = GenerationOptions(mode=mode, max_new_tokens=longest, seed=options.seed)
         with torch.autocast(inner.device.type, options.compute_dtype, options.bf16 or options.fp16):
             answers = answer_good(model, prompts, chosen, False, range(len(prompts)))
-        for number, found in enumerate(answers):
-            print(f"sample {number}: {save_answer(folder, number, found)}")
+        rows = [save_answer(folder, number, found) for number, found in enumerate(answers)]
+        write_json(folder / "responses.json", rows)
+        print(f"samples of this step: {rows}")
 
     return answer
 
@@ -201,6 +232,9 @@ def work(options: TrainOptions) -> None:
     chosen = row_options(options, base)
     train, val = open_rows(options, chosen, base, vocabulary)
     start = go_on_from(options, train)
+    if start is not None and (options.output_dir / "manifest.json").exists():
+        print(f"{options.output_dir}: this run has finished already")
+        return
     universal = start is not None and saving.needs_conversion(start, world_size())
     # Before the arguments: once they name ZeRO-3, transformers has every new model taken apart.
     model, kernel = make_model(options, base, vocabulary)
@@ -212,21 +246,29 @@ def work(options: TrainOptions) -> None:
         model=model, args=arguments, train_dataset=train, eval_dataset=val,
         data_collator=train.collate,
         callbacks=[
-            saving.ProvenSaves(options.trainer.get("save_total_limit")), GradientProof(model),
-            Course(),
+            saving.ProvenSaves(options.trainer.get("save_total_limit")), Course(),
         ],
         work=preflight.work_of(model, full, options.gradient_checkpointing, arguments.device),
         group_by_length=options.group_by_length,
     )  # fmt: skip
+    trainer.add_callback(GradientProof(model, lambda: trainer.last_labels))
     if options.sample_prompts is not None:
         trainer.add_callback(Samples(sampler(options, base, lambda: trainer.decoder)))
     if is_main_rank():
         print(f"attention: {kernel}")
     tell_before_the_first_step(options, trainer, train, text)
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    if val is not None:
-        trainer.evaluate()
+    if start is not None and saving.is_finished(start):  # stopped before its last save
+        trainer._load_from_checkpoint(str(start))
+        trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     save(trainer, base, options)
+    steps_told = {e["step"] for e in trainer.state.log_history if any("eval" in n for n in e)}
+    if val is not None and trainer.state.global_step not in steps_told:
+        trainer.evaluate()
+        trainer.save_state()
+        if is_main_rank():
+            write_course(options.output_dir, trainer.state.log_history)
 
 
 def save(trainer: MixedModalTrainer, base: Checkpoint, options: TrainOptions) -> None:
@@ -237,6 +279,8 @@ def save(trainer: MixedModalTrainer, base: Checkpoint, options: TrainOptions) ->
             names = [name for name, _ in base.tensors()]
             dtype = base.dtype()
             tensors = ((name, state[name].detach().cpu().to(dtype)) for name in names)
+            # DeepSpeed would have the decoder that is read back taken apart over the ranks.
+            unset_hf_deepspeed_config()
             write_hugging_face(options.output_dir / "model", base, tensors)
             open_checkpoint(options.output_dir / "model").decoder()  # read back: names and shapes
     else:
@@ -248,6 +292,7 @@ def save(trainer: MixedModalTrainer, base: Checkpoint, options: TrainOptions) ->
         write_manifest(options.output_dir, resolved(options), data, base.fingerprint())
         where = options.output_dir / ("model" if options.trainable == "full" else "")
         print(f"saved and read back: {where}")
+    barrier()
 
 
 def _base_name(ckpt: str) -> str:
@@ -256,7 +301,10 @@ def _base_name(ckpt: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program("training.train", TrainOptions, work, argv)
+    words = sys.argv[1:] if argv is None else argv
+    # DeepSpeed's own launcher adds this; the environment says it as well.
+    words = [word for word in words if not word.startswith("--local_rank")]
+    return run_program("training.train", TrainOptions, work, words)
 
 
 if __name__ == "__main__":

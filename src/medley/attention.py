@@ -94,6 +94,8 @@ def _attention(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
             )
             return output, None
         batch, heads, length, width = query.shape
+        # Under autocast the norms of queries and keys give float32, values stay in half.
+        query, key = query.to(value.dtype), key.to(value.dtype)
 
         def flat(states: Tensor) -> Tensor:
             whole = repeat_kv(states, heads // states.shape[1]).transpose(1, 2)

@@ -129,7 +129,8 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
             total, losses = self.lm_head(states, targets, weights, z_loss)
         else:  # an adapter lies over it
             total, losses = self._checkpointed(states, targets, weights)
-        total = total + hidden.sum() * 0.0  # a row without labels still has a graph
+        # A row without labels still has a graph; one number of each row, lest a sum overflow.
+        total = total + (hidden[:, 0, 0] * 0.0).sum()
         seen = torch.stack([~image, image]).double()
         self.loss_sums = torch.stack([(seen * losses.double()).sum(1), seen.sum(1)], 1).reshape(-1)
         return total / (weights.sum().clamp(min=1e-8) if num_items is None else num_items)
@@ -143,7 +144,8 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         # ZeRO-3 gathers the head at each call, which must be as many on every rank: one.
         taken_apart = any(hasattr(p, "ds_id") for p in self.lm_head.parameters())
         size = max(len(targets), 1) if taken_apart else LOSS_CHUNK
-        for chunk in range(0, max(len(targets), taken_apart), size):
+        # Once at least, so that a rank without labels has the same graph as the others.
+        for chunk in range(0, max(len(targets), 1), size):
             part = slice(chunk, chunk + size)
             token_loss, z_loss = checkpoint(
                 self._token_losses, states[part], targets[part], use_reentrant=False

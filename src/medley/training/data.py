@@ -16,7 +16,7 @@ from medley.checkpoints import Checkpoint
 from medley.errors import UserError
 from medley.files import check_fingerprint
 from medley.medmax import medmax_collate
-from medley.packing import Learn, SequenceTooLong, best_fit, make_row, stack_rows
+from medley.packing import IGNORED, Learn, SequenceTooLong, best_fit, make_row, stack_rows
 from medley.token_shards import TokenShards
 from medley.vocabulary import Vocabulary
 
@@ -111,9 +111,24 @@ class Rows(Dataset[dict[str, Tensor]]):
         plain = [{name: value for name, value in row.items() if name != ROW} for row in rows]
         batch = stack_rows(plain, self.vocabulary)
         if self.options.as_medmax:
-            ids = [row["input_ids"].tolist() for row in rows]
-            batch["labels"] = medmax_collate(ids, self.vocabulary)["labels"]
+            batch["labels"] = self._medmax_labels(rows, batch["labels"])
         return {**batch, ROW: torch.stack([row[ROW] for row in rows])}
+
+    def _medmax_labels(self, rows: Sequence[dict[str, Tensor]], plain: Tensor) -> Tensor:
+        """MedMax's labels for the rows that are not blank; nothing predicts a first token."""
+        labels = torch.full_like(plain, IGNORED)
+        real = [i for i, row in enumerate(rows) if int(row[ROW]) < len(self.rows)]
+        if real:
+            try:
+                theirs = medmax_collate(
+                    [rows[i]["input_ids"].tolist() for i in real], self.vocabulary
+                )["labels"]
+            except IndexError as error:
+                names = [name for i in real for name in self.names(int(rows[i][ROW]))]
+                raise UserError(f"--compat medmax: {error} ({', '.join(names)})") from error
+            labels[torch.tensor(real), : theirs.shape[1]] = theirs
+        labels[:, 0] = IGNORED
+        return labels
 
 
 def refuse_long(shards: TokenShards, max_length: int) -> None:

@@ -150,6 +150,11 @@ class TrainOptions:
                 self.compat == "medmax" and (self.pack or self.learn != "answers")
             ),
             "--bf16 and --fp16 exclude each other": self.bf16 and self.fp16,
+            "--bs, --grad_acc, --max_samples and --steps are numbers from 1 on": (
+                min(self.bs, self.grad_acc, self.max_samples or 1) < 1
+                or (self.steps is not None and self.steps < 1)
+                or (self.max_samples is not None and self.max_samples < 1)
+            ),
             "--group_by_length and --pack exclude each other: packed rows are all full": (
                 self.group_by_length and self.pack
             ),
@@ -194,6 +199,12 @@ class TrainOptions:
         if self.ds is None:
             return 0
         return int(read_json(self.ds).get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether DeepSpeed keeps weights and optimizer on the CPU."""
+        stage = {} if self.ds is None else read_json(self.ds).get("zero_optimization", {})
+        return stage.get("offload_param", {}).get("device") == "cpu"
 
     def accumulation(self) -> int:
         """Batches of one optimizer step. Raises UserError where --global_bs cannot be had."""

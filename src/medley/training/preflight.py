@@ -81,6 +81,8 @@ class Plan:
     zero_stage: int
     ranks: int
     config: Any
+    weight_bytes: float = 0  # where it is not total times bytes_a_number (quantised)
+    offloaded: bool = False  # weights and optimizer stay on the CPU
 
     def memory(self) -> dict[str, float]:
         """Bytes by what holds them."""
@@ -93,10 +95,12 @@ class Plan:
         layers = self.config.num_hidden_layers
         kept = layers * wide + layer if self.checkpointing else layers * layer
         chunk = min(LOSS_CHUNK, self.labelled_a_batch)
+        weights = self.weight_bytes or self.total * self.bytes_a_number
+        away = 0 if self.offloaded else 1
         return {
-            "weights": self.total * self.bytes_a_number / of_weights,
+            "weights": away * weights / of_weights,
             "gradients": self.learned * self.bytes_a_number / of_gradients,
-            "optimizer": self.learned * (ADAM_BYTES + MASTER_BYTES * half) / of_states,
+            "optimizer": away * self.learned * (ADAM_BYTES + MASTER_BYTES * half) / of_states,
             "activations": kept * self.tokens_a_batch * self.bytes_a_number,
             "loss": 2 * 4 * chunk * self.config.vocab_size
             + self.labelled_a_batch * wide * self.bytes_a_number * 2,
@@ -108,16 +112,19 @@ class Plan:
         return self.learned * (self.bytes_a_number + ADAM_BYTES + MASTER_BYTES)
 
 
-def require_memory(plan: Plan, device: torch.device, ranks_here: int) -> str:
-    """One line about memory. Raises UserError with advice where it cannot fit."""
+def require_memory(plan: Plan, device: torch.device, ranks_here: int, there: float = 0) -> str:
+    """One line about memory. Raises UserError with advice where it cannot fit.
+
+    `there` are bytes of weights that are in the device's memory already.
+    """
     parts = plan.memory()
     needed = sum(parts.values())
     if device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(device)[0])
+        free = float(torch.cuda.mem_get_info(device)[0]) + there
     else:
         import psutil  # accelerate brings it
 
-        free = psutil.virtual_memory().available / ranks_here
+        free = psutil.virtual_memory().available / ranks_here + there
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"memory: about {needed / 1e9:.1f} GB a rank ({listed}); {free / 1e9:.1f} GB are free"
     if needed > free:
@@ -140,7 +147,7 @@ def require_disk(plan: Plan, output_dir: Path, saves: int) -> str:
     )
     if needed > free:
         raise UserError(
-            f"{output_dir}: {line}: keep fewer (--trainer '{{\"save_total_limit\": 2}}'), save "
+            f"{output_dir}: {line}: keep fewer (--trainer.save_total_limit 2), save "
             "less often (--save_steps), or name another --output_dir"
         )
     return line
@@ -152,7 +159,8 @@ def existing(folder: Path) -> Path:
 
 def saves_to_come(strategy: str, steps: int, every: float, epochs: float, limit: int | None) -> int:
     """How many checkpoints will lie on the disk at once, with one that is being written."""
-    count = {"steps": steps / max(every, 1), "epoch": epochs}.get(strategy, 0)
+    between = every * steps if every < 1 else every  # below 1 it is a share of all steps
+    count = {"steps": steps / max(between, 1), "epoch": epochs}.get(strategy, 0)
     found = int(count) + 1
     return min(found, limit + 1) if limit else found
 

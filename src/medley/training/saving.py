@@ -35,6 +35,10 @@ class ProvenSaves(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Losses are logged as means since the last log: those of a run that is gone on with are the
         # same only where a save is a log as well.
+        last = state.global_step >= state.max_steps
+        control.should_log = control.should_log or control.should_save or last
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,8 +85,12 @@ def start_or_go_on(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path |
     `run` differs from what the older one wrote down: then its steps would see other samples.
     """
     start = last_complete_checkpoint(folder)
+    if is_main_rank() and (resume or start is None):
+        for torn in folder.glob("checkpoint-*"):  # half-written: nothing can go on from there
+            if not (torn / COMPLETE).exists():
+                shutil.rmtree(torn)
     if not resume:
-        if any(folder.glob("checkpoint-*")):
+        if start is not None:
             raise UserError(
                 f"{folder}: holds checkpoints of another run; go on with --resume, or name "
                 "another --output_dir"
@@ -104,6 +112,12 @@ def start_or_go_on(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path |
                 f"that is gone on with keeps it{hint}"
             )
     return start
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of a run's last step: only what comes after it is left."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def needs_conversion(checkpoint: Path, ranks: int) -> bool:

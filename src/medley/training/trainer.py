@@ -6,13 +6,14 @@ Shapes: B rows, S row length.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from medley.errors import UserError
 from medley.training.data import ROW, Rows
@@ -33,6 +34,7 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         self._sums = {kind: torch.zeros(4, dtype=torch.float64) for kind in ("train", "eval")}
         self._executed = 0  # tokens that went through the layers of this rank, since the last log
         self._since = time.monotonic()
+        self.last_labels = 0.0  # weight of the labels of the last step, of all ranks
 
     @property
     def decoder(self) -> Any:
@@ -45,11 +47,12 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
         assert isinstance(rows, Rows)
-        lengths = [*rows.lengths, *[1] * rows.blank]
-        generator = torch.Generator().manual_seed(self.args.seed)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        grouped: Sampler[int] = LengthGroupedSampler(batch, lengths=lengths, generator=generator)
-        return grouped
+        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedByLength(
+            [*rows.lengths, *[1] * rows.blank],
+            a_step * self.args.world_size,
+            lambda: self.args.seed + int((self.state.epoch or 0) + 1e-6),
+        )
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -61,6 +64,8 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         total = torch.stack(weights).sum().to(device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
+        total = total.clamp(min=1e-8)  # of a step without a single label: its loss is 0
+        self.last_labels = float(total) if total > 1e-7 else 0.0
         return total
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +131,24 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             "memory_gb": memory_in_use(self.args.device) / 1e9,
             "seconds_left": left,
         }
+
+
+class GroupedByLength(Sampler[int]):
+    """Rows of like lengths side by side, in an order that depends on `seed()` alone: on the epoch,
+    not on what was read before, so that a run that is gone on with sees the same."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: Callable[[], int]) -> None:
+        self.lengths, self.batch, self.seed = lengths, batch, seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed())
+        grouped: list[int] = get_length_grouped_indices(
+            self.lengths, self.batch, generator=generator
+        )
+        return iter(grouped)
 
 
 def memory_in_use(device: torch.device) -> int:

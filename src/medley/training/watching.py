@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -22,7 +23,9 @@ class GradientProof(TrainerCallback):  # type: ignore[misc]
     """Stops a run whose first step gave no gradient to what shall learn, as happens silently where
     gradient checkpointing cuts an adapter off from the loss."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, labels: Callable[[], float]) -> None:
+        """`labels` gives the weight of all labels in the last step, of all ranks."""
+        self.labels = labels
         self.reached: set[str] = set()
         self.alive = False
         learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -38,13 +41,17 @@ class GradientProof(TrainerCallback):  # type: ignore[misc]
         return see
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._hooks:
+        if not self._hooks or not self.labels():  # a step of blank rows proves nothing
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        missing = sorted(self.names - self.reached)
-        if missing or not self.alive:
+        seen = [(self.reached, self.alive)]
+        if dist.is_initialized():  # one rank may have had blank rows only
+            seen *= dist.get_world_size()
+            dist.all_gather_object(seen, (self.reached, self.alive))
+        missing = sorted(self.names.difference(*(reached for reached, _ in seen)))
+        if missing or not any(alive for _, alive in seen):
             what = f"{len(missing)} tensors, {missing[0]} among them" if missing else "all tensors"
             raise UserError(
                 f"no gradient reached {what} in the first step: nothing there would be learned "
