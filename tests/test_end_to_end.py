@@ -261,7 +261,7 @@ def test_unknown_flags_and_recipe_keys_are_refused(program: Run, tmp_path: Path)
     )
     assert "learning_rate" in said
     assert last_line(program("medley.cli", "draw", status=2)) == (
-        "medley: no command 'draw', there is generate, doctor"
+        "medley: no command 'draw', there is generate, chat, answer, doctor"
     )
 
 

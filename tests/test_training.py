@@ -277,7 +277,14 @@ def test_a_run_tells_proves_and_samples(
     learned = sum(int((make_row([ids], MARKS)["labels"] != IGNORED).sum()) for ids in shards)
     seen = steps[-1]["seen_text_tokens"] + steps[-1]["seen_image_tokens"]
     assert seen == learned  # every token that has a label, once
-    assert {"eval_task0_loss", "eval_task1_loss"} <= {n for e in state["log_history"] for n in e}
+    told = [e for e in state["log_history"] if e["step"] == 3 and any("eval" in n for n in e)]
+    tasks = [next(e for e in told if f"eval_{name}_loss" in e) for name in ("task0", "task1")]
+    whole = next(e for e in told if "eval_loss" in e)
+    tokens = [e[f"eval_{n}_trained_tokens"] for e, n in zip(tasks, ("task0", "task1"), strict=True)]
+    found = sum(
+        e[f"eval_{n}_loss"] * t for e, n, t in zip(tasks, ("task0", "task1"), tokens, strict=True)
+    )
+    assert whole["eval_loss"] == pytest.approx(found / sum(tokens))
     with open(output / "log.csv", encoding="utf-8", newline="") as file:
         assert sum(bool(row["loss"]) for row in csv.DictReader(file)) == len(steps)
     with Image.open(output / "loss.png") as image:

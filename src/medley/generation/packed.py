@@ -9,7 +9,6 @@ from torch import Tensor
 
 LARGEST = 1 << 30  # bytes of weights: a copy of larger ones is not worth its memory
 _ROWS = 8  # that the layout is made for; it serves other numbers, too
-_ALONE = 4096  # rows of a matrix from which a single state gains as well
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -34,7 +33,7 @@ class Matrix:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS)
 
     def __call__(self, states: Tensor) -> Tensor:
-        if self.packed is None or (len(states) == 1 and len(self.weight) < _ALONE):
+        if self.packed is None:
             return F.linear(states, self.weight)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             states, self.packed, None, "none", [], ""

@@ -32,6 +32,7 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.work, self.group_by_length = work, group_by_length
         self._sums = {kind: torch.zeros(4, dtype=torch.float64) for kind in ("train", "eval")}
+        self._validated = torch.zeros(4, dtype=torch.float64)  # over the tasks of one validation
         self._executed = 0  # tokens that went through the layers of this rank, since the last log
         self._since = time.monotonic()
         self.last_labels = 0.0  # weight of the labels of the last step, of all ranks
@@ -101,18 +102,35 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             sums = torch.cat([self._sums[kind], executed]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.gather(sums[None]).sum(0)
-            text, texts, image, images, tokens = sums.tolist()
-            logs |= {f"{prefix}text_loss": text / texts} if texts else {}
-            logs |= {f"{prefix}image_loss": image / images} if images else {}
-            logs |= {f"{prefix}trained_tokens": texts + images}
-            if kind == "eval":  # transformers gives the mean of batches, whatever their labels
-                share = self.decoder.loss_options.image_weight
-                total = texts + share * images
-                logs |= {losses[0]: (text + share * image) / total} if total else {}
-            else:
-                logs |= self._speed(texts, images, tokens)
+            tokens = float(sums[4])
+            if kind == "eval":
+                self._validated += sums[:4].cpu()
+            logs |= self._losses(prefix, sums[:4])
+            if kind == "train":
+                logs |= self._speed(float(sums[1]), float(sums[3]), tokens)
             self._sums[kind].zero_()
         super().log(logs, *args, **kwargs)
+
+    def _losses(self, prefix: str, sums: Tensor) -> dict[str, float]:
+        """By modality; of validation the whole, too: transformers gives the mean of batches,
+        whatever their labels."""
+        text, texts, image, images = sums.tolist()
+        found = {f"{prefix}text_loss": text / texts} if texts else {}
+        found |= {f"{prefix}image_loss": image / images} if images else {}
+        share = self.decoder.loss_options.image_weight
+        if prefix and texts + share * images:
+            found[f"{prefix}loss"] = (text + share * image) / (texts + share * images)
+        return found | {f"{prefix}trained_tokens": texts + images}
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Of several tasks each one's losses, and those of all of them as `eval_loss` and so on."""
+        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return dict(super().evaluate(eval_dataset, *args, **kwargs))
+        self._validated.zero_()
+        found = dict(super().evaluate(eval_dataset, *args, **kwargs))
+        whole = self._losses("eval_", self._validated)
+        super().log(whole)
+        return found | whole
 
     def _speed(self, texts: float, images: float, executed: float) -> dict[str, float]:
         seconds = time.monotonic() - self._since
