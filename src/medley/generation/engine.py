@@ -80,6 +80,7 @@ class Engine:
         self._inbox[self._tickets] = deque()
         return self._tickets
 
+    @torch.inference_mode()  # what the cache holds was made in it
     def cancel(self, ticket: int) -> None:
         """Forgets a request: its row is free at once. Nothing happens for one that has ended."""
         self._inbox.pop(ticket, None)

@@ -1,0 +1,309 @@
+"""The engine's own machinery: fused step, remembered contexts, rows that join and leave."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import medley
+from medley.adapters import trainable_model
+from medley.assistant import Model
+from medley.checkpoints import open_checkpoint
+from medley.commands.common import memory_line
+from medley.errors import UserError
+from medley.generation import Engine, GenerationOptions, Request
+from medley.generation.cache import KeyValueCache, Prefix
+from medley.generation.decode_step import FusedStep
+from medley.generation.prefixes import Prefixes
+
+GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
+
+
+def engine(decoder: Any, fuse: bool, model: Model) -> Engine:
+    return Engine(decoder, model.vocabulary, model.image_tokenizer.codes_per_image, fuse)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return medley.load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Model) -> list[list[int]]:
+    """Of different lengths, one with a picture."""
+    picture = Image.new("RGB", (64, 64), "navy")
+    talks = [["Is there a cyst?"], [picture, "What does this scan show?"], ["Show me a head."]]
+    return [model.prompt_ids(parts) for parts in talks]
+
+
+@pytest.mark.parametrize("swin_norm", [False, True])
+def test_the_fused_step_gives_what_the_modules_give(layout: Path, swin_norm: bool) -> None:
+    """Grouped heads (the layout of 30b), both places of the norms, streams of unequal length."""
+    decoder = open_checkpoint(layout / "input").decoder(torch.float32)
+    if swin_norm:
+        state, decoder.config.swin_norm = decoder.state_dict(), True
+        decoder = type(decoder)(decoder.config).eval()
+        decoder.load_state_dict(state)
+    ids = torch.randint(8720, 8790, (3, 40), generator=torch.Generator().manual_seed(0))
+    late = torch.tensor([0, 3, 11])  # steps by which each stream begins after the first
+    cache = KeyValueCache(decoder.config, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        wanted = decoder.model(ids, use_cache=False).last_hidden_state
+        step = FusedStep(decoder)
+        for _ in ids:
+            cache.add_stream()
+        for time in range(ids.shape[1] + int(late.max())):
+            places = (time - late).clamp(0, ids.shape[1] - 1)  # those that wait write over it
+            length = int(places.max()) + 1
+            cache.place(0, places[:, None], length)
+            mask = torch.arange(length) <= places[:, None]
+            rows = torch.arange(len(ids))
+            found = step(ids[rows, places], places, mask[:, None, None], cache)
+            assert torch.allclose(found, wanted[rows, places], atol=1e-5)
+
+
+def test_prompts_of_unequal_length_are_read_in_one_pass(
+    model: Model, prompts: list[list[int]]
+) -> None:
+    options = GenerationOptions(mode="text", max_new_tokens=24, **GREEDY)
+    reads = []
+    own = engine(model.engine.decoder, False, model)
+    read = own._read
+    own._read = lambda *a: reads.append(len(a[0])) or read(*a)  # type: ignore[method-assign,func-returns-value]
+    together = own.generate([Request(ids, options, i) for i, ids in enumerate(prompts)])
+    assert reads == [3]
+    alone = [own.generate([Request(ids, options, 0)])[0] for ids in prompts]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+
+
+def test_a_request_that_joins_later_changes_nothing(model: Model, prompts: list[list[int]]) -> None:
+    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
+    own = engine(model.engine.decoder, False, model)
+    wanted = [own.generate([Request(p, options, i)])[0].ids for i, p in enumerate(prompts)]
+    first = own.submit(Request(prompts[0], options, 0))
+    for _ in range(7):
+        own.step()
+    others = [own.submit(Request(p, options, i)) for i, p in enumerate(prompts[1:], 1)]
+    results: dict[int, list[int]] = {}
+    while own.busy:
+        own.step()
+        for ticket in (first, *others):
+            for _, token, result in own.news(ticket):
+                if token is None:
+                    results[ticket] = result.ids
+    assert [results[ticket] for ticket in (first, *others)] == wanted
+
+
+def test_a_cancelled_row_is_free_at_once_and_others_go_on(
+    model: Model, prompts: list[list[int]]
+) -> None:
+    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
+    own = engine(model.engine.decoder, False, model)
+    wanted = own.generate([Request(prompts[2], options, 5)])[0].ids
+    gone, waiting = own.submit(Request(prompts[1], options, 1)), []
+    kept = own.submit(Request(prompts[2], options, 5))
+    for _ in range(4):
+        own.step()
+    waiting.append(own.submit(Request(prompts[0], options, 2)))
+    streams = own._cache.streams
+    own.cancel(gone)
+    own.cancel(waiting[0])
+    own.cancel(gone)  # twice is no harm
+    assert own._cache.streams < streams
+    found: list[int] = []
+    while own.busy:
+        own.step()
+        assert not list(own.news(gone))
+        for _, token, result in own.news(kept):
+            found = result.ids if token is None else found
+    assert found == wanted
+    assert own._cache.streams == 0
+
+
+def test_closing_a_stream_frees_its_row(model: Model) -> None:
+    events = model.stream(["Show me a CT scan."], mode="image", max_new_tokens=100)
+    assert next(events).progress is not None
+    assert model.engine.busy
+    events.close()  # type: ignore[attr-defined]
+    assert not model.engine.busy
+    assert model.engine._cache.streams == 0
+
+
+def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
+    picture = Image.new("RGB", (64, 64), "gray")
+    talk = model.chat(mode="text", max_new_tokens=20, **GREEDY)
+    reads: list[int] = []
+    own = model.engine
+    read = own._read
+    own._read = lambda s, c, b: (  # type: ignore[method-assign]
+        reads.append(sum(len(x) - y for x, y in zip(c, b, strict=True))),  # type: ignore[func-returns-value]
+        read(s, c, b),
+    )[1]
+    try:
+        answers, ids = [], []
+        for turn in ((picture, "Is there a cyst?"), ("Where is it?",), ("How large?",)):
+            before = list(talk.ids)
+            *_, last = talk.say(*turn)
+            assert last.answer is not None
+            answers.append(last.answer.ids)
+            ids.append([*before, *model.prompt_ids(list(turn))[1:]])
+    finally:
+        del own._read  # type: ignore[method-assign]
+    assert reads[0] == len(ids[0])
+    assert all(count < 25 for count in reads[1:])
+    fresh = engine(model.engine.decoder, False, model)
+    options = GenerationOptions(mode="text", max_new_tokens=20, **GREEDY)
+    assert answers == [fresh.generate([Request(i, options)])[0].ids for i in ids]
+
+
+def test_remembered_contexts_stay_within_their_bytes() -> None:
+    def prefix(*ids: int) -> Prefix:
+        return Prefix(ids, (torch.zeros(2, 1, len(ids), 4),))
+
+    size = prefix(*range(20)).nbytes
+    kept = Prefixes(3 * size)
+    for start in range(4):
+        kept.keep(prefix(*range(start, start + 20)))
+    assert len(kept) == 3
+    assert kept.find([0, *range(1, 20)]) is None  # the oldest is gone
+    found = kept.find([*range(3, 20), 99, 100])
+    assert found is not None
+    assert found[1] == 17
+    kept.keep(prefix(*range(3, 24)))  # longer, and begins with one that is there
+    assert sum(p.ids[:20] == tuple(range(3, 23)) for p in kept._kept) == 1
+
+
+def test_previews_come_while_a_picture_is_drawn(model: Model) -> None:
+    events = list(model.stream(["Show me a CT scan."], mode="image", preview_every=16))
+    previews = [e.preview for e in events if e.preview is not None]
+    codes = model.image_tokenizer.codes_per_image
+    assert len(previews) == codes // 16
+    assert previews[0].size == (model.image_tokenizer.size,) * 2
+    images = [e.image for e in events if e.image is not None]
+    assert len(images) == 1
+    assert images[0].tobytes() == previews[-1].tobytes()  # with all codes there
+    assert events[-1].answer is not None
+    assert [e.progress for e in events if e.progress][-1] == 1.0
+
+
+def test_top_k_of_one_is_greedy(model: Model, prompts: list[list[int]]) -> None:
+    common = {"mode": "text", "max_new_tokens": 16, "repetition_penalty": 1.0}
+    one = GenerationOptions(**common, text_top_k=1, text_temperature=3.0)
+    greedy = GenerationOptions(**common, text_greedy=True)
+    found = [
+        [r.ids for r in model.engine.generate([Request(p, o) for p in prompts])]
+        for o in (one, greedy)
+    ]
+    assert found[0] == found[1]
+    images = {"mode": "image", "max_images": 1, "max_new_tokens": 80}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = [
+            model.engine.generate([Request(prompts[2], GenerationOptions(**images, **more))])[0].ids
+            for more in ({"image_top_k": 1, "image_temperature": 2.0}, {"image_greedy": True})
+        ]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_stop_token_ends_the_answer_and_says_so(model: Model, prompts: list[list[int]]) -> None:
+    options = {"mode": "text", "max_new_tokens": 30, **GREEDY}
+    found = model.engine.generate([Request(p, GenerationOptions(**options)) for p in prompts])
+    prompt, whole = max(zip(prompts, (r.ids for r in found), strict=True), key=lambda x: len(x[1]))
+    stop = whole[1]
+    found = model.engine.generate([Request(prompt, GenerationOptions(**options, stop=(stop,)))])
+    assert found[0].ids == whole[: whole.index(stop) + 1]
+    assert len(found[0].ids) < len(whole)
+    assert found[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
+    plain = medley.load("tiny", device="cpu")
+    model = medley.load("tiny", device="cpu", quantize=kind)
+    assert model.engine._fused is None
+    ids = torch.tensor([plain.prompt_ids(["What does this scan show?"])])
+    with torch.inference_mode():
+        one, other = plain.decoder(ids).logits, model.decoder(ids).logits
+    text = list(plain.vocabulary.text_pieces)
+    likeness = torch.cosine_similarity(one[0, -1, text], other[0, -1, text], dim=0)
+    assert float(likeness) > 0.8
+    assert not torch.allclose(one, other, atol=1e-5)
+    assert len(model.generate(["Show me a CT scan."], mode="image", max_new_tokens=70)) == 1
+    small, large = (
+        sum(p.nbytes for p in m.decoder.model.layers.parameters()) for m in (model, plain)
+    )
+    assert small < 0.4 * large
+
+
+def test_an_adapter_lies_over_quantised_layers(tmp_path: Path) -> None:
+    base = open_checkpoint("tiny")
+    marks = base.text_tokenizer().vocabulary
+    trained = trainable_model(
+        base.decoder(torch.float32),
+        "lora",
+        marks,
+        "tiny",
+        rank=2,
+        alpha=4,
+        dropout=0.0,
+        targets=["q_proj", "up_proj"],
+    )
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[0, 8720, 8730, 8710]])
+    with torch.inference_mode():
+        wanted = trained.eval()(input_ids=ids).logits
+        whole = medley.load(tmp_path / "adapter", device="cpu")
+        assert torch.allclose(whole.decoder(input_ids=ids).logits, wanted, atol=1e-4)
+        small = medley.load(tmp_path / "adapter", device="cpu", quantize="8bit")
+        found = small.decoder(input_ids=ids).logits
+    likeness = torch.cosine_similarity(found[0, -1], wanted[0, -1], dim=0)
+    assert float(likeness) > 0.8
+    assert whole.engine._fused is None
+
+
+def test_quantising_without_the_library_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"medley-mm\[quantize\]"):
+        medley.load("tiny", device="cpu", quantize="4bit")
+
+
+def test_layers_may_live_on_several_devices(model: Model, prompts: list[list[int]]) -> None:
+    """accelerate's hooks move what a layer reads; the step by hand is not used there."""
+    from accelerate import dispatch_model
+
+    decoder = open_checkpoint("tiny").decoder(torch.float32)
+    names = [n for n, _ in decoder.named_children() if n != "model"]
+    inner = [f"model.{n}" for n, _ in decoder.model.named_children() if n != "layers"]
+    layers = [f"model.layers.{i}" for i in range(len(decoder.model.layers))]
+    places = dict.fromkeys([*names, *inner, *layers], "cpu")
+    spread = dispatch_model(decoder, places, main_device="cpu", force_hooks=True)
+    own = engine(spread, True, model)
+    assert own._fused is None
+    options = GenerationOptions(mode="text", max_new_tokens=12, **GREEDY)
+    requests = [Request(ids, options) for ids in prompts]
+    wanted = [r.ids for r in model.engine.generate(requests)]
+    assert [r.ids for r in own.generate(requests)] == wanted
+
+
+def test_the_memory_a_model_takes_is_said(model: Model) -> None:
+    said = memory_line(model, 4)
+    config = model.engine.decoder.config
+    token = 2 * config.num_hidden_layers * config.hidden_size * 4
+    assert f"{token / 1e3:.1f} kB a token" in said
+    assert "4 answers" in said
+
+
+def test_the_engine_refuses_no_prompt(model: Model) -> None:
+    with pytest.raises(UserError, match="empty prompt"):
+        model.engine.submit(Request([], GenerationOptions()))
