@@ -130,6 +130,53 @@ class Document:
             raise DocumentError("neither 'text' nor 'messages' is there")
         return cls(tuple(_with_pictures(turns, _pictures_of(row))))
 
+    def to_json(self) -> dict[str, Any]:
+        """The line of a documents file, inverse of `from_json`: `text` where its marks say all,
+        else `messages`. Neighbouring texts become one, empty ones vanish.
+
+        Raises DocumentError where some pictures have a path and others only codes.
+        """
+        words = [part for turn in self.turns for part in turn.parts if isinstance(part, str)]
+        if _says_all([turn.role for turn in self.turns]) and not any(map(has_mark, words)):
+            row: dict[str, Any] = {"text": END_TURN.join(map(_marked, self.turns))}
+        else:
+            row = {"messages": [_message(turn) for turn in self.turns]}
+        pictures = self.pictures
+        paths = [p.path for p in pictures if p.path is not None]
+        codes = [p.codes for p in pictures if p.codes is not None]
+        if len(pictures) not in (len(paths), len(codes)):
+            raise DocumentError(
+                f"{len(paths)} of {len(pictures)} pictures have a path and {len(codes)} have image "
+                "codes: all need the one or the other"
+            )
+        if pictures and len(paths) == len(pictures):
+            row["image_path"] = str(paths[0]) if len(paths) == 1 else [str(p) for p in paths]
+        if pictures and len(codes) == len(pictures):
+            row["image_tokens"] = list(codes[0]) if len(codes) == 1 else [list(c) for c in codes]
+        return row
+
+
+def has_mark(text: str) -> bool:
+    """Whether a text holds what stands for a picture or the end of a turn in a document's line."""
+    return IMAGE in text or END_TURN in text
+
+
+def _says_all(roles: list[str]) -> bool:
+    """Whether the number of turns says who speaks: one alone is read as the assistant's."""
+    return roles == ["assistant"] or len(roles) > 1
+
+
+def _marked(turn: Turn) -> str:
+    return "".join(part if isinstance(part, str) else IMAGE for part in turn.parts)
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in turn.parts
+    ]
+    return {"role": turn.role, "content": content}
+
 
 # A picture's place before it is known which one stands there.
 _PLACE = Picture(codes=())

@@ -1,1 +1,35 @@
-"""Data formats of the field <-> documents, one small module a format."""
+"""Data sets of the field <-> documents: one module a format, reading and writing side by side."""
+
+from medley.formats import (
+    captions,
+    documents,
+    llava,
+    medmax,
+    medtrinity,
+    pathvqa,
+    pmc_vqa,
+    science_qa,
+    sharegpt,
+    slake,
+    text_qa,
+    vqa_rad,
+)
+from medley.formats.sample import Choices, Format, RecordError, Sample
+
+FORMATS: dict[str, Format] = {
+    "documents": documents.FORMAT,
+    "llava": llava.FORMAT,
+    "sharegpt": sharegpt.FORMAT,
+    "medmax": medmax.FORMAT,
+    "medtrinity": medtrinity.FORMAT,
+    "vqa_rad": vqa_rad.FORMAT,
+    "slake": slake.FORMAT,
+    "pathvqa": pathvqa.FORMAT,
+    "pmc_vqa": pmc_vqa.FORMAT,
+    "science_qa": science_qa.FORMAT,
+    "text_qa": text_qa.FORMAT,
+    "text_qa_csv": text_qa.CSV,
+    "captions": captions.FORMAT,
+}
+
+__all__ = ["FORMATS", "Choices", "Format", "RecordError", "Sample"]

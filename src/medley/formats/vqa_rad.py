@@ -2,98 +2,77 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medley.errors import UserError
-from medley.files import read_json
-from medley.images import content_hash, open_image
-from medley.vocabulary import END_TURN, IMAGE
+from medley.formats.files import records_of, split_files
+from medley.formats.sample import (
+    Choices,
+    Format,
+    Found,
+    RecordError,
+    Sample,
+    as_question,
+    others,
+    picture_name,
+    picture_path,
+    question_and_answer,
+    shown,
+    text_of,
+    value_of,
+)
 
-FILES = ("trainset.json", "testset.json")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about one picture; `closed` where the answer is one of a few given ones."""
-
-    identifier: str
-    image_path: str
-    question: str
-    answer: str
-    closed: bool
-    organ: str
-
-    def document(self) -> dict[str, Any]:
-        """A line of a documents file."""
-        return {
-            "text": f"{IMAGE}{self.question}{END_TURN}{self.answer}",
-            "image_path": self.image_path,
-            "source": "vqa_rad",
-            "task": "VQA",
-            "id": self.identifier,
-            "answer_type": "CLOSED" if self.closed else "OPEN",
-            "organ": self.organ,
-        }
+FILES = {"train": ("trainset.json",), "test": ("testset.json",)}
+KINDS = ("OPEN", "CLOSED")
 
 
-def image_folder(folder: Path) -> Path:
+def image_folder(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
     names = ("images", "VQA_RAD Image Folder")
     return next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
 
 
-def read(folder: Path) -> Iterator[Question]:
-    """Every question of both published files, in their order.
-
-    Raises UserError, naming file and record, for a missing field, an unknown answer type or a
-    picture that is not there.
-    """
-    images = image_folder(folder)
-    for name in FILES:
-        path = folder / name
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise UserError(f"{path}: expected a list of questions")
-        for number, record in enumerate(records):
-            yield _question(record, f"{path}: record {number}", images)
+def records(choices: Choices) -> Iterator[Found]:
+    for split, path in split_files(choices, FILES, "VQA-RAD"):
+        yield from records_of(path, split)
 
 
-def _question(record: Any, place: str, images: Path) -> Question:
-    try:
-        kind = str(record["answer_type"]).strip().upper()  # two rows say "CLOSED "
-        question = Question(
-            identifier=str(record["qid"]),
-            image_path=str(images / Path(record["image_name"]).name),
-            question=str(record["question"]).strip(),
-            answer=str(record["answer"]).strip(),  # numbers are answers too
-            closed=kind == "CLOSED",
-            organ=str(record.get("image_organ", "")),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{place}: {error} is missing") from error
-    if kind not in ("OPEN", "CLOSED"):
-        raise UserError(f"{place}: answer_type is {kind!r}, expected OPEN or CLOSED")
-    if not Path(question.image_path).is_file():
-        raise UserError(f"{place}: no such picture, {question.image_path}")
-    return question
+def answer_type(value: Any) -> str:
+    """OPEN or CLOSED. Raises RecordError for anything else."""
+    kind = str(value).strip().upper()  # two rows of VQA-RAD say "CLOSED "
+    if kind not in KINDS:
+        raise RecordError(f"answer_type is {shown(value)}, expected OPEN or CLOSED")
+    return kind
 
 
-def split_by_picture(
-    questions: list[Question], test_share: float
-) -> tuple[list[Question], list[Question]]:
-    """Train and test questions without a common picture, told apart by content.
+def read(record: Any, choices: Choices) -> Sample:
+    remarks: list[str] = []
+    question = text_of(record, "question", remarks).strip()
+    answer = text_of(record, "answer", remarks).strip()
+    path = picture_path(value_of(record, "image_name"), choices.image_folder)
+    fields = {
+        "id": str(value_of(record, "qid")), "source": "vqa_rad", "task": "VQA",
+        "answer_type": answer_type(value_of(record, "answer_type")),
+    }  # fmt: skip
+    fields |= others(record, "qid", "image_name", "question", "answer", *fields)
+    return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
 
-    The published split asks about the same pictures in both halves; this one puts each
-    picture, by the hash of its pixels, into one of them, the same one on every machine.
-    """
-    hashes = {p: content_hash(open_image(p)) for p in sorted({q.image_path for q in questions})}
 
-    def in_test(question: Question) -> bool:
-        digest = hashlib.sha256(f"split {hashes[question.image_path]}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") / 2**32 < test_share
+def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+    path, question, answer = as_question(sample.document)
+    if path is None:
+        raise RecordError("no picture, and this format asks about pictures")
+    if question.strip() != question or answer.strip() != answer:
+        raise RecordError("blanks around the words, which this format does not keep")
+    return {
+        "qid": value_of(sample.fields, "id"),
+        "image_name": picture_name(path, choices.image_folder),
+        "question": question,
+        "answer": answer,
+        "answer_type": answer_type(value_of(sample.fields, "answer_type")),
+        **others(sample.fields, "id", "answer_type", "source", "task"),
+    }
 
-    train = [q for q in questions if not in_test(q)]
-    return train, [q for q in questions if in_test(q)]
+
+FORMAT = Format(records, read, write, pictures_in=image_folder)

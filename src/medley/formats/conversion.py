@@ -1,0 +1,108 @@
+"""Records of one format to records of another: in their order, checked, and counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from medley.errors import UserError
+from medley.formats.sample import Choices, Format, RecordError, Sample, Withheld
+from medley.formats.tallies import Duplicates
+from medley.images import ImageError, open_image
+
+Check = Literal["none", "exists", "header", "whole"]
+_REMEMBERED = 1 << 16  # pictures that need not be looked at again at once
+
+
+@dataclass
+class Tally:
+    """What became of the records. `bad` are given to `keep` as they come."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+
+
+def samples(
+    form: Format,
+    choices: Choices,
+    check: Check,
+    tally: Tally,
+    keep: Callable[[str, str, Any], None],
+) -> Iterator[tuple[str, str, Sample]]:
+    """(place, split, sample) of every good record; a bad one goes to `keep`, with its reason.
+
+    Raises UserError where there is not a single record.
+    """
+    looked_at = PictureCheck(check)
+    for place, split, record in form.records(choices):
+        tally.counts["records"] += 1
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            sample = form.read(record, choices)
+            for picture in sample.document.pictures:
+                if picture.path is not None:
+                    looked_at(str(picture.path))
+        except RecordError as error:
+            tally.counts["withheld" if isinstance(error, Withheld) else "bad"] += 1
+            keep(place, str(error), error if isinstance(record, RecordError) else record)
+            continue
+        tally.remarks.update(sample.remarks)
+        tally.duplicates.add(sample.fields.get("id"))
+        yield place, split, sample
+    if not tally.counts["records"]:
+        raise UserError(f"{choices.path}: no records in it")
+
+
+class PictureCheck:
+    """Looks at pictures: that the file is there, that its header is a picture's, or all of it.
+
+    Raises RecordError for one that is not.
+    """
+
+    def __init__(self, check: Check) -> None:
+        self.check = check
+        self._reason = lru_cache(_REMEMBERED)(self._look)
+
+    def __call__(self, path: str) -> None:
+        reason = None if self.check == "none" else self._reason(path)
+        if reason is not None:
+            raise RecordError(reason)
+
+    def _look(self, path: str) -> str | None:
+        if not Path(path.partition("#")[0]).is_file():
+            return f"no such picture, {path}"
+        try:
+            if self.check == "whole":
+                open_image(path)
+            elif self.check == "header" and not is_medical(path):
+                with Image.open(path):
+                    pass
+        except (ImageError, OSError, Image.DecompressionBombError) as error:
+            return f"{path}: not a picture that can be read ({error})"
+        return None
+
+
+def is_medical(path: str) -> bool:
+    """DICOM and NIfTI files, which Pillow does not know: they are looked at as a whole or not."""
+    name = path.partition("#")[0].lower()
+    return name.endswith((".dcm", ".dicom", ".nii", ".nii.gz")) or "." not in Path(name).name
+
+
+def kept_line(place: str, reason: str, record: Any) -> str:
+    """A line of the file of bad records."""
+    whole = None if isinstance(record, RecordError) else record
+    row = {"place": place, "error": reason, "record": whole}
+    return json.dumps(row, ensure_ascii=True, default=_unwritten)
+
+
+def _unwritten(value: Any) -> str:
+    return f"({len(value)} bytes)" if isinstance(value, bytes) else repr(value)

@@ -1,0 +1,28 @@
+"""Our own documents, as JSON lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medley.document import Document, DocumentError
+from medley.formats.files import records_of
+from medley.formats.sample import Choices, Format, RecordError, Sample, others
+
+_OWN = ("text", "messages", "image_path", "image_tokens")
+
+
+def read(record: Any, choices: Choices) -> Sample:
+    try:
+        return Sample(Document.from_json(record), others(record, *_OWN))
+    except DocumentError as error:
+        raise RecordError(str(error)) from error
+
+
+def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+    try:
+        return {**sample.document.to_json(), **others(sample.fields, *_OWN)}
+    except DocumentError as error:
+        raise RecordError(str(error)) from error
+
+
+FORMAT = Format(lambda choices: records_of(choices.path), read, write, "jsonl")
