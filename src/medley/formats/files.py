@@ -59,11 +59,8 @@ def _json_list(file: BinaryIO) -> Iterator[tuple[str, Any]]:
             yield f"record {number}", record
     except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        said = (
-            "the file ends in the middle of it"
-            if isinstance(error, ijson.IncompleteJSONError)
-            else f"not JSON ({reason})"
-        )
+        torn = "premature EOF" in reason or "Incomplete" in reason  # by ijson's two back ends
+        said = "the file ends in the middle of it" if torn else f"not JSON ({reason})"
         yield f"record {number + 1}", RecordError(f"{said}; nothing behind it can be read")
 
 

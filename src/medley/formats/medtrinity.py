@@ -11,22 +11,20 @@ from typing import Any
 
 from PIL import Image
 
-from medley.document import Picture
 from medley.errors import UserError
 from medley.files import read_json, whole_file
 from medley.formats.files import records_of
 from medley.formats.sample import (
-    CAPTION_PROMPT,
     Choices,
     Format,
     Found,
     RecordError,
     Sample,
-    as_question,
+    as_caption,
+    captioned,
     others,
     picture_name,
     picture_path,
-    question_and_answer,
     shown,
     text_of,
 )
@@ -63,10 +61,9 @@ def read(record: Any, choices: Choices) -> Sample:
     else:
         name = record.get("file_name", record.get("image"))
         path = picture_path(name, choices.image_folder)
-    prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
     fields = {"source": "medtrinity", "task": "Image Captioning"}
     fields |= others(record, "caption", "image", "file_name")
-    return Sample(question_and_answer(path, prompt, caption), fields, tuple(remarks))
+    return Sample(captioned(path, caption, choices), fields, tuple(remarks))
 
 
 def kept_picture(image: dict[str, Any], identifier: str, choices: Choices) -> str:
@@ -96,17 +93,7 @@ def kept_picture(image: dict[str, Any], identifier: str, choices: Choices) -> st
 
 
 def write(sample: Sample, choices: Choices) -> dict[str, Any]:
-    turns = sample.document.turns
-    if len(turns) == 1 and turns[0].parts and isinstance(turns[0].parts[0], Picture):
-        path: str | None = str(turns[0].parts[0].path)
-        caption = "".join(str(part) for part in turns[0].parts[1:])
-    else:
-        path, question, caption = as_question(sample.document)
-        prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
-        if question != prompt:
-            raise RecordError(f"asks {shown(question)}: this format holds captions")
-    if path is None:
-        raise RecordError("no picture, and this format holds captions of pictures")
+    path, caption = as_caption(sample.document, choices)
     name = picture_name(path, choices.image_folder)
     return {"file_name": name, "caption": caption, **others(sample.fields, "file_name", "caption")}
 

@@ -122,7 +122,7 @@ def picture_path(name: Any, folder: Path | None) -> str:
         return name
     base = os.path.normpath(folder)
     if name.startswith(os.sep):
-        path, above = os.path.normpath(name), os.path.abspath(base) + os.sep
+        path, above = os.path.normpath(name), os.path.normpath(Path.cwd() / base) + os.sep
     else:
         path, above = os.path.normpath(f"{base}{os.sep}{name}"), base + os.sep
     here = base == os.curdir and not name.startswith(os.sep) and not path.startswith(os.pardir)
@@ -174,6 +174,37 @@ def as_question(document: Document) -> tuple[str | None, str, str]:
         raise RecordError("the picture does not stand before the question, which this format needs")
     path = None if picture is None else only_path(picture)
     return path, joined(parts), joined(answered.parts)
+
+
+def captioned(picture: str, caption: str, choices: Choices) -> Document:
+    """A question about a picture and its caption; without a question (`--prompt ""`) the caption
+    stands behind the picture, and both are learned."""
+    prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
+    if prompt:
+        return question_and_answer(picture, prompt, caption)
+    return Document((Turn("assistant", (Picture(path=picture), caption)),))
+
+
+def as_caption(document: Document, choices: Choices) -> tuple[str, str]:
+    """The inverse: path of the picture, caption.
+
+    Raises RecordError for any other document, and for another question.
+    """
+    prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
+    if prompt:
+        path, question, caption = as_question(document)
+        if question != prompt:
+            raise RecordError(f"asks {shown(question)}, and this format holds captions (--prompt)")
+    else:
+        first, *rest = document.turns[0].parts or ("",)
+        if len(document.turns) > 1 or document.turns[0].role != "assistant":
+            raise RecordError(f"{len(document.turns)} turns, this format holds captions")
+        path, caption = None, ""
+        if isinstance(first, Picture) and all(isinstance(part, str) for part in rest):
+            path, caption = only_path(first), joined(rest)
+    if path is None:
+        raise RecordError("not a picture and its caption, which is what this format holds")
+    return path, caption
 
 
 def joined(parts: Sequence[Part]) -> str:
