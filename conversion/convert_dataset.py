@@ -173,7 +173,7 @@ def work(options: Options) -> None:
             tally.counts["written"] += 1
             counts.add(sample)
             parts[name].hash.add(sample.document)
-            files.add(where.rpartition(": ")[0])
+            files.add(re.sub(r":( (record|problem) \S+|\d+)$", "", where))
             if options.is_folder or options.pictures is not None:
                 parts[name].pictures |= dict.fromkeys(paths_of(sample.document))
         refuse(options, tally)

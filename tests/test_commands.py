@@ -8,15 +8,19 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, golden
 from PIL import Image
 
-from medley.commands.answer import chunk, devices_of, finished, read_questions
+from medley import cli
+from medley.commands.answer import devices_of
 from medley.commands.chat import parts_of
+from medley.commands.question_files import chunk, keys_of, model_name, read_questions
 from medley.document import Picture
 from medley.errors import UserError
 from medley.images import ImageError
@@ -51,7 +55,7 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(
     words = ["medley.cli", "generate", "--ckpt", "tiny", "--input", prompts, "--mode", "text"]
     words += ["--max_new_tokens", "20", "--output", tmp_path / "out"]
     said = program(*words).stdout
-    assert "memory: weights" in said
+    assert "memory: the decoder's weights" in said
     file = tmp_path / "out" / "responses.jsonl"
     whole = file.read_text()
     kept = whole.splitlines(keepends=True)
@@ -62,6 +66,34 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(
     said = program(*words, "--seed", 5, status=2).stderr
     assert "holds answers of other options (seed)" in said
     assert file.read_text() == whole
+
+
+def test_a_prompt_that_cannot_be_read_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    rows = [{"text": "A \ud800"}, {"text": "Is there a cyst?"},
+            {"text": "<image>x", "image_path": "http://127.0.0.1:9/x.png"}]  # fmt: skip
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", "--ckpt", "tiny", "--input", prompts, "--mode", "text", "--output", output]
+    assert cli.main([*map(str, words), "--max_new_tokens", "4"]) == 3
+    found = lines(output / "responses.jsonl")
+    assert "half of a character" in str(found[0]["error"])
+    assert "parts" in found[1]
+    assert "an address; --allow_network fetches it" in str(found[2]["error"])
+    said = capsys.readouterr().err
+    assert "2 of 3 prompts failed" in said
+    assert cli.main(["generate", "--ckpt", "tiny", "--prompt", "x", "--output", str(output)]) == 2
+    assert "holds answers to a file" in capsys.readouterr().err
+
+
+def test_weights_that_have_no_room_are_refused_before_they_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medley.commands.common.memory_free", lambda device: 1 << 20)
+    words = ["generate", "--ckpt", "tiny", "--prompt", "x", "--output", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert "0.0 GB free; --quantize 4bit" in capsys.readouterr().err
 
 
 def test_a_folder_of_slices_says_how_many_fit(pictures: Path, tmp_path: Path, program: Run) -> None:
@@ -111,8 +143,18 @@ def server() -> Iterator[str]:
                 self.end_headers()
                 return
             self.send_response(200)
+            if self.path == "/torn.png":
+                self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            self.wfile.write(answers[self.path])
+            if self.path == "/torn.png":
+                self.wfile.write(b"ffff\r\nabc")
+            elif self.path == "/slow.png":
+                for _ in range(20):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+            else:
+                self.wfile.write(answers[self.path])
 
         def log_message(self, *_: object) -> None:
             pass
@@ -133,6 +175,13 @@ def test_a_picture_at_an_address(server: str) -> None:
         fetch_image(f"{server}/away")
     with pytest.raises(ImageError, match="not an http or https address"):
         fetch_image("file:///etc/passwd")
+    for broken in (f"{server}/torn.png", "http://127.0.0.1:abc/x.png", f"{server}/a b.png"):
+        with pytest.raises(ImageError, match="cannot be fetched"):
+            fetch_image(broken)
+    with pytest.raises(ImageError, match="a volume"):
+        fetch_image(f"{server}/x.nii.gz")
+    with pytest.raises(ImageError, match="not here after 0 s"):
+        fetch_image(f"{server}/slow.png", whole_time=0.2)
 
 
 # --- chat -------------------------------------------------------------------------------------
@@ -179,7 +228,7 @@ def test_questions_become_llavas_answers(pictures: Path, tmp_path: Path, program
     rows = lines(output)
     assert [row["question_id"] for row in rows] == ["q0", 1, "q2", 3, "q4"]
     assert list(rows[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
-    assert rows[0]["prompt"] == "Is there a cyst? 0"
+    assert rows[0]["prompt"] == "Is there a cyst? 0\n<image>"
     assert len(str(rows[0]["answer_id"])) == 22
     assert len({row["answer_id"] for row in rows}) == 5
     whole = output.read_text()
@@ -206,15 +255,102 @@ def test_parts_on_several_devices_are_gathered(
     assert "the parts of devices 0, 1 failed" in said
 
 
-def test_chunks_are_the_whole() -> None:
-    questions = list(range(9))
-    for count in (1, 2, 4, 12):
-        parts = [chunk(questions, count, i) for i in range(count)]
-        assert [q for part in parts for q in part] == questions
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+UTILS = golden("llava_utils.json")
+
+
+@pytest.mark.parametrize("case", UTILS["chunking"], ids=lambda c: c["id"])
+def test_chunks_are_the_recorded_and_the_whole(
+    case: dict[str, Any], exceptions: dict[str, dict[str, str]]
+) -> None:
+    items, count = list(range(case["input"]["n_items"])), case["input"]["num_chunks"]
+    parts = [chunk(items, count, i) for i in range(count)]
+    assert [item for part in parts for item in part] == items
+    for part, recorded in zip(parts, case["expected"]["get_chunk"], strict=True):
+        if isinstance(recorded, dict):  # it raises
+            assert part == []
+            assert case["id"] in exceptions["llava_utils"]
+        else:
+            assert part == recorded
+
+
+@pytest.mark.parametrize("case", UTILS["get_model_name_from_path"], ids=lambda c: c["id"])
+def test_models_are_called_as_recorded(case: dict[str, Any]) -> None:
+    assert model_name(case["input"]) == case["expected"]
+
+
+def test_devices_are_numbers() -> None:
     assert devices_of("0-2,5") == [0, 1, 2, 5]
-    with pytest.raises(UserError, match="expected numbers"):
-        devices_of("cuda:0")
+    for wrong in ("cuda:0", "7-0", "1,1", "0-2,1"):
+        with pytest.raises(UserError, match="--devices"):
+            devices_of(wrong)
+
+
+def test_equal_ids_and_equal_questions_are_told_apart() -> None:
+    pairs = [(1, "a"), ("1", "a"), (1, "b"), (1, "a")]
+    assert len(set(keys_of(pairs))) == 4
+
+
+def test_two_questions_with_one_id_have_two_answers(tmp_path: Path, program: Run) -> None:
+    path, output = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    texts = ["Is it red?", "Is there a cyst?", "Is it red?"]
+    path.write_text("".join(json.dumps({"question_id": 1, "text": t}) + "\n" for t in texts))
+    words = ["medley.cli", "answer", "--ckpt", "tiny", "--questions", path, "--output", output]
+    words += ["--max_new_tokens", 4]
+    program(*words)
+    assert [row["prompt"] for row in lines(output)] == texts
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[0] + '{"text": "caf\u00e9'.encode()[:-1])
+    assert "1 answers are there already" in program(*words).stdout
+    assert [(row["prompt"], row["text"]) for row in lines(output)] == [
+        (row["prompt"], row["text"]) for row in map(json.loads, whole.splitlines())
+    ]
+    kept = output.read_bytes()
+    said = program(*words, "--seed", 7, status=2).stderr
+    assert "holds answers of other options (seed)" in said
+    assert output.read_bytes() == kept
+    output.write_text('{"index": 0}\n')
+    assert "no 'question_id'" in program(*words, status=2).stderr
+
+
+def test_parts_draw_what_the_whole_draws(tmp_path: Path, program: Run) -> None:
+    path = tmp_path / "q.jsonl"
+    rows = [{"question_id": i, "text": "Describe."} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["medley.cli", "answer", "--ckpt", "tiny", "--questions", path]
+    words += ["--max_new_tokens", 6, "--text_temperature", 3, "--output"]
+    program(*words, tmp_path / "whole.jsonl")
+    config = tmp_path / "c.yaml"
+    config.write_text('devices: "0-1"\n')
+    program(*words, tmp_path / "parts.jsonl", "--config", config)
+    program(*words, tmp_path / "one.jsonl", "--num_chunks", 2, "--chunk_idx", 1)
+    program(*words, tmp_path / "one.jsonl", "--num_chunks", 2, "--chunk_idx", 0)
+    texts = [
+        [row["text"] for row in lines(tmp_path / f"{name}.jsonl")]
+        for name in ("whole", "parts", "one")
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 1
+    assert not list(tmp_path.glob("parts.part-*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question_id": 1, "text": "a", "image": ["p.png"]}, "its id or its image"),
+        ({"question_id": 1, "text": "a", "image": "../p.png"}, "outside of the folder"),
+        ({"question_id": 1.5, "text": "a"}, "its id neither"),
+        ({"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2}, "2 questions in one"),
+        ("", "no questions in it"),
+    ],
+)
+def test_questions_that_cannot_be_are_refused_at_once(
+    row: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) if row else "")
+    words = ["answer", "--ckpt", "tiny", "--questions", path, "--output", tmp_path / "out.jsonl"]
+    assert cli.main([*map(str, words), "--image_folder", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bad_questions_are_named(tmp_path: Path) -> None:
@@ -226,4 +362,3 @@ def test_bad_questions_are_named(tmp_path: Path) -> None:
     row = {"id": 3, "image": "a.png", "conversations": [{"from": "human", "value": "b\n<image>"}]}
     lists.write_text(json.dumps([row]))
     assert [(q.identifier, q.text, q.image) for q in read_questions(lists)] == [(3, "b", "a.png")]
-    assert finished(tmp_path / "none.jsonl") == set()

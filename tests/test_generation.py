@@ -143,6 +143,43 @@ def test_streaming_gives_the_same_text(model: medley.Model) -> None:
     assert streamed == "".join(map(str, model.generate(["The"], **options)))
 
 
+def test_pictures_alone_means_no_words(model: medley.Model) -> None:
+    for seed in range(4):
+        options = GenerationOptions(
+            mode="image", max_images=3, seed=seed, text_temperature=3.0, max_new_tokens=900
+        )
+        answer = model.answer_batch([["The"]], [options])[0]
+        assert answer.text == ""
+        assert 1 <= len(answer.images) <= 3
+
+
+def test_a_stop_word_waits_for_the_pictures_and_is_no_part_of_the_answer(
+    model: medley.Model,
+) -> None:
+    options: dict[str, Any] = {"text_greedy": True, "repetition_penalty": 1.0}
+    ids = model.answer_batch(["The"], [GenerationOptions(mode="text", **options)])[0].ids
+    stop = (ids[1],)
+    first = model.tokenizer.decode(ids[: ids.index(stop[0])])
+    answer = model.answer_batch(["The"], [GenerationOptions(mode="text", stop=stop, **options)])[0]
+    assert (answer.text, answer.finish_reason) == (first, "stop")
+    events = list(model.stream("The", mode="text", stop=stop, **options))
+    assert "".join(e.text or "" for e in events) == first
+    talk = model.chat(mode="text", stop=stop, **options)
+    list(talk.say("The"))
+    assert stop[0] not in talk.ids[len(model.prompt_ids("The")) :]
+    drawn = GenerationOptions(
+        min_images=1, max_images=1, stop=tuple(model.vocabulary.text_pieces), max_new_tokens=300
+    )
+    assert len(model.answer_batch(["The"], [drawn])[0].images) == 1
+
+
+def test_half_the_pictures_are_counted(model: medley.Model) -> None:
+    options = GenerationOptions(mode="image", min_images=2, max_new_tokens=300)
+    answer = model.answer_batch(["The"], [options])[0]
+    assert answer.note is not None
+    assert answer.note.startswith("1 of 2 images because")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -39,7 +39,7 @@ from medley.packing import IGNORED
 from medley.preview import example_text
 from medley.quantization import quantize_layers
 from medley.ranks import barrier, from_main_rank, is_main_rank, local_world_size, world_size
-from medley.responses import answer_good, prompts_in, save_answer
+from medley.responses import answers, prompts_in, save_answer
 from medley.training import preflight, saving
 from medley.training.data import RowOptions, Rows, Weighted, by_task, open_shards
 from medley.training.options import TrainOptions
@@ -216,8 +216,9 @@ def sampler(options: TrainOptions, base: Checkpoint, decoder: Any) -> Callable[[
         longest = images.codes_per_image + 2 + 512  # a picture, and words about it
         chosen = GenerationOptions(mode=mode, max_new_tokens=longest, seed=options.seed)
         with torch.autocast(inner.device.type, options.compute_dtype, options.bf16 or options.fp16):
-            answers = answer_good(model, prompts, chosen, False, range(len(prompts)))
-        rows = [save_answer(folder, number, found) for number, found in enumerate(answers)]
+            asked = ((number, prompt, chosen) for number, prompt in enumerate(prompts))
+            rows = [save_answer(folder, number, found) for number, found in answers(model, asked)]
+        rows.sort(key=lambda row: row["index"])
         write_json(folder / "responses.json", rows)
         print(f"samples of this step: {rows}")
 

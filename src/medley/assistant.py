@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -148,14 +148,18 @@ class Model:
         complete: bool = False,
         batch_size: int = 32,
         rows: Sequence[int] | None = None,
+        deterministic: bool = False,
     ) -> list[Answer]:
         """Answers with their reasons.
 
         A row's randomness comes from its seed and its number: its place in `prompts`, unless
-        `rows` gives the numbers (of a list that is answered in parts, say).
+        `rows` gives the numbers (of a list that is answered in parts, say). With `deterministic`
+        rows are worked on one after another, so that a row's logits are the same bit for bit
+        whatever else is asked; else they agree to rounding.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+        batch_size = 1 if deterministic else batch_size
         numbers = range(len(prompts)) if rows is None else rows
         requests = [
             self._request(prompt, chosen, row, complete)
@@ -170,7 +174,7 @@ class Model:
         complete: bool = False,
         preview_every: int = 0,
         **options: Any,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """The answer as it comes: pieces of text, progress of pictures, whole pictures.
 
         A preview comes with every `preview_every` codes of a picture; 0 for none. Closing the
@@ -179,15 +183,16 @@ class Model:
         chosen = GenerationOptions(mode=mode, **options)
         return self.events(self._request(prompt, chosen, 0, complete), preview_every)
 
-    def events(self, request: Request, preview_every: int = 0) -> Iterator[Event]:
+    def events(self, request: Request, preview_every: int = 0) -> Generator[Event, None, None]:
         """`stream`, for ids that are there already."""
         text: list[int] = []
         shown = ""
         codes: list[int] = []
+        images: list[Image.Image] = []
         steps = self.engine.run([request])
         with closing(steps):
             for _, token, result in steps:
-                if token in self.vocabulary.text_pieces:
+                if token in self.vocabulary.text_pieces and token not in request.options.stop:
                     assert token is not None
                     text.append(token)
                     decoded = self.tokenizer.decode(text)
@@ -195,11 +200,11 @@ class Model:
                         yield Event(text=decoded[len(shown) :])
                         shown = decoded
                     continue
-                if text and shown != self.tokenizer.decode(text):
-                    yield Event(text=self.tokenizer.decode(text)[len(shown) :])
-                    shown = self.tokenizer.decode(text)
+                if text and (rest := self.tokenizer.decode(text)[len(shown) :]):
+                    yield Event(text=rest)
+                text, shown = [], ""
                 if token is None:
-                    yield Event(answer=self.answer_of(result))
+                    yield Event(answer=self.answer_of(result, images))
                 elif token in self.vocabulary.image_codes:
                     codes.append(self.vocabulary.id_to_code(token))
                     preview = None
@@ -208,8 +213,9 @@ class Model:
                     done = len(codes) / self.image_tokenizer.codes_per_image
                     yield Event(progress=done, preview=preview)
                 elif token == self.vocabulary.end_image:
-                    yield Event(image=self.image_tokenizer.decode([codes])[0])
-                    text, shown, codes = [], "", []
+                    images.append(self.image_tokenizer.decode([codes])[0])
+                    codes = []
+                    yield Event(image=images[-1])
 
     def preview(self, codes: Sequence[int]) -> Image.Image:
         """A picture that is not whole yet, grey where no code has been drawn."""
@@ -232,18 +238,18 @@ class Model:
             self.image_tokenizer.require_decoder()
         return Request(self.prompt_ids(prompt, complete), options, row)
 
-    def answer_of(self, result: Result) -> Answer:
-        """The parts of what was generated; a picture that the limit cut short is left out."""
-        ends = (self.vocabulary.eos, self.vocabulary.end_turn)
-        ids = result.ids[:-1] if result.ids and result.ids[-1] in ends else result.ids
-        ids = whole(ids, self.vocabulary)
+    def answer_of(self, result: Result, images: Sequence[Image.Image] = ()) -> Answer:
+        """The parts of what was generated: without what ended it, and without a picture that the
+        limit cut short. `images` are its pictures, where they were made already."""
+        ids = whole(result.ids, self.vocabulary, result.finish_reason)
+        made = iter(images)
         parts: list[str | Image.Image] = []
         for part in ids_to_parts(ids, self.tokenizer):
             if isinstance(part, str):
                 parts.append(part)
             else:
                 assert part.codes is not None
-                parts.append(self.image_tokenizer.decode([part.codes])[0])
+                parts.append(next(made, None) or self.image_tokenizer.decode([part.codes])[0])
         return Answer(parts, result.finish_reason, result.note, result.ids)
 
 
@@ -261,27 +267,29 @@ class Chat:
 
     def say(
         self, *parts: str | Path | Image.Image | Picture, preview_every: int = 0
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """The user's next turn -> the answer as it comes, the whole of it in the last event."""
         marks = self.model.vocabulary
         own = self.model.prompt_ids(list(parts))[1:]  # without <s>; the end of the turn is there
         request = Request([*self.ids, *own], self.options, self.turns, keep=True)
-        self.model.engine.check(request.prompt)
+        try:
+            self.model.engine.check(request.prompt)
+        except UserError as error:
+            raise UserError(f"{error}; or begin a new talk") from error
         if self.options.mode != "text":
             self.model.image_tokenizer.require_decoder()
         for event in self.model.events(request, preview_every):
             if event.answer is not None:
-                answered = event.answer.ids
-                if answered and answered[-1] in (marks.eos, marks.end_turn):
-                    answered = answered[:-1]
-                self.ids = [*request.prompt, *whole(answered, marks), marks.end_turn]
+                said = whole(event.answer.ids, marks, event.answer.finish_reason)
+                self.ids = [*request.prompt, *said, marks.end_turn]
                 self.turns += 1
             yield event
 
 
-def whole(ids: Sequence[int], marks: Vocabulary) -> list[int]:
-    """Ids without a picture that was cut short at their end."""
-    found = list(ids)
+def whole(ids: Sequence[int], marks: Vocabulary, finish_reason: str) -> list[int]:
+    """Ids of an answer without the mark or stop word that ended it, and without a picture that was
+    cut short at their end."""
+    found = list(ids[:-1] if finish_reason in ("end", "stop") else ids)
     if marks.begin_image in found:
         last = len(found) - 1 - found[::-1].index(marks.begin_image)
         if marks.end_image not in found[last:]:

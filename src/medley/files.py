@@ -78,7 +78,11 @@ def printable(name: str) -> str:
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a log; what a killed run left half-written ends first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    torn = False
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb") as written:
+            written.seek(-1, os.SEEK_END)
+            torn = written.read(1) != b"\n"
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n{line}\n" if torn else f"{line}\n")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -30,25 +30,32 @@ def load(
 ) -> Model:
     """Opens a checkpoint in any of the three layouts, or `tiny`, the embedded model.
 
-    `device` auto takes CUDA, then MPS, then the CPU; map spreads the layers over several GPUs.
+    `device` auto takes CUDA, then MPS (which nobody has tried yet), then the CPU; map spreads the
+    layers over several GPUs.
     `quantize` keeps the layers' matrices in 4 or 8 bits. `dtype` auto the checkpoint's own on an
     accelerator and float32 on the CPU. `adapter` is laid over it unmerged; a `ckpt` that is an
     adapter finds its base by itself, or by `base`. `vqgan` names a folder with a VQGAN that has
     a decoder. Raises UserError for anything missing or mismatched.
     """
+    checkpoint, over = find(ckpt, adapter, base)
+    return load_checkpoint(checkpoint, device, dtype, over, vqgan, quantize)
+
+
+def find(
+    ckpt: str | Path, adapter: str | Path | None, base: str | Path | None
+) -> tuple[Checkpoint, Path | None]:
+    """The checkpoint that is meant, and the adapter to lay over it; nothing is loaded yet."""
     path = Path(ckpt)
     if path.is_dir() and (is_adapter(path) or _holds_checkpoints(path)):
         if adapter is not None:
             raise UserError(
                 f"{ckpt} is an adapter itself; give the base as --ckpt, or no --adapter"
             )
-        adapter = find_adapter(path)
-        checkpoint = base_of(adapter, base)
-    else:
-        if base is not None:
-            raise UserError(f"--base names the base of an adapter, and {ckpt} is none")
-        checkpoint = open_checkpoint(ckpt)
-    return load_checkpoint(checkpoint, device, dtype, adapter, vqgan, quantize)
+        over = find_adapter(path)
+        return base_of(over, base), over
+    if base is not None:
+        raise UserError(f"--base names the base of an adapter, and {ckpt} is none")
+    return open_checkpoint(ckpt), None if adapter is None else Path(adapter)
 
 
 def _holds_checkpoints(path: Path) -> bool:
@@ -64,7 +71,9 @@ def load_checkpoint(
     quantize: Quantize | None,
 ) -> Model:
     target = pick_device("auto" if device == MAP else device)
-    chosen = _pick_dtype(dtype, target)
+    chosen = pick_dtype(dtype, target)
+    if quantize not in (None, *get_args(Quantize)):
+        raise UserError(f"quantize is {quantize!r}, expected {' or '.join(get_args(Quantize))}")
     decoder: Any = checkpoint.decoder(chosen)
     if quantize is not None:
         quantize_layers(decoder, quantize, next(decoder.lm_head.parameters()).dtype)
@@ -93,6 +102,10 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine (or this torch) has no CUDA; use cpu")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine (or this torch) has no Metal; use cpu")
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device {name}: expected auto, cpu, cuda or mps")
         try:
             return torch.device(name)
         except RuntimeError as error:
@@ -110,7 +123,8 @@ def own_device(name: str) -> torch.device:
     return device
 
 
-def _pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+    """A name or a dtype -> dtype; None for the checkpoint's own."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

@@ -110,12 +110,15 @@ def run_program(
 ) -> int:
     """Parses, prints the resolved options, works, and turns users' errors into one line.
 
-    Gives the exit status: 0, 2 for bad input, 3 where rows were lost.
+    Gives the exit status: 0, 2 for bad input, 3 where rows were lost, 130 when stopped by Ctrl-C.
     """
     try:
         options = parse(kind, prog, argv)
         print_resolved(options, prog)
         work(options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: stopped\n")
+        return 130
     except DataLost as error:
         sys.stderr.write(f"{prog}: {error}\n")
         return 3

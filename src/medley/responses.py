@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from medley.assistant import Answer, Model, Prompt
 from medley.document import Document, DocumentError
 from medley.errors import UserError
 from medley.files import json_lines
-from medley.generation import GenerationOptions
+from medley.generation import GenerationOptions, Request
 
 
 def prompts_in(path: Path) -> list[Prompt | Document]:
@@ -26,8 +27,8 @@ def prompts_in(path: Path) -> list[Prompt | Document]:
         place = f"{path}:{number}"
         try:
             document = Document.from_json(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON ({error})") from error
         except DocumentError as error:
             raise UserError(f"{place}: {error}") from error
         if len(document.turns) % 2 == 0:
@@ -42,30 +43,72 @@ def prompts_in(path: Path) -> list[Prompt | Document]:
     return prompts
 
 
-def answer_good(
+def answers(
     model: Model,
-    prompts: Sequence[Prompt | Document],
-    options: GenerationOptions,
-    complete: bool,
-    numbers: Sequence[int],
+    prompts: Iterable[tuple[int, Prompt | Document, GenerationOptions]],
+    complete: bool = False,
     batch_size: int = 32,
-) -> list[Answer | str]:
-    """Answers; for a prompt that cannot be answered (a broken picture, one that is longer than
-    the context) the reason in its place. `numbers` seed the rows.
+    prepare: Callable[[Prompt | Document], Prompt | Document] = lambda prompt: prompt,
+) -> Iterator[tuple[int, Answer | str]]:
+    """(number, answer) of each (number, prompt, options) as it is there, in no order; for a prompt
+    that cannot be answered (a broken picture, one that is longer than the context) the reason.
+
+    The number seeds the row. Prompts are prepared, and their pictures read, as there is room.
     """
-    out: list[Answer | str] = []
-    good: list[tuple[int, Prompt | Document]] = []
-    for number, prompt in zip(numbers, prompts, strict=True):
+    failed: list[tuple[int, str]] = []
+    numbers: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for number, prompt, options in prompts:
+            try:
+                ids = model.prompt_ids(prepare(prompt), complete)
+                model.engine.check(ids)
+            except UserError as error:
+                failed.append((number, str(error)))
+                continue
+            numbers.append(number)
+            yield Request(ids, options, number)
+
+    steps = model.engine.run(requests(), batch_size)
+    with closing(steps):
+        for index, token, result in steps:
+            yield from failed
+            failed.clear()
+            if token is None:
+                yield numbers[index], model.answer_of(result)
+    yield from failed
+
+
+# --- files that a run goes on with ------------------------------------------------------------
+
+
+def rows_there(path: Path, key: str) -> list[dict[str, Any]]:
+    """The whole rows of an answer file; what a kill left of a line is left out.
+
+    Raises UserError for a row without `key`: that is another kind of file.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
         try:
-            model.engine.check(model.prompt_ids(prompt, complete))
-            good.append((number, prompt))
-            out.append("")
-        except UserError as error:
-            out.append(str(error))
-    rows, chosen = [number for number, _ in good], [options] * len(good)
-    found = model.answer_batch([p for _, p in good], chosen, complete, batch_size, rows)
-    answers = iter(found)
-    return [next(answers) if reason == "" else reason for reason in out]
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(
+                f"{path}:{number}: no {key!r}; is it another file? name another --output"
+            )
+        rows.append(row)
+    return rows
+
+
+def refuse_other_options(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Raises UserError where the answers that are there come from other options."""
+    changed = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+    if changed:
+        raise UserError(
+            f"{output}: holds answers of other options ({', '.join(changed)}); name another "
+            "--output"
+        )
 
 
 def save_answer(folder: Path, number: int, answer: Answer | str) -> dict[str, Any]:

@@ -186,7 +186,14 @@ class TextTokenizer:
         return Tokenizer.from_str(json.dumps(self.parsed))
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids, no marks parsed or added."""
+        """Text -> ids, no marks parsed or added. Raises UserError for text that is no Unicode."""
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"the text holds half of a character ({text[error.start]!a} at {error.start})"
+                ) from error
         return self.words.encode(text)
 
     def decode(self, ids: list[int]) -> str:

@@ -6,9 +6,11 @@ that the model draws are saved to files. /reset begins anew, /quit ends.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +48,8 @@ def parts_of(line: str) -> list[str | Picture]:
 
 
 def chat(options: ChatOptions) -> None:
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output {options.output}: a file; name a folder")
     model = options.load()
     chosen = options.generation(model)
     talk = Chat(model, chosen)
@@ -61,17 +65,25 @@ def chat(options: ChatOptions) -> None:
             continue
         try:
             drawn = _answer(talk, parts_of(line), options.output, drawn, interactive)
+        except KeyboardInterrupt:  # ends this answer; the talk goes on as before it
+            print("\n(stopped)")
         except UserError as error:
             print(f"({error})")
 
 
 def _lines(interactive: bool) -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         if interactive:
             sys.stdout.write("> ")
             sys.stdout.flush()
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
         if not line:
+            print()
             return
         if line.strip():
             yield line.strip()
@@ -82,19 +94,22 @@ def _answer(
 ) -> int:
     """Prints an answer as it comes; gives the number of pictures saved so far."""
     every = talk.model.image_tokenizer.codes_per_image // PREVIEWS
-    for event in talk.say(*parts):
-        if event.text is not None:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        elif event.progress is not None and interactive:
-            codes = round(event.progress * talk.model.image_tokenizer.codes_per_image)
-            if codes % max(every, 1) == 0:
-                sys.stdout.write(f"\r[drawing {event.progress:.0%}] ")
+    with closing(talk.say(*parts)) as events:
+        for event in events:
+            if event.text is not None:
+                sys.stdout.write(event.text)
                 sys.stdout.flush()
-        elif event.image is not None:
-            drawn = _save(event, output, drawn)
-        elif event.answer is not None and event.answer.note:
-            print(f"\n({event.answer.note})", end="")
+            elif event.progress is not None and interactive:
+                codes = round(event.progress * talk.model.image_tokenizer.codes_per_image)
+                if codes % max(every, 1) == 0:
+                    sys.stdout.write(f"\r[drawing {event.progress:.0%}] ")
+                    sys.stdout.flush()
+            elif event.image is not None:
+                drawn = _save(event, output, drawn)
+            elif event.answer is not None:
+                cut = event.answer.finish_reason == "length"
+                note = event.answer.note or ("cut off: its length has a limit" if cut else None)
+                print(f"\n({note})" if note else "", end="")
     print(flush=True)
     return drawn
 

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from medley.assistant import Model
+from medley.checkpoints import Checkpoint
 from medley.errors import UserError
 from medley.generation import GenerationOptions
+from medley.generation.cache import bytes_a_token
+from medley.generation.engine import STREAMS
 from medley.generation.options import Mode
-from medley.loading import load
+from medley.generation.packed import LARGEST
+from medley.loading import MAP, find, load_checkpoint, pick_device, pick_dtype
 from medley.quantization import Quantize
 
 
@@ -87,26 +91,96 @@ class ModelOptions:
         return int(ids[0])
 
     def load(self, rows: int = 1) -> Model:
-        """The model; says what memory it and `rows` answers of full length take."""
-        model = load(
-            self.ckpt, self.device, self.dtype, self.adapter, self.base, self.vqgan, self.quantize
+        """The model; says before what memory it and `rows` answers of full length take.
+
+        Raises UserError where the weights alone have no room.
+        """
+        checkpoint, adapter = find(self.ckpt, self.adapter, self.base)
+        device = pick_device("auto" if self.device == MAP else self.device)
+        dtype = pick_dtype(self.dtype, device) or checkpoint.dtype()
+        need = Need.of(checkpoint, dtype, self.quantize, device)
+        free = memory_free(device)
+        print(need.line(rows, free), flush=True)
+        if need.weights > free and self.device != MAP:
+            smaller = "" if self.quantize else "; --quantize 4bit takes a quarter or less"
+            raise UserError(
+                f"the weights take {need.weights / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB "
+                f"free{smaller}"
+            )
+        model = load_checkpoint(
+            checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize
         )
         if self.mode != "text":
             model.image_tokenizer.require_decoder()
-        print(memory_line(model, rows), flush=True)
         return model
 
 
-def memory_line(model: Model, rows: int) -> str:
-    """What the weights take, and at most the keys and values of so many rows."""
-    config = model.engine.decoder.config
-    weights = sum(p.numel() * p.element_size() for p in model.decoder.parameters())
-    weights += sum(p.numel() * p.element_size() for p in model.image_tokenizer.vqgan.parameters())
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    size = torch.empty(0, dtype=model.engine.dtype).element_size()
-    token = 2 * config.num_hidden_layers * width * size
-    return (
-        f"memory: weights {weights / 1e9:.2f} GB; keys and values {token / 1e3:.1f} kB a token, "
-        f"at most {3 * rows * model.engine.context * token / 1e9:.2f} GB for {rows} "
-        f"{'answer' if rows == 1 else 'answers'} with guided pictures"
-    )
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(ModelOptions):
+    """Many prompts.
+
+    Args:
+        batch_size: rows that are worked on at once
+        deterministic: one row after another, so that a row's result does not depend on the others
+            even by rounding
+    """
+
+    batch_size: int = 32
+    deterministic: bool = False
+
+    def check_batch(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+
+    @property
+    def rows_at_once(self) -> int:
+        return 1 if self.deterministic else self.batch_size
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: the weights (with the copies that the CPU's fast products keep), a token of one
+    stream, and how many tokens a stream has at most."""
+
+    weights: int
+    token: int
+    context: int
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        quantize: Quantize | None,
+        device: torch.device,
+    ) -> Need:
+        config = checkpoint.config()
+        width, inner = config.hidden_size, config.intermediate_size
+        group = width // config.num_attention_heads * config.num_key_value_heads
+        matrices = config.num_hidden_layers * (
+            2 * width * width + 2 * width * group + 3 * width * inner
+        )
+        each = {None: dtype.itemsize, "8bit": 1, "4bit": 0.57}[quantize]  # scales of nf4 included
+        copied = device.type == "cpu" and dtype == torch.float32 and quantize is None
+        layers = int(matrices * each)
+        ends = 2 * config.vocab_size * width * dtype.itemsize
+        copies = (layers if layers <= LARGEST else 0) + (ends // 2 if ends // 2 <= LARGEST else 0)
+        token = bytes_a_token(config, dtype)
+        return cls(layers + ends + copies * copied, token, config.max_position_embeddings)
+
+    def line(self, rows: int, free: int) -> str:
+        caches = STREAMS * rows * self.context * self.token
+        return (
+            f"memory: the decoder's weights {self.weights / 1e9:.2f} GB; keys and values "
+            f"{self.token / 1e3:.1f} kB a token, at most {caches / 1e9:.2f} GB for {rows} "
+            f"{'answer' if rows == 1 else 'answers'} with guided pictures; {free / 1e9:.1f} GB free"
+        )
+
+
+def memory_free(device: torch.device) -> int:
+    """Bytes that a device has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # accelerate brings it
+
+    return int(psutil.virtual_memory().available)

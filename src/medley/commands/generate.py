@@ -5,27 +5,41 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from medley.assistant import Model, Prompt
-from medley.commands.common import ModelOptions
+from medley.commands.common import BatchOptions
 from medley.document import Document, Part, Picture
 from medley.errors import DataLost, UserError
-from medley.files import append_line, json_lines, quick_hash, read_json, whole_file, write_json
+from medley.files import append_line, quick_hash, read_json, whole_file, write_json
 from medley.images.lists import ImageList
 from medley.images.remote import fetch_image, is_address
 from medley.options import resolved
-from medley.responses import answer_good, page, prompts_in, save_answer
+from medley.responses import (
+    answers,
+    page,
+    prompts_in,
+    refuse_other_options,
+    rows_there,
+    save_answer,
+)
 
 RESPONSES, OPTIONS = "responses.jsonl", "options.json"
-_WITHOUT_EFFECT = ("output", "html", "batch_size", "device")  # on what the answers are
+_WITHOUT_EFFECT = (
+    "output",
+    "html",
+    "batch_size",
+    "deterministic",
+    "device",
+)  # on what the answers are
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions):
+class GenerateOptions(BatchOptions):
     """Generates text and pictures in any order.
 
     Args:
@@ -39,7 +53,6 @@ class GenerateOptions(ModelOptions):
             that was stopped goes on where it was
         complete: continue the prompt itself, without an end-of-turn mark
         html: write index.html beside the responses
-        batch_size: rows that are generated at once
     """
 
     output: Path
@@ -51,7 +64,6 @@ class GenerateOptions(ModelOptions):
     input: Path | None = None
     complete: bool = False
     html: bool = False
-    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.input is None):
@@ -60,15 +72,14 @@ class GenerateOptions(ModelOptions):
             raise UserError("--image belongs to --prompt; in --input the lines name their pictures")
         if self.image_limit is not None and (self.image_folder is None or self.image_limit < 1):
             raise UserError("--image_limit is a number from 1 on, for --image_folder")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+        self.check_batch()
         self.generation()
 
 
 def generate(options: GenerateOptions) -> None:
     prompts = prompts_in(options.input) if options.input is not None else [_parts(options)]
-    done = _earlier(options) if options.input is not None else {}
-    model = options.load(min(options.batch_size, len(prompts)))
+    done = _earlier(options)
+    model = options.load(min(options.rows_at_once, len(prompts)))
     if options.image_folder is not None:
         pictures = sum(isinstance(part, Picture) for part in _alone(prompts))
         say_how_many_fit(model, options.image_folder, pictures)
@@ -79,14 +90,12 @@ def generate(options: GenerateOptions) -> None:
         file.unlink(missing_ok=True)
         write_json(options.output / OPTIONS, _identity(options))
     left = [number for number in range(len(prompts)) if number not in done]
-    size = options.batch_size * 4  # rows join as others leave; an answer is on disk soon after
-    for start in tqdm(range(0, len(left), size), desc="generating", unit="batch"):
-        numbers = left[start : start + size]
-        batch = [prompts[number] for number in numbers]
-        answers = answer_good(model, batch, chosen, options.complete, numbers, options.batch_size)
-        for number, answer in zip(numbers, answers, strict=True):
-            done[number] = save_answer(options.output, number, answer)
-            append_line(file, json.dumps(done[number], ensure_ascii=False))
+    asked = ((number, prompts[number], chosen) for number in left)
+    fetch = partial(with_pictures, allow_network=options.allow_network)
+    found = answers(model, asked, options.complete, options.rows_at_once, fetch)
+    for number, answer in tqdm(found, desc="generating", unit="answer", total=len(left)):
+        done[number] = save_answer(options.output, number, answer)
+        append_line(file, json.dumps(done[number], ensure_ascii=False))
     _finish(options, [done[number] for number in range(len(prompts))])
 
 
@@ -107,16 +116,30 @@ def _finish(options: GenerateOptions, rows: list[dict[str, Any]]) -> None:
         )
 
 
+def with_pictures(prompt: Prompt | Document, allow_network: bool) -> Prompt | Document:
+    """The prompt with the pictures fetched that are given by their address.
+
+    Raises UserError for an address where the network is not allowed.
+    """
+    if isinstance(prompt, Document):
+        return prompt.map_pictures(lambda picture: _fetched(picture, allow_network))
+    return [_fetched(p, allow_network) if isinstance(p, Picture) else p for p in prompt]
+
+
+def _fetched(picture: Picture, allow_network: bool) -> Picture:
+    name = str(picture.path)
+    if picture.path is None or not is_address(name) or Path(name).exists():
+        return picture
+    if not allow_network:
+        raise UserError(f"{name}: an address; --allow_network fetches it")
+    return Picture(image=fetch_image(name))
+
+
 def _parts(options: GenerateOptions) -> Prompt:
     assert options.prompt is not None
-    parts: list[Part] = []
-    for name in options.image or []:
-        if is_address(name) and not Path(name).exists():
-            if not options.allow_network:
-                raise UserError(f"--image {name}: an address; --allow_network fetches it")
-            parts.append(Picture(image=fetch_image(name)))
-        else:
-            parts.append(Picture(path=name))
+    parts: list[Part] = [
+        _fetched(Picture(path=name), options.allow_network) for name in options.image or []
+    ]
     if options.image_folder is not None:
         slices = [
             source
@@ -159,21 +182,13 @@ def _earlier(options: GenerateOptions) -> dict[int, dict[str, Any]]:
     if not file.exists():
         return {}
     saved = options.output / OPTIONS
-    before, now = read_json(saved) if saved.exists() else {}, _identity(options)
-    changed = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
-    if changed:
-        raise UserError(
-            f"{options.output}: holds answers of other options ({', '.join(changed)}); name "
-            "another --output"
-        )
-    found: dict[int, dict[str, Any]] = {}
-    for _, line in json_lines(file):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut short: its prompt is answered again
-        if "error" not in row:
-            found[int(row["index"])] = row
+    if options.input is None:
+        if saved.exists() and read_json(saved).get("input") is not None:
+            raise UserError(f"{options.output}: holds answers to a file; name another --output")
+        return {}  # one prompt is answered again
+    before = read_json(saved) if saved.exists() else {}
+    refuse_other_options(before, _identity(options), options.output)
+    found = {int(row["index"]): row for row in rows_there(file, "index") if "error" not in row}
     if found:
         print(f"{options.output}: {len(found)} answers are there already")
     return found

@@ -33,7 +33,7 @@ def records_of(path: Path, split: str = "") -> Iterator[Found]:
     readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".arrow": _arrow}
     reader = readers.get(path.suffix.lower(), _json)
     for place, record in reader(path):
-        yield f"{path}: {place}", split, record
+        yield f"{path}:{place}", split, record
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -56,12 +56,12 @@ def _json_list(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     number = -1
     try:
         for number, record in enumerate(ijson.items(file, "item", use_float=True)):
-            yield f"record {number}", record
+            yield f" record {number}", record
     except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
         reason = " ".join(str(error).split())
         torn = "premature EOF" in reason or "Incomplete" in reason  # by ijson's two back ends
         said = "the file ends in the middle of it" if torn else f"not JSON ({reason})"
-        yield f"record {number + 1}", RecordError(f"{said}; nothing behind it can be read")
+        yield f" record {number + 1}", RecordError(f"{said}; nothing behind it can be read")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -72,9 +72,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", json.loads(line)
+                yield f"{number}", json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                yield f"line {number}", RecordError(f"not JSON ({error})")
+                yield f"{number}", RecordError(f"not JSON ({error})")
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -87,12 +87,12 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                 if None in row or None in row.values():
                     names = len(rows.fieldnames or ())
                     error = f"not {names} cells, as the first line names"
-                    yield f"record {number}", RecordError(error)
+                    yield f" record {number}", RecordError(error)
                 else:
-                    yield f"record {number}", dict(row)
+                    yield f" record {number}", dict(row)
         except (csv.Error, UnicodeDecodeError) as error:
             reason = f"not CSV ({error}); nothing behind it can be read"
-            yield f"record {number + 1}", RecordError(reason)
+            yield f" record {number + 1}", RecordError(reason)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,7 +104,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         number = 0
         for batch in file.iter_batches(256):
             for record in batch.to_pylist():
-                yield f"record {number}", record
+                yield f" record {number}", record
                 number += 1
 
 
@@ -116,7 +116,7 @@ def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in stream:
                 for start in range(0, len(batch), 256):
                     for record in batch.slice(start, 256).to_pylist():
-                        yield f"record {number}", record
+                        yield f" record {number}", record
                         number += 1
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not an Arrow stream ({error})") from error

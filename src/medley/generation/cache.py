@@ -38,8 +38,13 @@ class KeyValueCache:
     is_compileable = False
 
     def __init__(
-        self, config: transformers.ChameleonConfig, dtype: torch.dtype, device: torch.device
+        self,
+        config: transformers.ChameleonConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        most: int,
     ) -> None:
+        self.most = most  # streams that are expected at once: no room is made ahead for more
         width = config.hidden_size // config.num_attention_heads
         shape = (0, config.num_key_value_heads, 0, width)
         layers = range(config.num_hidden_layers)
@@ -65,6 +70,11 @@ class KeyValueCache:
             for table in (*self._keys, *self._values):
                 table[slot] = table[last]
         self.streams -= 1
+        if self.streams == 0:  # nobody is at work: the memory is others' now
+            for tables in (self._keys, self._values):
+                tables[:] = [
+                    table.new_empty(0, table.shape[1], 0, table.shape[3]) for table in tables
+                ]
         return last
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -89,7 +99,9 @@ class KeyValueCache:
         have_streams, heads, have_length, width = self._keys[0].shape
         if streams <= have_streams and length <= have_length:
             return
-        new_streams = have_streams if streams <= have_streams else max(streams, 2 * have_streams)
+        new_streams = have_streams
+        if streams > have_streams:
+            new_streams = max(streams, min(2 * have_streams, self.most))
         new_length = have_length
         if length > have_length:
             new_length = -(-length // _GROWTH) * _GROWTH
@@ -132,3 +144,9 @@ class KeyValueCache:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._length, 0
+
+
+def bytes_a_token(config: transformers.ChameleonConfig, dtype: torch.dtype) -> int:
+    """What one token of one stream takes, in all layers."""
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    return int(2 * config.num_hidden_layers * width * dtype.itemsize)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medley.errors import UserError
 from medley.generation.grammar import TokenClasses
 from medley.generation.rows import Row
 from medley.generation.sampling import choose, guide, penalise_repetition, uniforms
@@ -30,7 +31,10 @@ class Chooser:
     def __call__(
         self, rows: Sequence[Row], states: Tensor | None, logits: Logits, streams: int
     ) -> list[int]:
-        """States (R, D) by slot, None where all rows are new -> a token for each row."""
+        """States (R, D) by slot, None where all rows are new -> a token for each row.
+
+        Raises UserError where what may come has no likeliest token: logits that are no numbers.
+        """
         tokens = [row.grammar.forced() for row in rows]
         free = [i for i, token in enumerate(tokens) if token is None]
         for in_image in (False, True):
@@ -91,6 +95,11 @@ class Chooser:
         self, rows: Sequence[Row], table: Tensor, greedy: Sequence[bool],
         temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
     ) -> list[int]:  # fmt: skip
+        if not bool(table.amax(-1).isfinite().all()):
+            raise UserError(
+                "the model's logits are no finite numbers: its weights are broken, or too large "
+                "for float16 (take bfloat16 or float32)"
+            )
         likeliest: list[int] = table.argmax(-1).tolist() if any(greedy) else []
         sampled = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
         if not sampled:

@@ -11,14 +11,15 @@ Shapes: R streams, B rows, T prompt tokens, L longest stream, D model width, V v
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medley.errors import UserError
-from medley.generation.cache import KeyValueCache
+from medley.generation.cache import KeyValueCache, bytes_a_token
 from medley.generation.choosing import Chooser
 from medley.generation.decode_step import FusedStep, can_fuse
 from medley.generation.grammar import Grammar, TokenClasses
@@ -29,7 +30,8 @@ from medley.vocabulary import Vocabulary
 
 ROWS = 32  # that are worked on at once, unless said otherwise
 PREFILL_TOKENS = 8192  # of all prompts that are read in one pass
-PREFIX_BYTES = 1 << 30  # of remembered contexts
+PREFIX_BYTES = 1 << 30  # of remembered contexts, or one whole context where that takes more
+STREAMS = 3  # of a row, at most
 
 Step = tuple[int, int | None, Result]  # ticket, new token or None at the end, result so far
 
@@ -52,15 +54,19 @@ class Engine:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.codes_per_image, self.capacity = codes_per_image, rows
         weight = decoder.model.embed_tokens.weight
-        self.device: torch.device = weight.device
+        hook = getattr(
+            decoder.model.embed_tokens, "_hf_hook", None
+        )  # accelerate's, if it lies elsewhere
+        self.device = weight.device if hook is None else torch.device(hook.execution_device)
         self.dtype: torch.dtype = weight.dtype
         self.classes = TokenClasses(vocabulary, decoder.config.vocab_size, self.device)
-        self.prefixes = Prefixes(PREFIX_BYTES)
         self._chooser = Chooser(self.classes)
         with torch.no_grad():
             self._fused = FusedStep(decoder) if fuse and can_fuse(decoder) else None
         self._heads: dict[tuple[Any, Any], Matrix] = {}  # by the part of the vocabulary
-        self._cache = KeyValueCache(decoder.config, self.dtype, self.device)
+        self._cache = KeyValueCache(decoder.config, self.dtype, self.device, STREAMS * rows)
+        whole = self.context * bytes_a_token(decoder.config, self.dtype)
+        self.prefixes = Prefixes(max(PREFIX_BYTES, whole))
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
         self._tickets = 0
@@ -105,28 +111,33 @@ class Engine:
     # --- many requests --------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], batch_size: int = ROWS) -> list[Result]:
-        """Results in the order of the requests."""
+        """Results in the order of the requests. Raises UserError before the first step for a
+        prompt that cannot be."""
+        for request in requests:
+            self.check(request.prompt)
         results = [Result() for _ in requests]
         for index, _, result in self.run(requests, batch_size):
             results[index] = result
         return results
 
     def run(
-        self, requests: Sequence[Request], batch_size: int = ROWS
+        self, requests: Iterable[Request], batch_size: int = ROWS
     ) -> Generator[Step, None, None]:
         """Yields (index of the request, new token or None at its end, its result so far).
 
-        Closing the iterator cancels what has not ended.
+        Requests are taken as there is room for them. Closing the iterator cancels what has not
+        ended.
         """
-        for request in requests:
-            self.check(request.prompt)
-        left = deque(enumerate(requests))
+        self.capacity = max(self.capacity, batch_size)
+        self._cache.most = STREAMS * self.capacity
+        left = enumerate(requests)
         own: dict[int, int] = {}
         try:
-            while left or own:
-                while left and len(own) < batch_size:
-                    index, request = left.popleft()
+            while True:
+                for index, request in islice(left, batch_size - len(own)):
                     own[self.submit(request)] = index
+                if not own:
+                    return
                 self.step()
                 for ticket, index in list(own.items()):
                     for _, token, result in self.news(ticket):
@@ -198,15 +209,19 @@ class Engine:
         prompts = [list(request.prompt) for _, request, _ in joining]
         if not prompts:
             return
-        streams, begun = [], []
-        for ids in prompts:
-            stream = Stream(self._cache.add_stream(), 0)
-            found = self.prefixes.find(ids)
-            if found is not None:
-                self._cache.restore(stream.slot, *found)
-            streams.append(stream)
-            begun.append(0 if found is None else found[1])
-        last = self._read(streams, prompts, begun)
+        streams: list[Stream] = []
+        begun = []
+        try:
+            for ids in prompts:
+                streams.append(Stream(self._cache.add_stream(), 0))
+                found = self.prefixes.find(ids)
+                if found is not None:
+                    self._cache.restore(streams[-1].slot, *found)
+                begun.append(0 if found is None else found[1])
+            last = self._read(streams, prompts, begun)
+        except BaseException:  # out of memory, or somebody's Ctrl-C
+            self._free(streams[::-1], self._rows)
+            raise
         for (ticket, request, grammar), stream, state in zip(joining, streams, last, strict=True):
             seen = torch.zeros(self.classes.size, dtype=torch.bool, device=self.device)
             seen[torch.tensor(list(request.prompt), device=self.device)] = True
@@ -353,9 +368,10 @@ class Engine:
     def _logits(self, states: Tensor, part: slice) -> Tensor:
         """States (B, D) -> float32 logits of a part of the vocabulary."""
         head = self.decoder.lm_head
-        if not isinstance(head, nn.Linear):  # an adapter lies over it
+        if not isinstance(head, nn.Linear) or hasattr(head, "_hf_hook"):
+            # An adapter lies over it, or accelerate fetches it from elsewhere.
             logits: Tensor = head(states).float()
-            return logits[:, part]
+            return logits[:, part].to(self.device)
         key = (part.start, part.stop)
         if key not in self._heads:
             pack = self._fused is not None and head.weight.nbytes <= LARGEST

@@ -51,6 +51,11 @@ class TokenClasses:
         return self._words[begin_image, ends]
 
     @cached_property
+    def pictures_or_end(self) -> Tensor:
+        """Another picture or the end, where no words are wanted."""
+        return self.begin_image | self.ends
+
+    @cached_property
     def _words(self) -> dict[tuple[bool, bool], Tensor]:
         found = {}
         for begin in (False, True):
@@ -103,8 +108,15 @@ class Grammar:
         """Mask (V,) of the tokens that may come next, where none is forced."""
         if self.in_image:
             return classes.codes
+        if self.options.mode == "image":  # those that have to come are forced
+            return classes.pictures_or_end
         picture = self._picture_allowed()
-        return classes.words(picture, self.options.images_wanted <= self.images or not picture)
+        missing = picture and self.images < self.options.images_wanted
+        allowed = classes.words(picture, not missing)
+        if missing and self.options.stop:  # these end an answer, too
+            allowed = allowed.clone()
+            allowed[list(self.options.stop)] = False
+        return allowed
 
     def _picture_allowed(self) -> bool:
         options = self.options
@@ -146,7 +158,10 @@ class Grammar:
         """Why a picture that could have come did not."""
         if not self.barred or self.images >= max(1, self.options.images_wanted):
             return None
+        came = (
+            f"{self.images} of {self.options.images_wanted} images" if self.images else "no image"
+        )
         return (
-            f"no image because a whole picture takes {self.picture_tokens} tokens and fewer were "
+            f"{came} because a whole picture takes {self.picture_tokens} tokens and fewer were "
             "left of the context or of max_new_tokens"
         )

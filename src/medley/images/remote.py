@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import re
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -14,6 +16,7 @@ from medley.images import ImageError, read_image
 
 LARGEST = 64 << 20  # bytes of a picture that is fetched
 TIMEOUT = 30.0  # seconds without an answer
+WHOLE_TIME = 120.0  # seconds for all of it
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -33,19 +36,34 @@ class _OnlyHttp(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(*arguments)
 
 
-def fetch_image(address: str, largest: int = LARGEST) -> Image.Image:
+def fetch_image(
+    address: str, largest: int = LARGEST, whole_time: float = WHOLE_TIME
+) -> Image.Image:
     """The picture at an http or https address, as RGB.
 
-    Raises ImageError for one that cannot be had, is larger than `largest` bytes, or is none.
+    Raises ImageError for one that cannot be had, is larger than `largest` bytes, takes longer than
+    `whole_time` seconds, or is none.
     """
     if not is_address(address):
         raise ImageError(f"{address}: not an http or https address")
+    name = address.partition("?")[0]
+    if name.lower().endswith((".nii", ".nii.gz")):  # unpacks to gigabytes
+        raise ImageError(f"{address}: a volume; fetch it yourself and name the file")
     opener = urllib.request.build_opener(_OnlyHttp)
+    until = time.monotonic() + whole_time
+    data = bytearray()
     try:
         with opener.open(address, timeout=TIMEOUT) as answer:
-            data = answer.read(largest + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+            while piece := answer.read1(1 << 16):
+                data += piece
+                if len(data) > largest:
+                    raise ImageError(
+                        f"{address}: larger than {largest >> 20} MB, which is the limit"
+                    )
+                if time.monotonic() > until:
+                    raise ImageError(f"{address}: not here after {whole_time:.0f} s")
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
         raise ImageError(f"{address}: cannot be fetched ({error})") from error
-    if len(data) > largest:
-        raise ImageError(f"{address}: larger than {largest >> 20} MB, which is the limit")
-    return read_image(io.BytesIO(data), address.partition("?")[0])
+    return read_image(io.BytesIO(bytes(data)), name)
