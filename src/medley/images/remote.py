@@ -24,7 +24,7 @@ def is_address(name: str) -> bool:
     return _ADDRESS.match(name) is not None
 
 
-class _OnlyHttp(urllib.request.HTTPRedirectHandler):
+class OnlyHttp(urllib.request.HTTPRedirectHandler):
     """Follows no address to another kind of one (ftp, file)."""
 
     def redirect_request(self, *arguments: Any) -> Any:
@@ -49,7 +49,7 @@ def fetch_image(
     name = address.partition("?")[0]
     if name.lower().endswith((".nii", ".nii.gz")):  # unpacks to gigabytes
         raise ImageError(f"{address}: a volume; fetch it yourself and name the file")
-    opener = urllib.request.build_opener(_OnlyHttp)
+    opener = urllib.request.build_opener(OnlyHttp)
     until = time.monotonic() + whole_time
     data = bytearray()
     try:

@@ -1,0 +1,1 @@
+"""Figures of published articles: fetched, checked, taken out of their archives."""
