@@ -1,0 +1,307 @@
+"""Instructions from captions: recorded cases, a model's server on loopback, cleaning."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, golden
+from conversion import clean_instructions, generate_instructions
+
+from medley.errors import UserError
+from medley.formats.sample import RecordError
+from medley.instructions.captions import Prompts, context_of, conversation_text, read_captions
+from medley.instructions.cleaning import Rules, cleaned, record_of
+
+CASES = golden("llava_med_instruct.json")
+RULES = Rules.read(ROOT / "conversion" / "prompts" / "cleaning.yaml")
+SHIPPED = Prompts.read(ROOT / "conversion" / "prompts" / "instructions.yaml")
+
+
+# --- recorded cases ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES["format_conv"], ids=lambda c: c["id"])
+def test_replies_become_the_recorded_turns(case: dict[str, Any]) -> None:
+    for bit, expected in case["expected"].items():
+        last = bit == "random_bit_1_image_last"
+        if "error" in expected:
+            with pytest.raises(RecordError):
+                record_of(case["input"], last)
+        else:
+            assert record_of(case["input"], last)[0] == expected
+
+
+@pytest.mark.parametrize("case", CASES["clean_conv"], ids=lambda c: c["id"])
+def test_cleaning_gives_the_recorded_turns(
+    case: dict[str, Any], exceptions: dict[str, dict[str, str]]
+) -> None:
+    given = case["input"]["conversations"]
+    kept, dropped = cleaned(given, RULES)
+    expected = [turn for record in case["expected"] for turn in record["conversations"]]
+    fault = exceptions["llava_med_instruct"].get(case["id"])
+    if case["id"] == "strip_prefix":
+        assert kept[1]["value"] == "THE lesion is On the LEFT."
+    elif fault:
+        assert kept == [{"from": "human", "value": "<image>\nQ2"}, *expected[1:]]
+    else:
+        assert kept == expected
+    assert len(kept) + len(dropped) == len(given)
+
+
+@pytest.mark.parametrize("case", CASES["context_gen"], ids=lambda c: c["id"])
+def test_contexts_are_the_recorded(case: dict[str, Any]) -> None:
+    record, expected = case["input"], case["expected"]
+    assert context_of(record, True) == expected["with_mentions"]
+    assert context_of(record, False) == expected["without_mentions"]
+    roles = [message["role"] for message in SHIPPED.messages("X")]
+    pairs = (len(expected["message_roles"]) - 2) // 2  # theirs has more examples
+    assert expected["message_roles"] == ["system", *["user", "assistant"] * pairs, "user"]
+    assert roles == ["system", *["user", "assistant"] * len(SHIPPED.samples), "user"]
+    assert SHIPPED.messages("X")[-1] == expected["last_message"]
+
+
+def test_mentions_may_have_entities() -> None:
+    record = {"fig_label": "F", "fig_caption": "c", "in_text_mention": [{"tokens": "One ."}]}
+    assert context_of(record, True).endswith("\n\nFigure Context:\n\t- One .")
+
+
+def test_conversations_are_written_as_recorded() -> None:
+    (case,) = CASES["conv_to_str"]
+    assert conversation_text(case["input"]) == case["expected"]
+
+
+@pytest.mark.parametrize("case", CASES["generate_main"], ids=lambda c: c["id"])
+def test_domains_are_taken_in_turn(case: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(case["input"]["domain_dict"]))
+    names = [r["pair_id"] for r in read_captions(path, case["input"]["max_size"])]
+    recorded = case["expected"]["output_pair_ids"]
+    if case["id"] == "max_size_3_yields_2":
+        assert names == [*recorded, "c1"]
+    elif case["id"] == "failed_batch_is_retried_in_next_round":
+        assert sorted(names) == sorted(recorded)
+        assert names[:2] == recorded[-2:]
+    else:
+        assert names == recorded
+
+
+def test_shipped_examples_pass_the_shipped_rules() -> None:
+    for _, reply in SHIPPED.samples:
+        record, torn = record_of({"pair_id": "x", "result": reply}, False)
+        assert torn == 0
+        kept, dropped = cleaned(record["conversations"], RULES)
+        assert kept == record["conversations"]
+        assert not dropped
+
+
+# --- a model's server -------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    address: str = ""
+    faults: dict[str, list[str]] = field(default_factory=dict)  # by the last message
+    asked: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    under_way: int = 0
+    most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server()
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr("openai._constants.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = body["messages"][-1]["content"]
+            with state.lock:
+                state.asked[said] += 1
+                state.bodies.append(body)
+                state.paths.append(self.path)
+                state.under_way += 1
+                state.most = max(state.most, state.under_way)
+            time.sleep(0.03)
+            with state.lock:
+                state.under_way -= 1
+            faults = state.faults.get(said, [])
+            fault = faults.pop(0) if faults else ""
+            if fault == "drop":
+                self.connection.close()
+                return
+            status = int(fault) if fault.isdigit() else 200
+            reply = "" if fault == "empty" else f"User: Q of {said[-2:]}?\n\nAssistant: A toy."
+            message = {"role": "assistant", "content": reply}
+            content = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+            data = b"not json" if fault == "garbage" else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        state.address = f"http://127.0.0.1:{running.server_port}/v1"
+        yield state
+        running.shutdown()
+
+
+def write_captions(path: Path, count: int) -> None:
+    rows = [
+        {"pair_id": f"p{i:02}", "fig_label": "F", "fig_caption": f"c{i:02}"} for i in range(count)
+    ]
+    path.write_text(json.dumps({"mri": rows}))
+
+
+def generate(server: Server, folder: Path, *more: Any) -> int:
+    words = ["--input", folder / "captions.json", "--output", folder / "raw.jsonl", "--model", "m"]
+    words += ["--endpoint", server.address, "--tries", 3, *more]
+    return generate_instructions.main(list(map(str, words)))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def told(number: int) -> str:
+    return f"Figure Caption:\nF: c{number:02}"
+
+
+def test_nothing_is_lost_when_replies_fail(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_captions(tmp_path / "captions.json", 12)
+    server.faults = {
+        told(1): ["500", "500"], told(2): ["drop"], told(3): ["429"],  # these come at last
+        told(4): ["500"] * 9, told(5): ["empty"], told(6): ["garbage"],
+    }  # fmt: skip
+    assert generate(server, tmp_path, "--at_once", 4) == 3
+    rows = rows_of(tmp_path / "raw.jsonl")
+    assert [row["pair_id"] for row in rows] == [f"p{i:02}" for i in range(12) if i not in (4, 5, 6)]
+    assert rows[0]["result"] == "User: Q of 00?\n\nAssistant: A toy."
+    failed = {row["pair_id"]: row["error"] for row in rows_of(tmp_path / "raw.jsonl.failed.jsonl")}
+    assert set(failed) == {"p04", "p05", "p06"}
+    assert "an empty reply" in failed["p05"]
+    assert 2 <= server.most <= 4
+    assert "3 of 12 records failed" in capsys.readouterr().err
+
+    before = Counter(server.asked)
+    server.faults = {}
+    assert generate(server, tmp_path) == 0
+    assert server.asked - before == Counter({told(4): 1, told(5): 1, told(6): 1})
+    assert len(rows_of(tmp_path / "raw.jsonl")) == 12
+    assert not (tmp_path / "raw.jsonl.failed.jsonl").exists()
+    replies = tmp_path / "raw.jsonl.replies.jsonl"
+    replies.write_bytes(replies.read_bytes()[:-9])  # as a kill leaves it
+    before = Counter(server.asked)
+    assert generate(server, tmp_path) == 0
+    assert sum((server.asked - before).values()) == 1
+    assert "none" not in (tmp_path / "raw.jsonl.manifest.json").read_text().split('"key')[0]
+
+
+def test_a_wrong_key_stops_at_once(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    write_captions(tmp_path / "captions.json", 30)
+    server.faults = {told(i): ["401"] for i in range(30)}
+    assert generate(server, tmp_path, "--at_once", 2) == 2
+    assert "401" in capsys.readouterr().err
+    assert sum(server.asked.values()) < 30
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert generate(server, tmp_path) == 2
+    assert "the environment has no OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_azure_is_asked_in_its_own_way(server: Server, tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions.json", 1)
+    assert generate(server, tmp_path, "--api_version", "2024-06-01", "--limit", 1) == 0
+    assert server.paths == ["/v1/openai/deployments/m/chat/completions?api-version=2024-06-01"]
+
+
+def test_documents_are_translated_text_by_text(server: Server, tmp_path: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    line = {"text": "<image>Why?<reserved08706>So.", "image_path": "a.png", "id": 1}
+    docs.write_text(json.dumps(line) + "\n")
+    words = ["--input", docs, "--output", tmp_path / "de.jsonl", "--translate", "German"]
+    words += ["--endpoint", server.address, "--model", "m"]
+    assert generate_instructions.main(list(map(str, words))) == 0
+    (row,) = rows_of(tmp_path / "de.jsonl")
+    asked, answered = row["text"].split("<reserved08706>")
+    assert asked == "<image>User: Q of y??\n\nAssistant: A toy."
+    assert answered == "User: Q of o.?\n\nAssistant: A toy."
+    assert row["image_path"] == "a.png"
+    assert row["language"] == "German"
+    assert all("into German" in body["messages"][0]["content"] for body in server.bodies)
+
+
+# --- cleaning as a program --------------------------------------------------------------------
+
+
+def test_replies_become_an_instruction_file(tmp_path: Path) -> None:
+    reply = "User: What is it?\n\nAssistant: A toy.\n\nUser: Where?\n\nAssistant: I'm sorry, no."
+    rows = [
+        {"pair_id": "a", "result": reply, "domain": {"mri": True}},
+        {"pair_id": "b", "result": "nothing"},
+        {"pair_id": "c", "result": "User: Q\nUser: Q2\nAssistant: A2"},
+        {"pair_id": "d", "result": "User: Q\nAssistant: See the caption."},
+    ]
+    source, output = tmp_path / "raw.jsonl", tmp_path / "instruct.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no\n")
+    words = ["--input", str(source), "--output", str(output)]
+    assert clean_instructions.main([*words, "--image_place", "last"]) == 0
+    found = json.loads(output.read_text())
+    assert [record["id"] for record in found] == ["a", "c"]
+    assert found[0] == {
+        "id": "a", "image": "a.jpg", "domain": {"mri": True}, "conversations": [
+            {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A toy."}],
+    }  # fmt: skip
+    dropped = rows_of(output.with_name("instruct.json.dropped.jsonl"))
+    assert len(dropped) == 5
+    assert dropped[0]["record"][1]["value"] == "I'm sorry, no."
+    assert clean_instructions.main([*words, "--seed", "1"]) == 0  # a clean file is cleaned again
+    again = tmp_path / "again.json"
+    assert clean_instructions.main(["--input", str(output), "--output", str(again)]) == 0
+    assert json.loads(again.read_text()) == json.loads(output.read_text())
+
+
+def test_broken_rules_and_prompts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("refusals: ['(']\nlead_ins: []\nphrases: []\nforbidden: []\n")
+    with pytest.raises(UserError, match="not a file of rules"):
+        Rules.read(path)
+    path.write_text("samples: []\n")
+    with pytest.raises(UserError, match="expected system and samples"):
+        Prompts.read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"mri": [{"pair_id": 3}]}', "mri, record 0: pair_id is 3"),
+        ('[{"pair_id": "a", "fig_label": "F"}]', "record 0: fig_caption is None"),
+        ("[]", "no captions in it"),
+        ('{"a": [1]}', "expected an object"),
+    ],
+)
+def test_bad_captions_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_captions(tmp_path / "c.json")
