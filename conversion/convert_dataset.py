@@ -155,12 +155,14 @@ def work(options: Options) -> None:
     choices, tally, counts = options.choices(), Tally(), Counts()
     plan = make_plan(options, form, choices)
     files: set[str] = set()
+    in_folder = options.is_folder
+    listed = options.is_folder or options.pictures is not None
     with ExitStack() as stack:
         place, keep = stack.enter_context(outputs(options))
         parts: dict[str, Part] = {}
         for where, split, sample in chosen(options, form, choices, tally, keep, plan):
             assert target.write is not None
-            name = split if options.is_folder else ""
+            name = split if in_folder else ""
             if name not in parts:
                 add = stack.enter_context(writer(place(name, target), target, choices))
                 parts[name] = Part(add)
@@ -174,7 +176,7 @@ def work(options: Options) -> None:
             counts.add(sample)
             parts[name].hash.add(sample.document)
             files.add(re.sub(r":( (record|problem) \S+|\d+)$", "", where))
-            if options.is_folder or options.pictures is not None:
+            if listed:
                 parts[name].pictures |= dict.fromkeys(paths_of(sample.document))
         refuse(options, tally)
         if options.is_folder:

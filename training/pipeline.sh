@@ -28,7 +28,14 @@ run() {
 
 # --- data: documents, and a list of their pictures ----------------------------------------
 if [ -n "$data" ]; then
-  run python -m conversion.convert_dataset --from vqa_rad --input "$data" --output "$out/data"
+  # By way of LLaVA's form, which its tools read, too; no picture is in both halves.
+  run python -m conversion.convert_dataset --from vqa_rad --to llava --input "$data" \
+    --test_share 0.15 --output "$out/llava"
+  for part in train test; do
+    run python -m conversion.convert_dataset --from llava --input "$out/llava/$part.json" \
+      --image_folder "$data/images" --output "$out/data/$part.jsonl"
+  done
+  cp "$out/llava/pictures.csv" "$out/data/"
   steps=150
 else
   run python -m conversion.draw_phantoms --output "$out/data" --modality ultrasound --train 500 --test 40
@@ -62,6 +69,12 @@ for mode in image text any; do
   run medley generate --ckpt "$out/final" --input "$out/prompts-$mode.jsonl" --mode "$mode" \
     --repetition_penalty 1.0 --text_greedy --max_images 1 --max_new_tokens 160 --output "$out/answers-$mode"
 done
+
+if [ -n "$data" ]; then  # an answer file as LLaVA's evaluations read it
+  run medley answer --ckpt "$out/final" --questions "$out/llava/test.json" \
+    --image_folder "$data/images" --text_greedy --repetition_penalty 1.0 --max_new_tokens 40 \
+    --output "$out/answers.jsonl"
+fi
 
 # --- what it learned, before and after, on one page ----------------------------------------
 run python -m training.pipeline_report page --data "$out/data" --output "$out" --before tiny --after "$out/final"

@@ -15,7 +15,6 @@ from PIL import Image
 from medley.errors import UserError
 from medley.formats.sample import Choices, Format, RecordError, Sample, Withheld
 from medley.formats.tallies import Duplicates
-from medley.images import ImageError, open_image
 
 Check = Literal["none", "exists", "header", "whole"]
 _REMEMBERED = 1 << 16  # pictures that need not be looked at again at once
@@ -80,13 +79,19 @@ class PictureCheck:
     def _look(self, path: str) -> str | None:
         if not Path(path.partition("#")[0]).is_file():
             return f"no such picture, {path}"
-        try:
-            if self.check == "whole":
-                open_image(path)
-            elif self.check == "header" and not is_medical(path):
+        if self.check == "exists":
+            return None
+        if self.check == "header" and not is_medical(path):
+            try:
                 with Image.open(path):
-                    pass
-        except (ImageError, OSError, Image.DecompressionBombError) as error:
+                    return None
+            except (OSError, Image.DecompressionBombError) as error:
+                return f"{path}: not a picture that can be read ({error})"
+        from medley.images import ImageError, open_image  # brings torch, which takes a second
+
+        try:
+            open_image(path, None if self.check == "whole" or "#" in path else "first")
+        except ImageError as error:
             return f"{path}: not a picture that can be read ({error})"
         return None
 

@@ -20,6 +20,7 @@ from medley.formats.sample import Choices, Format, Found, RecordError
 _LONGEST_CELL = 1 << 24  # characters of a CSV cell
 
 csv.field_size_limit(_LONGEST_CELL)
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes one each time
 
 
 def records_of(path: Path, split: str = "") -> Iterator[Found]:
@@ -178,7 +179,7 @@ def writer(
 
         def add(record: dict[str, Any]) -> None:
             nonlocal count
-            data = _bytes_of(json.dumps(record, ensure_ascii=False))
+            data = _bytes_of(_encode(record))
             binary.write((b",\n" if count else b"[\n") if many else b"")
             binary.write(data if many else data + b"\n")
             count += 1

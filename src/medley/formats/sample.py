@@ -85,10 +85,11 @@ class Format:
 def text_of(record: Any, key: str, remarks: list[str]) -> str:
     """A text, or a number, which is made one. Raises RecordError for what is neither."""
     value = value_of(record, key)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if type(value) is str:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise RecordError(f"{key!r} is {shown(value)}, expected text")
-    if not isinstance(value, str):
-        remarks.append("numbers read as text")
+    remarks.append("numbers read as text")
     return str(value)
 
 

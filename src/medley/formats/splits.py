@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from medley.document import Document
 from medley.formats.sample import RecordError
-from medley.images import ImageError, content_hash, open_image
 from medley.parallel import ordered_map
 
 
@@ -23,6 +22,8 @@ def paths_of(document: Document) -> list[str]:
 
 
 def _hash(path: str) -> tuple[str, str, str | None]:
+    from medley.images import ImageError, content_hash, open_image  # brings torch
+
     try:
         return path, content_hash(open_image(path)), None
     except ImageError as error:
