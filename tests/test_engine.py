@@ -385,3 +385,32 @@ def test_a_talk_without_room_for_its_pictures_is_remembered_whole(model: Model) 
 def test_the_engine_refuses_no_prompt(model: Model) -> None:
     with pytest.raises(UserError, match="empty prompt"):
         model.engine.submit(Request([], GenerationOptions()))
+
+
+def test_many_codes_at_once_are_those_of_one_after_another(
+    model: Model, prompts: list[list[int]]
+) -> None:
+    """As on CUDA, but without the graph: rows of different options, that end and join."""
+    decoder = open_checkpoint("tiny").decoder(torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = [
+            GenerationOptions(min_images=1, max_images=1, max_new_tokens=150, seed=4),
+            GenerationOptions(mode="image", max_images=2, image_top_k=50, seed=4),
+            GenerationOptions(mode="image", image_greedy=True, guidance_scale_text=1.0),
+            GenerationOptions(
+                mode="image", guidance_scale_text=1.0, guidance_scale_image=1.0, image_top_p=1.0
+            ),
+        ]
+    requests = [Request(prompts[i % 3], o, i) for i, o in enumerate(options * 2)]
+    found, bursts = [], []
+    for with_bursts in (False, True):
+        own = engine(decoder, True, model)
+        own.bursts = with_bursts
+        draw = own._draw_on
+        own._draw_on = lambda steps, draw=draw: (bursts.append(steps), draw(steps))[1]  # type: ignore[method-assign,misc]
+        found.append([result.ids for result in own.generate(requests, batch_size=5)])
+        assert own._cache.streams == 0
+    assert found[0] == found[1]
+    assert len(bursts) >= 3
+    assert max(bursts) == 32

@@ -47,8 +47,8 @@ class PromptOptions:
 
 def demo_scans(data: Path) -> list[Phantom]:
     """Scans to be asked for: of the modality that the data are of, or of tiny's own."""
-    manifest = read_json(data / "manifest.json")["options"]
-    modality = str(manifest.get("modality", "CT")).split(",")[0]
+    drawn = read_manifest(data).get("options", {})  # real pictures have none of a modality
+    modality = str(drawn.get("modality", "CT")).split(",")[0]
     wanted = [
         ("head", "nodule", "large", "left", "upper"),
         ("chest", "cyst", "large", "right", "lower"),

@@ -54,6 +54,7 @@ class KeyValueCache:
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._length = 0
         self.streams = 0
+        self.moves = 0  # how often the tables have got other memory
 
     # --- slots ----------------------------------------------------------------------------
 
@@ -71,6 +72,7 @@ class KeyValueCache:
                 table[slot] = table[last]
         self.streams -= 1
         if self.streams == 0:  # nobody is at work: the memory is others' now
+            self.moves += 1
             for tables in (self._keys, self._values):
                 tables[:] = [
                     table.new_empty(0, table.shape[1], 0, table.shape[3]) for table in tables
@@ -102,6 +104,7 @@ class KeyValueCache:
         new_streams = have_streams
         if streams > have_streams:
             new_streams = max(streams, min(2 * have_streams, self.most))
+        self.moves += 1
         new_length = have_length
         if length > have_length:
             new_length = -(-length // _GROWTH) * _GROWTH
@@ -113,6 +116,11 @@ class KeyValueCache:
                 tables[index] = grown
 
     # --- forward passes -------------------------------------------------------------------
+
+    def make_room(self, length: int) -> int:
+        """Places for streams of a length, in whole steps of growth; gives how many there are."""
+        self._reserve(self.streams, length)
+        return -(-length // _GROWTH) * _GROWTH
 
     def place(self, first_slot: int, positions: Tensor, length: int) -> None:
         """The next keys and values belong to the slots from `first_slot` on, at `positions`

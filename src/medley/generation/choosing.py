@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from medley.errors import UserError
+from medley.generation.burst import NO_NUMBERS
 from medley.generation.grammar import TokenClasses
 from medley.generation.rows import Row
 from medley.generation.sampling import choose, guide, penalise_repetition, uniforms
@@ -26,7 +27,7 @@ class Chooser:
     def __init__(self, classes: TokenClasses) -> None:
         self.classes = classes
         codes = classes.vocabulary.image_codes
-        self._codes = slice(codes.start, codes.stop)
+        self.codes = slice(codes.start, codes.stop)
 
     def __call__(
         self, rows: Sequence[Row], states: Tensor | None, logits: Logits, streams: int
@@ -72,7 +73,7 @@ class Chooser:
             nothing = row.full if row.nothing is None else row.nothing
             slots += [row.full.slot, (row.images_only or nothing).slot, nothing.slot]
         used = sorted(set(slots))  # without pictures two streams are one, unguided all three
-        made = logits(states[used], self._codes)
+        made = logits(states[used], self.codes)
         full, images, nothing_ = (
             made[[used.index(s) for s in slots]].view(len(rows), 3, -1).unbind(1)
         )
@@ -89,17 +90,14 @@ class Chooser:
             rows, table, [o.image_greedy for o in options], [o.image_temperature for o in options],
             [o.image_top_k for o in options], [o.image_top_p for o in options],
         )  # fmt: skip
-        return [self._codes.start + code for code in codes]
+        return [self.codes.start + code for code in codes]
 
     def _draw(
         self, rows: Sequence[Row], table: Tensor, greedy: Sequence[bool],
         temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
     ) -> list[int]:  # fmt: skip
         if not bool(table.amax(-1).isfinite().all()):
-            raise UserError(
-                "the model's logits are no finite numbers: its weights are broken, or too large "
-                "for float16 (take bfloat16 or float32)"
-            )
+            raise UserError(NO_NUMBERS)
         likeliest: list[int] = table.argmax(-1).tolist() if any(greedy) else []
         sampled = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
         if not sampled:

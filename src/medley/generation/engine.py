@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from medley.errors import UserError
+from medley.generation.burst import Burst
 from medley.generation.cache import KeyValueCache, bytes_a_token
 from medley.generation.choosing import Chooser
 from medley.generation.decode_step import FusedStep, can_fuse
@@ -31,6 +32,7 @@ from medley.vocabulary import Vocabulary
 ROWS = 32  # that are worked on at once, unless said otherwise
 PREFILL_TOKENS = 8192  # of all prompts that are read in one pass
 PREFIX_BYTES = 1 << 30  # of remembered contexts, or one whole context where that takes more
+BURST = 32  # codes of a picture between two looks of the host
 STREAMS = 3  # of a row, at most
 
 Step = tuple[int, int | None, Result]  # ticket, new token or None at the end, result so far
@@ -67,6 +69,9 @@ class Engine:
         self._cache = KeyValueCache(decoder.config, self.dtype, self.device, STREAMS * rows)
         whole = self.context * bytes_a_token(decoder.config, self.dtype)
         self.prefixes = Prefixes(max(PREFIX_BYTES, whole))
+        # A look up at every code costs a GPU more than the step; a CPU loses nothing by it.
+        self.bursts = self.device.type == "cuda" and type(decoder.lm_head) is nn.Linear
+        self._burst: tuple[Any, Burst] | None = None
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
         self._tickets = 0
@@ -154,6 +159,9 @@ class Engine:
         self._admit()
         if not self._rows:
             return
+        if steps := self._steps_in_pictures():
+            self._draw_on(steps)
+            return
         states = self._decode()
         tokens = self._chooser(self._rows, states, self._logits, self._cache.streams)
         beginning = []
@@ -167,6 +175,39 @@ class Engine:
         self._open_guidance([row for row in beginning if row.grammar.finished is None])
         for row in [row for row in self._rows if row.grammar.finished is not None]:
             self._end(row)
+
+    def _steps_in_pictures(self) -> int:
+        """How many steps all rows stay inside of pictures, where it is worth not to look up: 0
+        where it is not."""
+        if not self.bursts or self._fused is None or (self._waiting and self._has_room):
+            return 0
+        least = BURST
+        for row in self._rows:
+            if row.next_token is None or row.grammar.drawn is None:
+                return 0
+            least = min(least, self.codes_per_image - row.grammar.drawn)
+        return least
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._rows) < self.capacity
+
+    def _draw_on(self, steps: int) -> None:
+        """So many codes of every row, read by the host when all of them are there."""
+        assert self._fused is not None
+        longest = max(stream.length for row in self._rows for stream in row.streams)
+        length = self._cache.make_room(longest + steps)
+        slots = tuple((row.ticket, *(s.slot for s in row.streams)) for row in self._rows)
+        key = (slots, self._cache.moves, length)
+        if self._burst is None or self._burst[0] != key:
+            head = self._head(self._chooser.codes)
+            made = Burst(
+                self._rows, self._fused, self._cache, head, self._chooser.codes, length, BURST
+            )
+            self._burst = (key, made)
+        for row, tokens in zip(self._rows, self._burst[1](self._rows, steps), strict=True):
+            for token in tokens:
+                self._take(row, token)
 
     # --- rows -----------------------------------------------------------------------------
 
@@ -372,8 +413,11 @@ class Engine:
             # An adapter lies over it, or accelerate fetches it from elsewhere.
             logits: Tensor = head(states).float()
             return logits[:, part].to(self.device)
-        key = (part.start, part.stop)
+        return self._head(part)(states.to(head.weight.device)).float().to(self.device)
+
+    def _head(self, part: slice) -> Matrix:
+        key, weight = (part.start, part.stop), self.decoder.lm_head.weight
         if key not in self._heads:
-            pack = self._fused is not None and head.weight.nbytes <= LARGEST
-            self._heads[key] = Matrix(head.weight[part], pack)
-        return self._heads[key](states.to(head.weight.device)).float().to(self.device)
+            pack = self._fused is not None and weight.nbytes <= LARGEST
+            self._heads[key] = Matrix(weight[part], pack)
+        return self._heads[key]

@@ -83,11 +83,23 @@ def choose(
         top_p = top_p.cpu() if isinstance(top_p, Tensor) else top_p
     ids, probabilities, complete = kept(logits, top_k, top_p, min(CANDIDATES, logits.shape[-1]))
     if not bool(complete.all()):
-        ids, probabilities, _ = kept(logits, top_k, top_p, logits.shape[-1])
+        return choose_from_all(logits, uniform, top_k, top_p)
+    return _pick(ids, probabilities, uniform)
+
+
+def choose_from_all(
+    logits: Tensor, uniform: Tensor, top_k: Tensor | int, top_p: Tensor | float
+) -> Tensor:
+    """The same, with all tokens sorted and nothing asked of the device."""
+    ids, probabilities, _ = kept(logits, top_k, top_p, logits.shape[-1])
+    return _pick(ids, probabilities, uniform)
+
+
+def _pick(ids: Tensor, probabilities: Tensor, uniform: Tensor) -> Tensor:
     ids, order = ids.sort(dim=-1)
     cumulative = probabilities.gather(-1, order).double().cumsum(-1)
     whole = cumulative[:, -1:]
     # Scaled, since the last sum may stay below 1 by rounding: every uniform finds its token.
-    place = torch.searchsorted(cumulative, uniform.to(logits.device)[:, None] * whole, right=True)
+    place = torch.searchsorted(cumulative, uniform.to(ids.device)[:, None] * whole, right=True)
     last = (cumulative < whole).sum(-1, keepdim=True)  # the last token that may come
     return ids.gather(-1, torch.minimum(place, last)).squeeze(1)
