@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from medley.document import Document, Picture
 from medley.errors import UserError
-from medley.files import json_lines, read_json, whole_file, write_json
+from medley.files import json_lines, read_json, read_manifest, whole_file, write_json
 from medley.generation import GenerationOptions
 from medley.images import open_image
 from medley.loading import load
