@@ -8,28 +8,35 @@ from typing import Any
 
 from medley.options import run_program
 
-# Imported when asked for: a list of commands needs no torch.
+# Module, options and function of each; imported when asked for: a list of commands needs no torch.
 COMMANDS = {
-    "generate": ("GenerateOptions", "generates text and pictures in any order"),
-    "chat": ("ChatOptions", "talks in the terminal, in words and pictures"),
-    "answer": ("AnswerOptions", "answers LLaVA's question files"),
-    "doctor": ("DoctorOptions", "checks versions, devices and the embedded model"),
-}
+    "generate": ("generate", "GenerateOptions", "generate", "generates text and pictures"),
+    "chat": ("chat", "ChatOptions", "chat", "talks in the terminal, in words and pictures"),
+    "answer": ("answer", "AnswerOptions", "answer", "answers LLaVA's question files"),
+    "evaluate vqa": ("evaluate", "VqaOptions", "vqa", "scores answers to visual questions"),
+    "evaluate science-qa": (
+        "evaluate", "ScienceQaOptions", "score_science_qa", "scores answers to ScienceQA",
+    ),
+    "doctor": ("doctor", "DoctorOptions", "doctor", "checks versions, devices, the embedded model"),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items())
+        listed = "\n".join(f"  {name:20} {text}" for name, (*_, text) in COMMANDS.items())
         print(f"usage: medley COMMAND [flags]   (medley COMMAND --help lists them)\n\n{listed}")
         return 0 if words else 2
-    if words[0] not in COMMANDS:
+    size = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name = " ".join(words[:size])
+    if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        sys.stderr.write(f"medley: no command {words[0]!r}, there is {known}\n")
+        said = " ".join(words[: 2 if words[0] == "evaluate" else 1])
+        sys.stderr.write(f"medley: no command {said!r}, there is {known}\n")
         return 2
-    module: Any = importlib.import_module(f"medley.commands.{words[0]}")
-    kind, work = getattr(module, COMMANDS[words[0]][0]), getattr(module, words[0])
-    return run_program(f"medley {words[0]}", kind, work, words[1:])
+    place, kind, work, _ = COMMANDS[name]
+    module: Any = importlib.import_module(f"medley.commands.{place}")
+    return run_program(f"medley {name}", getattr(module, kind), getattr(module, work), words[size:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Answers to scores: LLaVA-Med's published ones bug for bug, and our own."""
