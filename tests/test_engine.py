@@ -73,8 +73,8 @@ def test_prompts_of_unequal_length_are_read_in_one_pass(
     options = GenerationOptions(mode="text", max_new_tokens=24, **GREEDY)
     reads = []
     own = engine(model.engine.decoder, False, model)
-    read = own._read
-    own._read = lambda *a: reads.append(len(a[0])) or read(*a)  # type: ignore[method-assign,func-returns-value]
+    read = own._passes.read
+    own._passes.read = lambda *a: reads.append(len(a[0])) or read(*a)  # type: ignore[method-assign,func-returns-value]
     together = own.generate([Request(ids, options, i) for i, ids in enumerate(prompts)])
     assert reads == [3]
     alone = [own.generate([Request(ids, options, 0)])[0] for ids in prompts]
@@ -139,8 +139,8 @@ def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
     talk = model.chat(mode="text", max_new_tokens=20, **GREEDY)
     reads: list[int] = []
     own = model.engine
-    read = own._read
-    own._read = lambda s, c, b: (  # type: ignore[method-assign]
+    read = own._passes.read
+    own._passes.read = lambda s, c, b: (  # type: ignore[method-assign]
         reads.append(sum(len(x) - y for x, y in zip(c, b, strict=True))),  # type: ignore[func-returns-value]
         read(s, c, b),
     )[1]
@@ -153,7 +153,7 @@ def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
             answers.append(last.answer.ids)
             ids.append([*before, *model.prompt_ids(list(turn))[1:]])
     finally:
-        del own._read  # type: ignore[method-assign]
+        del own._passes.read  # type: ignore[method-assign]
     assert reads[0] == len(ids[0])
     assert all(count < 25 for count in reads[1:])
     fresh = engine(model.engine.decoder, False, model)
@@ -225,7 +225,7 @@ def test_a_stop_token_ends_the_answer_and_says_so(model: Model, prompts: list[li
 def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
     plain = medley.load("tiny", device="cpu")
     model = medley.load("tiny", device="cpu", quantize=kind)
-    assert model.engine._fused is None
+    assert model.engine._passes.fused is None
     ids = torch.tensor([plain.prompt_ids(["What does this scan show?"])])
     with torch.inference_mode():
         one, other = plain.decoder(ids).logits, model.decoder(ids).logits
@@ -267,7 +267,7 @@ def test_an_adapter_lies_over_quantised_layers(tmp_path: Path) -> None:
         found = small.decoder(input_ids=ids).logits
     likeness = torch.cosine_similarity(found[0, -1], wanted[0, -1], dim=0)
     assert float(likeness) > 0.8
-    assert whole.engine._fused is None
+    assert whole.engine._passes.fused is None
 
 
 def test_quantising_without_the_library_says_what_to_install(
@@ -289,7 +289,7 @@ def test_layers_may_live_on_several_devices(model: Model, prompts: list[list[int
     places = dict.fromkeys([*names, *inner, *layers], "cpu")
     spread = dispatch_model(decoder, places, main_device="cpu", force_hooks=True)
     own = engine(spread, True, model)
-    assert own._fused is None
+    assert own._passes.fused is None
     options = GenerationOptions(mode="text", max_new_tokens=12, **GREEDY)
     requests = [Request(ids, options) for ids in prompts]
     wanted = [r.ids for r in model.engine.generate(requests)]
@@ -334,7 +334,7 @@ def test_an_interrupted_prefill_leaves_no_streams(
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(own, "_read", stop)
+    monkeypatch.setattr(own._passes, "read", stop)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             own.generate([Request(ids, GenerationOptions()) for ids in prompts])

@@ -16,15 +16,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medley.errors import UserError
 from medley.generation.burst import Burst
-from medley.generation.cache import KeyValueCache, bytes_a_token
+from medley.generation.cache import bytes_a_token
 from medley.generation.choosing import Chooser
-from medley.generation.decode_step import FusedStep, can_fuse
 from medley.generation.grammar import Grammar, TokenClasses
-from medley.generation.packed import LARGEST, Matrix
+from medley.generation.passes import Passes
 from medley.generation.prefixes import LEAST, Prefixes, shared
 from medley.generation.rows import Request, Result, Row, Stream
 from medley.vocabulary import Vocabulary
@@ -55,27 +54,28 @@ class Engine:
     ) -> None:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.codes_per_image, self.capacity = codes_per_image, rows
-        weight = decoder.model.embed_tokens.weight
-        hook = getattr(
-            decoder.model.embed_tokens, "_hf_hook", None
-        )  # accelerate's, if it lies elsewhere
-        self.device = weight.device if hook is None else torch.device(hook.execution_device)
-        self.dtype: torch.dtype = weight.dtype
-        self.classes = TokenClasses(vocabulary, decoder.config.vocab_size, self.device)
+        self._passes = Passes(decoder, vocabulary.pad, fuse, STREAMS * rows)
+        self._cache = self._passes.cache
+        self.classes = TokenClasses(vocabulary, decoder.config.vocab_size, self._passes.device)
         self._chooser = Chooser(self.classes)
-        with torch.no_grad():
-            self._fused = FusedStep(decoder) if fuse and can_fuse(decoder) else None
-        self._heads: dict[tuple[Any, Any], Matrix] = {}  # by the part of the vocabulary
-        self._cache = KeyValueCache(decoder.config, self.dtype, self.device, STREAMS * rows)
-        whole = self.context * bytes_a_token(decoder.config, self.dtype)
+        whole = self.context * bytes_a_token(decoder.config, self._passes.dtype)
         self.prefixes = Prefixes(max(PREFIX_BYTES, whole))
         # A look up at every code costs a GPU more than the step; a CPU loses nothing by it.
-        self.bursts = self.device.type == "cuda" and type(decoder.lm_head) is nn.Linear
+        plain_head = type(decoder.lm_head) is nn.Linear
+        self.bursts = self._passes.device.type == "cuda" and plain_head
         self._burst: tuple[Any, Burst] | None = None
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
         self._tickets = 0
         self._inbox: dict[int, deque[Step]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._passes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._passes.dtype
 
     @property
     def context(self) -> int:
@@ -162,8 +162,8 @@ class Engine:
         if steps := self._steps_in_pictures():
             self._draw_on(steps)
             return
-        states = self._decode()
-        tokens = self._chooser(self._rows, states, self._logits, self._cache.streams)
+        states = self._passes.decode(self._rows)
+        tokens = self._chooser(self._rows, states, self._passes.logits, self._cache.streams)
         beginning = []
         for row, token in zip(self._rows, tokens, strict=True):
             self._take(row, token)
@@ -179,7 +179,7 @@ class Engine:
     def _steps_in_pictures(self) -> int:
         """How many steps all rows stay inside of pictures, where it is worth not to look up: 0
         where it is not."""
-        if not self.bursts or self._fused is None or (self._waiting and self._has_room):
+        if not self.bursts or self._passes.fused is None or (self._waiting and self._has_room):
             return 0
         least = BURST
         for row in self._rows:
@@ -194,15 +194,21 @@ class Engine:
 
     def _draw_on(self, steps: int) -> None:
         """So many codes of every row, read by the host when all of them are there."""
-        assert self._fused is not None
+        assert self._passes.fused is not None
         longest = max(stream.length for row in self._rows for stream in row.streams)
         length = self._cache.make_room(longest + steps)
         slots = tuple((row.ticket, *(s.slot for s in row.streams)) for row in self._rows)
         key = (slots, self._cache.moves, length)
         if self._burst is None or self._burst[0] != key:
-            head = self._head(self._chooser.codes)
+            head = self._passes.head(self._chooser.codes)
             made = Burst(
-                self._rows, self._fused, self._cache, head, self._chooser.codes, length, BURST
+                self._rows,
+                self._passes.fused,
+                self._cache,
+                head,
+                self._chooser.codes,
+                length,
+                BURST,
             )
             self._burst = (key, made)
         for row, tokens in zip(self._rows, self._burst[1](self._rows, steps), strict=True):
@@ -259,14 +265,14 @@ class Engine:
                 if found is not None:
                     self._cache.restore(streams[-1].slot, *found)
                 begun.append(0 if found is None else found[1])
-            last = self._read(streams, prompts, begun)
+            last = self._passes.read(streams, prompts, begun)
         except BaseException:  # out of memory, or somebody's Ctrl-C
             self._free(streams[::-1], self._rows)
             raise
         for (ticket, request, grammar), stream, state in zip(joining, streams, last, strict=True):
-            seen = torch.zeros(self.classes.size, dtype=torch.bool, device=self.device)
-            seen[torch.tensor(list(request.prompt), device=self.device)] = True
-            logits = self._logits(state[None], slice(None))[0]
+            seen = torch.zeros(self.classes.size, dtype=torch.bool, device=self._passes.device)
+            seen[torch.tensor(list(request.prompt), device=self._passes.device)] = True
+            logits = self._passes.logits(state[None], slice(None))[0]
             seen &= self.classes.text
             self._rows.append(Row(ticket, request, grammar, stream, seen, logits))
 
@@ -318,7 +324,7 @@ class Engine:
                 else:
                     row.images_only = stream
         for stream, context, start in zip(streams, contexts, begun, strict=True):
-            self._read([stream], [context], [start])
+            self._passes.read([stream], [context], [start])
 
     def _pictures_of(self, ids: Sequence[int]) -> list[int]:
         """The ids of whole pictures in a context, with their marks."""
@@ -339,85 +345,3 @@ class Engine:
             for other in (s for row in rows for s in row.streams):
                 if other.slot == moved:
                     other.slot = freed
-
-    # --- forward passes -------------------------------------------------------------------
-
-    def _read(
-        self, streams: Sequence[Stream], contexts: Sequence[Sequence[int]], begun: Sequence[int]
-    ) -> Tensor:
-        """Reads contexts from their places `begun` on, in one pass, into neighbouring slots; gives
-        the state (D,) behind the last token of each, as (B, D).
-
-        Shorter ones are filled up on the right: what that writes lies behind the stream's end,
-        where its own tokens will come.
-        """
-        rest = [list(ids[start:]) for ids, start in zip(contexts, begun, strict=True)]
-        longest = max(map(len, rest))
-        tokens = torch.tensor(
-            [[*ids, *[self.vocabulary.pad] * (longest - len(ids))] for ids in rest],
-            device=self.device,
-        )
-        starts = torch.tensor(list(begun), device=self.device)
-        positions = starts[:, None] + torch.arange(longest, device=self.device)
-        length = int(max(begun)) + longest
-        self._cache.place(streams[0].slot, positions, length)
-        seen = torch.arange(length, device=self.device)[None, None] <= positions[..., None]
-        positions = positions.clamp(max=self.context - 1)  # of fillings that stand beyond it
-        hidden = self._modules(tokens, positions, seen[:, None])
-        for stream, ids in zip(streams, contexts, strict=True):
-            stream.length = len(ids)
-        ends = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
-        return hidden[torch.arange(len(rest), device=self.device), ends]
-
-    def _modules(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        hidden: Tensor = self.decoder.model(
-            input_ids=tokens, position_ids=positions, attention_mask=mask,
-            past_key_values=self._cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        return hidden
-
-    def _decode(self) -> Tensor | None:
-        """One pass for all streams: states (R, D) by slot; None where all rows are new.
-
-        Streams of rows that are new keep their slots: all slots are stepped, and those without
-        a token write to their next place, which their own token overwrites.
-        """
-        if all(row.next_token is None for row in self._rows):
-            return None
-        count = self._cache.streams
-        tokens, places = [self.vocabulary.pad] * count, [0] * count
-        for row in self._rows:
-            for stream in row.streams:
-                places[stream.slot] = stream.length
-                if row.next_token is not None:
-                    tokens[stream.slot] = row.next_token
-                    stream.length += 1
-        length = max(places) + 1
-        ids = torch.tensor(tokens, device=self.device)
-        positions = torch.tensor(places, device=self.device)
-        self._cache.place(0, positions[:, None], length)
-        mask = None
-        if min(places) + 1 < length:
-            seen = torch.arange(length, device=self.device)[None] <= positions[:, None]
-            mask = seen[:, None, None]
-        if self._fused is not None:
-            return self._fused(ids, positions, mask, self._cache)
-        if mask is None:  # the modules would make a causal one, of this one token
-            mask = torch.ones(count, 1, 1, length, dtype=torch.bool, device=self.device)
-        return self._modules(ids[:, None], positions[:, None], mask)[:, -1]
-
-    def _logits(self, states: Tensor, part: slice) -> Tensor:
-        """States (B, D) -> float32 logits of a part of the vocabulary."""
-        head = self.decoder.lm_head
-        if not isinstance(head, nn.Linear) or hasattr(head, "_hf_hook"):
-            # An adapter lies over it, or accelerate fetches it from elsewhere.
-            logits: Tensor = head(states).float()
-            return logits[:, part].to(self.device)
-        return self._head(part)(states.to(head.weight.device)).float().to(self.device)
-
-    def _head(self, part: slice) -> Matrix:
-        key, weight = (part.start, part.stop), self.decoder.lm_head.weight
-        if key not in self._heads:
-            pack = self._fused is not None and weight.nbytes <= LARGEST
-            self._heads[key] = Matrix(weight[part], pack)
-        return self._heads[key]
