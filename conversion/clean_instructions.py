@@ -62,7 +62,7 @@ def work(options: Options) -> None:
 
             def drop(place: str, reason: str, what: Any) -> None:
                 row = {"place": place, "error": reason, "record": what}
-                lost.write(json.dumps(row, ensure_ascii=False) + "\n")
+                lost.write(json.dumps(row) + "\n")
 
             kept.write("[")
             for place, _, source in tqdm(records_of(options.input), unit=" records"):
@@ -71,7 +71,8 @@ def work(options: Options) -> None:
                     if isinstance(source, RecordError):
                         raise source
                     record, torn = one(source, options)
-                except RecordError as error:
+                    json.dumps(record, ensure_ascii=False).encode()
+                except (RecordError, UnicodeEncodeError) as error:
                     counts["records without a turn"] += 1
                     drop(place, str(error), source if isinstance(source, dict) else None)
                     continue
@@ -103,7 +104,7 @@ def one(source: Any, options: Options) -> tuple[dict[str, Any], int]:
     key = next((name for name in TURNS if name in source), None)
     if key is None:
         return record_of(source, options.last(source.get("pair_id")))
-    turns = source[key]
+    turns = source[key] if isinstance(source[key], list) else []
     names = [t.get("from") if isinstance(t, dict) else None for t in turns]
     if not names or names != ["human", "gpt"] * (len(names) // 2):
         raise RecordError("its turns are not of human and gpt, in turn")

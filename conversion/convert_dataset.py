@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,28 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from medley.document import Document
 from medley.errors import DataLost, UserError
-from medley.files import read_json, whole_file, whole_folder, write_json, write_manifest
+from medley.files import (
+    printable,
+    read_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
 from medley.formats import FORMATS, Choices, Format, RecordError, Sample
 from medley.formats.conversion import Check, Tally, kept_line, samples
 from medley.formats.files import writer
-from medley.formats.splits import balanced, content_hashes, groups, half_of, leaks, paths_of
+from medley.formats.splits import (
+    balanced,
+    content_hashes,
+    contents_of,
+    groups,
+    half_of,
+    leaks,
+    paths_of,
+)
 from medley.formats.tallies import PUBLISHED, Counts, SplitHash, domain_of
 from medley.options import resolved, run_program
 
@@ -113,6 +129,8 @@ class Options:
             raise UserError(f"--test_share makes two files: name a folder, not {self.output}")
         if self.max_samples is not None and self.max_samples < 1:
             raise UserError(f"--max_samples is {self.max_samples}, expected 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}, expected 0 or more")
         if self.balance and self.max_samples is None:
             raise UserError("--balance needs --max_samples")
         if FORMATS[self.target].write is None:
@@ -135,91 +153,145 @@ class Options:
 
 @dataclass
 class Part:
-    """What goes to one file."""
+    """A split, or a half."""
 
-    add: Callable[[dict[str, Any]], None]
     hash: SplitHash = field(default_factory=SplitHash)
     pictures: dict[str, None] = field(default_factory=dict)  # in the order they come
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided in a first pass: for each good record whether it is taken, and its half."""
+    """What was decided in a first pass: for each good record whether it is taken, and its half; and
+    the pictures that cannot be read as a whole."""
 
     taken: NDArray[np.bool_] | None = None
     halves: list[str] | None = None
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def work(options: Options) -> None:
     form, target = FORMATS[options.source], FORMATS[options.target]
+    if options.split != "all" and not form.splits:
+        raise UserError(f"--split {options.split}: {options.source} is published without splits")
     choices, tally, counts = options.choices(), Tally(), Counts()
+    described = entries_beside(options, target)
     plan = make_plan(options, form, choices)
-    files: set[str] = set()
+    assert target.write is not None
     in_folder = options.is_folder
-    listed = options.is_folder or options.pictures is not None
+    merged = not in_folder and options.split == "all"
+    parts: dict[str, Part] = {}
+    files: set[str] = set()
     with ExitStack() as stack:
         place, keep = stack.enter_context(outputs(options))
-        parts: dict[str, Part] = {}
-        for where, split, sample in chosen(options, form, choices, tally, keep, plan):
-            assert target.write is not None
+        writers: dict[str, Any] = {}
+        for where, split, record, sample in chosen(options, form, choices, tally, keep, plan):
             name = split if in_folder else ""
-            if name not in parts:
-                add = stack.enter_context(writer(place(name, target), target, choices))
-                parts[name] = Part(add)
+            if name not in writers:
+                writers[name] = stack.enter_context(writer(place(name, target), target, choices))
+            if merged and split != "all":
+                sample = replace(sample, fields={**sample.fields, "split": split})
             try:
-                parts[name].add(target.write(sample, choices))
+                row = target.write(sample, choices)
+                writers[name](row)
             except RecordError as error:
                 tally.counts["bad"] += 1
-                keep(where, f"--to {options.target}: {error}", None)
+                keep(where, f"--to {options.target}: {error}", record)
                 continue
+            if target.layout == "csv" and (unwritten := set(sample.fields) - set(row)):
+                tally.remarks[
+                    f"values that CSV has no place for, {', '.join(sorted(unwritten))}"
+                ] += 1
             tally.counts["written"] += 1
             counts.add(sample)
-            parts[name].hash.add(sample.document)
-            files.add(re.sub(r":( (record|problem) \S+|\d+)$", "", where))
-            if listed:
-                parts[name].pictures |= dict.fromkeys(paths_of(sample.document))
+            part = parts.setdefault(split, Part())
+            part.hash.add(sample.document)
+            files.add(re.sub(r":( (record|problem) .*|\d+)$", "", where))
+            if in_folder or options.pictures is not None or len(parts) > 1 or split != "all":
+                part.pictures |= dict.fromkeys(paths_of(sample.document))
+            if plan.taken is None and tally.counts["written"] == options.max_samples:
+                break
         refuse(options, tally)
-        if options.is_folder:
+        if options.test_share is not None and len(parts) < 2:
+            raise UserError(
+                f"--test_share {options.test_share}: all records fell into one half; there are too "
+                "few pictures (or texts)"
+            )
+        if in_folder:
             write_pictures(place("pictures", None), parts)
-    finish(options, target, choices, tally, counts, parts, sorted(files))
+        found = leaking(parts) if len(parts) > 1 and options.leaks else []
+    for name, others in described.items():
+        for own in [
+            f"{part}.{target.layout}" if in_folder else options.output.name for part in writers
+        ]:
+            assert target.beside is not None
+            others |= target.beside(own, choices)[name]
+        write_json((options.output if in_folder else options.output.parent) / name, others)
+    finish(options, tally, counts, parts, sorted(files), found)
+
+
+def entries_beside(options: Options, target: Format) -> dict[str, dict[str, Any]]:
+    """What stands already in the files that the target puts beside its own, by their names."""
+    if target.beside is None:
+        return {}
+    folder = options.output if options.is_folder else options.output.parent
+    found = {}
+    for name in target.beside(options.output.name, options.choices()):
+        found[name] = read_json(folder / name) if (folder / name).is_file() else {}
+        if not isinstance(found[name], dict):
+            raise UserError(f"{folder / name}: no object, and an entry is to be added to it")
+    return found
+
+
+Chosen = tuple[str, str, Any, Sample]
 
 
 def chosen(
     options: Options, form: Format, choices: Choices, tally: Tally, keep: Any, plan: Plan
-) -> Iterator[tuple[str, str, Sample]]:
+) -> Iterator[Chosen]:
     """The samples to write, with the split that each goes to."""
     found = samples(form, choices, options.check, tally, keep)
-    shown = tqdm(found, unit=" records", desc="converting")
-    for number, (where, split, sample) in enumerate(shown):
-        if plan.taken is None and number == options.max_samples:
-            return
+    number = -1
+    for where, split, record, sample in tqdm(found, unit=" records", desc="converting"):
+        if broken := [plan.broken[p] for p in paths_of(sample.document) if p in plan.broken]:
+            tally.counts["bad"] += 1
+            keep(where, broken[0], record)
+            continue
+        number += 1
         if plan.taken is None or plan.taken[number]:
-            half = split or "all" if plan.halves is None else plan.halves[number]
-            yield where, half, sample
+            yield (
+                where,
+                (split or "all") if plan.halves is None else plan.halves[number],
+                record,
+                sample,
+            )
 
 
 def make_plan(options: Options, form: Format, choices: Choices) -> Plan:
     """Reads everything once where a record's fate depends on the others."""
     if options.test_share is None and not options.balance:
         return Plan()
-    paths: list[list[str]] = []
+    documents: list[Document] = []
     concepts: list[str] = []
     found = samples(form, choices, options.check, Tally(), lambda *_: None)
-    for _, _, sample in tqdm(found, unit=" records", desc="planning"):
-        paths.append(paths_of(sample.document))
+    for _, _, _, sample in tqdm(found, unit=" records", desc="planning"):
+        documents.append(sample.document)
         concepts.append(domain_of(sample, options.balance_key))
+    hashes: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    if options.test_share is not None:
+        hashes, broken = content_hashes(p for d in documents for p in paths_of(d))
+        whole = [not any(p in broken for p in paths_of(d)) for d in documents]
+        concepts = [c for c, good in zip(concepts, whole, strict=True) if good]
+        documents = [d for d, good in zip(documents, whole, strict=True) if good]
     taken, halves = None, None
     if options.balance:
         assert options.max_samples is not None
         taken = balanced(concepts, options.max_samples, options.seed)
     if options.test_share is not None:
-        hashes = content_hashes(path for own in paths for path in own)
-        contents = [[hashes[path] for path in own] for own in paths]
+        contents = [contents_of(document, hashes) for document in documents]
         joined = groups(contents)
-        halves = [
-            half_of(joined[own[0]], options.test_share) if own else "train" for own in contents
-        ]
-    return Plan(taken, halves)
+        halves = [half_of(joined[own[0]], options.test_share) for own in contents]
+    return Plan(taken, halves, broken)
 
 
 @contextmanager
@@ -228,7 +300,8 @@ def outputs(options: Options) -> Iterator[tuple[Callable[[str, Format | None], P
     when all has gone well."""
     with ExitStack() as stack:
         folder = stack.enter_context(whole_folder(options.output)) if options.is_folder else None
-        bad: dict[str, Any] = {}
+        kept: dict[str, Any] = {}
+        count = 0
 
         def place(name: str, form: Format | None) -> Path:
             suffix = "csv" if form is None else form.layout
@@ -237,18 +310,20 @@ def outputs(options: Options) -> Iterator[tuple[Callable[[str, Format | None], P
             return stack.enter_context(whole_file(options.output))
 
         def keep(where: str, reason: str, record: Any) -> None:
+            nonlocal count
             kind = "withheld" if reason.startswith("needs credentials") else "bad"
-            if kind not in bad:
+            if kind not in kept:
                 path = beside(options, kind, folder)
                 temporary = path if folder is not None else stack.enter_context(whole_file(path))
-                bad[kind] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
-                bad[f"{kind} count"] = 0
-            bad[kind].write(kept_line(where, reason, record) + "\n")
-            bad[f"{kind} count"] += 1
-            if kind == "bad" and bad["bad count"] <= options.max_errors:
-                tqdm.write(f"{where}: {reason}", file=sys.stderr)
+                kept[kind] = stack.enter_context(open(temporary, "w", encoding="utf-8"))
+            kept[kind].write(kept_line(where, reason, record) + "\n")
+            count += kind == "bad"
+            if kind == "bad" and count <= options.max_errors:
+                tqdm.write(f"{where}: {printable(reason)}", file=sys.stderr)
 
         yield place, keep
+        for kind in {"bad", "withheld"} - set(kept) if folder is None else ():
+            beside(options, kind, None).unlink(missing_ok=True)  # of an earlier run
 
 
 def beside(options: Options, kind: str, folder: Path | None) -> Path:
@@ -275,20 +350,13 @@ def write_pictures(path: Path, parts: dict[str, Part]) -> None:
 
 
 def finish(
-    options: Options, target: Format, choices: Choices, tally: Tally, counts: Counts,
-    parts: dict[str, Part], files: list[str],
+    options: Options, tally: Tally, counts: Counts, parts: dict[str, Part], files: list[str],
+    found: list[str],
 ) -> None:  # fmt: skip
     if options.pictures is not None:
         with whole_file(options.pictures) as temporary:
             write_pictures(temporary, parts)
-    if target.beside is not None:
-        for name in [f"{n}.{target.layout}" if n else options.output.name for n in parts]:
-            folder = options.output if options.is_folder else options.output.parent
-            for other, entries in target.beside(name, choices).items():
-                there = read_json(folder / other) if (folder / other).is_file() else {}
-                write_json(folder / other, there | entries)
     hashes = {name: [part.hash.records, part.hash.hexadecimal()] for name, part in parts.items()}
-    found = [] if len(parts) < 2 or not options.leaks else leaking(parts)
     write_manifest(
         options.output, resolved(options), [Path(file) for file in files], None,
         counts=dict(tally.counts), splits=hashes, statistics=counts.tables(), leaks=found,
@@ -296,7 +364,7 @@ def finish(
     print(f"{options.output}: {tally.counts['written']} of {tally.counts['records']} records")
     for name, (records, digest) in hashes.items():
         published = known(options, name, digest)
-        print(f"  {name or options.split}: {records} records, hash {digest[:16]}{published}")
+        print(f"  {name}: {records} records, hash {digest[:16]}{published}")
     print("".join(f"  {line}\n" for line in found), end="")
     for remark, number in tally.remarks.items():
         print(f"  {remark}: {number} times")
@@ -310,6 +378,10 @@ def finish(
             print("".join(f"  {number:>9,}  {row}\n" for row, number in rows.items()), end="")
     if tally.counts["bad"]:
         print(f"  {tally.counts['bad']} bad records are kept beside it")
+    if torn := tally.counts["files not read to their end"]:
+        raise DataLost(
+            f"{torn} files could not be read to their end: what stands behind is not there"
+        )
 
 
 def known(options: Options, split: str, digest: str) -> str:
@@ -320,11 +392,12 @@ def known(options: Options, split: str, digest: str) -> str:
 
 
 def leaking(parts: dict[str, Part]) -> list[str]:
-    hashes = content_hashes(path for part in parts.values() for path in part.pictures)
-    return [
+    hashes, failed = content_hashes(path for part in parts.values() for path in part.pictures)
+    lines = [
         f"{leak.pictures} of {leak.of} pictures of {leak.part} stand in {leak.other}, too"
         for leak in leaks({name: part.pictures for name, part in parts.items()}, hashes)
     ]
+    return [*lines, f"{len(failed)} pictures could not be read and compared"] if failed else lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,8 +73,9 @@ class Options:
     timeout: float = Endpoint.timeout
 
     def __post_init__(self) -> None:
-        if self.at_once < 1 or self.tries < 1:
-            raise UserError("--at_once and --tries start at 1")
+        if self.at_once < 1 or self.tries < 1 or (self.limit is not None and self.limit < 1):
+            raise UserError("--at_once, --tries and --limit start at 1")
+        self.asked_of()  # before anything is printed: an address may hold a secret
 
     def asked_of(self) -> Endpoint:
         return Endpoint(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from medley.errors import UserError
 from medley.figures import catalogue
-from medley.figures.articles import Figure, read_figures, take_out
+from medley.figures.articles import Figure, fetch_all, read_figures, take_out
 from medley.figures.catalogue import Published
 from medley.figures.download import FetchError, Patience, download
 
@@ -88,6 +88,15 @@ def server() -> Iterator[Server]:
                 body = body[: len(body) // 2]
             if fault == "garble":
                 body = bytes(len(body))
+            if fault == "drip":
+                try:
+                    for place in range(0, len(body), 1000):
+                        self.wfile.write(body[place : place + 1000])
+                        self.wfile.flush()
+                        time.sleep(0.05)
+                except OSError:
+                    pass
+                return
             self.wfile.write(body)
             state.sent[self.path] += len(body)
             if fault == "stall":
@@ -209,6 +218,50 @@ def test_only_wanted_regular_files_leave_an_archive(tmp_path: Path) -> None:
         assert "has no file" in str(outcomes[f"id_{name}"].error)
     assert [p.name for p in folder.iterdir()] == ["id_good.jpg"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "images"]
+
+
+def test_headers_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("PMC1/a.jpg")
+        info.pax_headers = {"comment": "x" * (3 << 20)}
+        info.size = len(picture(1))
+        tar.addfile(info, io.BytesIO(picture(1)))
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(buffer.getvalue())
+    (outcome,) = take_out(path, [Figure("a", "x", "PMC1/a.jpg")], tmp_path)
+    assert "broken (a header of" in str(outcome.error)
+
+
+def test_one_article_that_cannot_be_fetched_costs_no_other(server: Server, tmp_path: Path) -> None:
+    server.files["/1.tar.gz"] = archive(PMC1__a_DOT_jpg=picture(1))
+    group = [
+        Figure("1_a", f"{server.address}/1.tar.gz", "PMC1/a.jpg"),
+        Figure("2_a", "http://[::1", "PMC2/a.jpg"),
+        Figure("3_a", f"{server.address}/gr\u00f6\u00dfe.tar.gz", "PMC3/a.jpg"),
+        Figure("4_a", f"{server.address}/\ud800.tar.gz", "PMC4/a.jpg"),
+    ]
+    found = {o.identifier: o for o in fetch_all(group, tmp_path, tmp_path / "x", 2, False, QUICK)}
+    assert found["1_a"].error is None
+    assert all(found[name].error for name in ("2_a", "3_a", "4_a"))
+    assert "404" in str(found["3_a"].error)
+
+
+def test_closing_stops_what_is_under_way(server: Server, tmp_path: Path) -> None:
+    server.files |= {"/slow": bytes(10_000_000), "/1.tar.gz": archive(PMC1__a_DOT_jpg=picture(1))}
+    server.faults["/slow"] = ["drip"] * 9
+    group = [
+        Figure("1_a", f"{server.address}/1.tar.gz", "PMC1/a.jpg"),
+        Figure("2_a", f"{server.address}/slow", "PMC2/a.jpg"),
+    ]
+    found = fetch_all(group, tmp_path, tmp_path / "x", 2, False, Patience(timeout=60))
+    assert next(iter(found)).identifier == "1_a"
+    begun = time.monotonic()
+    found.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begun < 20  # the server would go on for minutes
+    with pytest.raises(FetchError, match="slower than"):
+        patience = Patience(tries=1, timeout=0.4, slowest=1e9)
+        download(f"{server.address}/slow", tmp_path / "slow", patience)
 
 
 # --- the program ----------------------------------------------------------------------------

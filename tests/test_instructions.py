@@ -144,9 +144,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 self.connection.close()
                 return
             status = int(fault) if fault.isdigit() else 200
+            if fault == "stall":
+                time.sleep(3)
             reply = "" if fault == "empty" else f"User: Q of {said[-2:]}?\n\nAssistant: A toy."
             message = {"role": "assistant", "content": reply}
-            content = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+            content: dict[str, Any] = {
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}]
+            }
+            if fault == "length":
+                content["choices"][0]["finish_reason"] = "length"
+            if fault == "surrogate":
+                message["content"] = "User: a\nAssistant: \ud83d"
             data = b"not json" if fault == "garbage" else json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -282,11 +290,105 @@ def test_replies_become_an_instruction_file(tmp_path: Path) -> None:
     assert json.loads(again.read_text()) == json.loads(output.read_text())
 
 
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("The patient was unable to see with the left eye.", True),
+        ("Malformations having access to the cavernous sinus.", True),
+        ("The surgeon cannot view the ureter.", True),
+        ("I cannot see the image.", False),
+        ("I do not have access to the actual image.", False),
+    ],
+)
+def test_refusals_speak_of_the_image(answer: str, kept: bool) -> None:
+    assert (RULES.clean(answer) == answer) == kept
+
+
+def test_yes_and_no_stay_before_what_is_cut() -> None:
+    answer = "No, based on the information provided, there is no fracture."
+    assert RULES.clean(answer) == "No, there is no fracture."
+
+
+def test_marks_stand_once_and_empty_turns_not_at_all() -> None:
+    reply = (
+        "User: What <image>?\nAssistant: A <image> toy.\nUser:\nAssistant: x\nUser: y\nAssistant:"
+    )
+    record, torn = record_of({"pair_id": "a", "result": reply}, False)
+    assert torn == 2
+    assert conversation_text(record["conversations"]) == (
+        "User: <image>\nWhat ?\n\nAssistant: A  toy."
+    )
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A toy."}]
+    assert cleaned(turns, RULES)[0][0]["value"] == "<image>\nWhat?"
+
+
+def test_a_reply_that_is_cut_or_torn_is_no_reply(server: Server, tmp_path: Path) -> None:
+    write_captions(tmp_path / "captions.json", 3)
+    server.faults = {told(0): ["length"], told(1): ["surrogate"]}
+    assert generate(server, tmp_path) == 3
+    failed = [row["error"] for row in rows_of(tmp_path / "raw.jsonl.failed.jsonl")]
+    assert "not whole (length)" in failed[0]
+    assert "half of a character" in failed[1]
+    server.faults = {}
+    assert generate(server, tmp_path) == 0
+
+
+def test_equal_questions_are_asked_once(server: Server, tmp_path: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    line = {"text": "Is it?<reserved08706>yes"}
+    docs.write_text((json.dumps(line) + "\n") * 8)
+    words = ["--input", docs, "--output", tmp_path / "de.jsonl", "--translate", "German"]
+    words += ["--endpoint", server.address, "--model", "m"]
+    assert generate_instructions.main(list(map(str, words))) == 0
+    assert server.asked == {"Is it?": 1, "yes": 1}
+    assert len(rows_of(tmp_path / "de.jsonl")) == 8
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:secret@host/v1", "http://host/v1?api-key=secret", "http://[::1", "host/v1"],
+)
+def test_addresses_with_secrets_or_none_are_refused_unsaid(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input", "x", "--output", str(tmp_path / "o"), "--model", "m", "--endpoint", address]
+    assert generate_instructions.main(words) == 2
+    said = capsys.readouterr()
+    assert "secret" not in said.out + said.err
+    assert "--endpoint" in said.err
+
+
+def test_ctrl_c_while_asking_ends_with_a_word(server: Server, tmp_path: Path) -> None:
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    write_captions(tmp_path / "captions.json", 2)
+    server.faults = {told(0): ["stall"], told(1): ["stall"]}
+    words = ["--input", tmp_path / "captions.json", "--output", tmp_path / "raw.jsonl"]
+    words += ["--model", "m", "--endpoint", server.address]
+    command = [sys.executable, "-m", "conversion.generate_instructions", *map(str, words)]
+    environment = {**os.environ, "OPENAI_API_KEY": "none"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as running:
+        while not server.asked:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=30)[1].decode()
+    assert running.returncode == 130
+    assert "Traceback" not in said
+    assert said.rstrip().endswith("stopped")
+
+
 def test_broken_rules_and_prompts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
-    path.write_text("refusals: ['(']\nlead_ins: []\nphrases: []\nforbidden: []\n")
-    with pytest.raises(UserError, match="not a file of rules"):
-        Rules.read(path)
+    for wrong in ("['(']", "sorry"):
+        path.write_text(f"refusals: {wrong}\nlead_ins: []\nphrases: []\nforbidden: []\n")
+        with pytest.raises(UserError, match="not a file of rules"):
+            Rules.read(path)
     path.write_text("samples: []\n")
     with pytest.raises(UserError, match="expected system and samples"):
         Prompts.read(path)

@@ -136,7 +136,7 @@ class Document:
 
         Raises DocumentError where some pictures have a path and others only codes.
         """
-        words = [part for turn in self.turns for part in turn.parts if isinstance(part, str)]
+        words = ["\0".join(_texts(turn)) for turn in self.turns]
         if _says_all([turn.role for turn in self.turns]) and not any(map(has_mark, words)):
             row: dict[str, Any] = {"text": END_TURN.join(map(_marked, self.turns))}
         else:
@@ -164,6 +164,17 @@ def has_mark(text: str) -> bool:
 def _says_all(roles: list[str]) -> bool:
     """Whether the number of turns says who speaks: one alone is read as the assistant's."""
     return roles == ["assistant"] or len(roles) > 1
+
+
+def _texts(turn: Turn) -> list[str]:
+    """The texts between a turn's pictures, neighbours joined."""
+    joined = [""]
+    for part in turn.parts:
+        if isinstance(part, str):
+            joined[-1] += part
+        else:
+            joined.append("")
+    return joined
 
 
 def _marked(turn: Turn) -> str:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +40,19 @@ class Endpoint:
     max_tokens: int = 2048
     tries: int = 5
     timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urllib.parse.urlsplit(self.address)
+        except ValueError as error:
+            raise UserError(f"--endpoint {self.address}: no address ({error})") from error
+        if parts.username or parts.password or parts.query:
+            raise UserError(
+                "--endpoint: an address with a password or a query would stand in logs and "
+                "manifests; put the key into an environment variable (--key_variable)"
+            )
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UserError(f"--endpoint {self.address}: expected http:// or https:// and a host")
 
     def client(self) -> Any:
         """The library's asynchronous client. Raises UserError where it or the key is missing."""
@@ -108,13 +122,23 @@ def ask_all(
     loop = asyncio.new_event_loop()
     try:
         while True:
+            task = loop.create_task(_next(stream))
             try:
-                yield loop.run_until_complete(anext(stream))
-            except StopAsyncIteration:
+                found = loop.run_until_complete(task)
+            except BaseException:  # Ctrl-C, say: what waits for a reply has to end first
+                task.cancel()
+                loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+                raise
+            if found is None:
                 return
+            yield found
     finally:
         loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]  # a generator's
         loop.close()
+
+
+async def _next(stream: AsyncIterator[Item]) -> Item | None:
+    return await anext(stream, None)
 
 
 async def _ask_all(
@@ -125,21 +149,33 @@ async def _ask_all(
     at_once: int,
 ) -> AsyncIterator[tuple[Item, str | Failed]]:
     running: dict[asyncio.Task[str | Failed], Item] = {}
+    asked: dict[str, asyncio.Task[str | Failed]] = {}  # under way, by what they ask
     async with endpoint.client() as client:
         try:
             while True:
                 for item in islice(items, at_once - len(running)):
-                    work = _ask(endpoint, client, messages(item), replies)
-                    running[asyncio.create_task(work)] = item
+                    said = messages(item)
+                    key = endpoint.key_of(said)
+                    same = asked.get(key)
+                    work = _same(same) if same else _ask(endpoint, client, said, replies)
+                    task = asyncio.create_task(work)
+                    running[task] = item
+                    asked.setdefault(key, task)
                 if not running:
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                asked = {key: task for key, task in asked.items() if task not in done}
                 for task in done:
                     yield running.pop(task), task.result()
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _same(task: asyncio.Task[str | Failed]) -> str | Failed:
+    """The reply to a question that is under way already."""
+    return await asyncio.shield(task)
 
 
 async def _ask(
@@ -154,14 +190,20 @@ async def _ask(
             model=endpoint.model, messages=list(messages), temperature=endpoint.temperature,
             max_tokens=endpoint.max_tokens,
         )  # fmt: skip
-        reply = answer.choices[0].message.content
+        reply, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
     except errors.APIStatusError as error:
         if error.status_code in _STOPPING:
             raise UserError(f"{endpoint.address}: {error.status_code}, {error.message}") from error
         return Failed(f"{error.status_code}: {error.message}")
-    except (errors.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
+    except Exception as error:  # a server may say anything; the other questions go on
         return Failed(" ".join(str(error).split()) or type(error).__name__)
     if not isinstance(reply, str) or not reply.strip():
         return Failed("an empty reply")
+    if reason not in (None, "stop"):
+        return Failed(f"the reply is not whole ({reason}): --max_tokens, or the model's own limits")
+    try:
+        reply.encode()
+    except UnicodeEncodeError:
+        return Failed("the reply holds half of a character")
     replies.keep(key, reply)
     return reply

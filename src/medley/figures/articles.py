@@ -8,10 +8,11 @@ import json
 import posixpath
 import re
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ LOG = "figures.jsonl"
 _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _LARGEST_FIGURE = 1 << 28  # bytes
 _LARGEST_ARCHIVE = 1 << 34  # bytes, unpacked
+_LARGEST_HEADER = 1 << 20  # bytes
+_MOST_MEMBERS = 1_000_000
+_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,19 +116,22 @@ def fetch_all(
     for figure in figures:
         by_archive.setdefault(figure.address, []).append(figure)
     left = iter(by_archive.values())
-    with ThreadPoolExecutor(workers) as pool:
-        running: set[Future[list[Outcome]]] = set()
-        try:
-            while True:
-                for group in islice(left, 2 * workers - len(running)):
-                    running.add(pool.submit(_fetch_group, group, folder, archives, keep, patience))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield from future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    stop = threading.Event()
+    patience = replace(patience, stopped=stop.is_set)
+    pool = ThreadPoolExecutor(workers)
+    running: set[Future[list[Outcome]]] = set()
+    try:
+        while True:
+            for group in islice(left, 2 * workers - len(running)):
+                running.add(pool.submit(_fetch_group, group, folder, archives, keep, patience))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield from future.result()
+    finally:
+        stop.set()  # what is under way ends at its next piece
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _fetch_group(
@@ -129,7 +139,7 @@ def _fetch_group(
 ) -> list[Outcome]:
     """All figures of one article."""
     address = group[0].address
-    name = hashlib.sha256(address.encode()).hexdigest()[:32]
+    name = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     archive = archives / f"{name}.tar.gz"
     try:
         if not archive.is_file():
@@ -137,9 +147,21 @@ def _fetch_group(
         outcomes = take_out(archive, group, folder)
     except UserError as error:
         return [Outcome(f.identifier, address, error=str(error)) for f in group]
+    except Exception as error:  # of one article: the others are not to end with it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return [Outcome(f.identifier, address, error=reason) for f in group]
     if not keep:
         archive.unlink(missing_ok=True)
     return outcomes
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose headers are of a size that can be meant: tarfile reads them whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in _HEADERS and not 0 <= self.size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]  # where tarfile reads a header
 
 
 def take_out(archive: Path, group: Sequence[Figure], folder: Path) -> list[Outcome]:
@@ -153,11 +175,12 @@ def take_out(archive: Path, group: Sequence[Figure], folder: Path) -> list[Outco
     outcomes: dict[str, Outcome] = {}
     seen = 0
     try:
-        with tarfile.open(archive, "r|*") as tar:
-            for member in tar:
-                seen += member.size
-                if seen > _LARGEST_ARCHIVE:
-                    raise FetchError(f"{archive}: unpacks to more than {_LARGEST_ARCHIVE} bytes")
+        with tarfile.open(archive, "r|*", tarinfo=_Member) as tar:
+            for number, member in enumerate(tar):
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+                seen += max(member.size, 0)
+                if seen > _LARGEST_ARCHIVE or number > _MOST_MEMBERS:
+                    raise FetchError(f"{archive}: unpacks to too much")
                 here = wanted.get(_plain(member.name), [])
                 if not here or not member.isreg():
                     continue
@@ -199,4 +222,4 @@ def _keep(figure: Figure, data: bytes, folder: Path) -> Outcome:
 
 def log_line(outcome: Outcome) -> str:
     kept: dict[str, Any] = {n: v for n, v in asdict(outcome).items() if v is not None}
-    return json.dumps(kept, ensure_ascii=False)
+    return json.dumps(kept)

@@ -8,6 +8,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
+from medley.files import printable
 from medley.images.remote import OnlyHttp, is_address
 
 _PIECE = 1 << 16
@@ -27,12 +29,14 @@ class FetchError(UserError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How often, how long and how much. Seconds, bytes."""
+    """How often, how long and how much. Seconds, bytes; `stopped` is asked at each piece."""
 
     tries: int = 5
     pause: float = 1.0  # before the second try, doubled before each further one
     timeout: float = 60.0  # without a byte
     largest: int = 8 << 30
+    slowest: float = 2000.0  # bytes a second, once `timeout` has passed
+    stopped: Callable[[], bool] = lambda: False
 
 
 def download(
@@ -49,7 +53,7 @@ def download(
     FetchError after the last try, or at once where the server says that there is no such file.
     """
     if not is_address(address):
-        raise FetchError(f"{address}: not an http or https address")
+        raise FetchError(f"{printable(address)}: not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     reason = ""
@@ -64,7 +68,9 @@ def download(
         except _Wrong as error:  # what is there is no beginning of the file
             _forget(part)
             reason = str(error)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        except UnicodeEncodeError as error:
+            raise FetchError(f"{printable(address)}: an address has no such letters") from error
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         else:
             part.replace(path)
@@ -88,7 +94,8 @@ def _fetch(address: str, part: Path, patience: Patience) -> None:
         _forget(part)
         have = 0
     opener = urllib.request.build_opener(OnlyHttp)
-    request = urllib.request.Request(address, headers=headers)
+    quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
+    request = urllib.request.Request(quoted, headers=headers)
     try:
         answer = opener.open(request, timeout=patience.timeout)
     except urllib.error.HTTPError as error:
@@ -106,15 +113,22 @@ def _fetch(address: str, part: Path, patience: Patience) -> None:
         version = None if (version or "").startswith("W/") else version
         _note(part).write_text(json.dumps({"address": address, "version": version}))
         with open(part, "wb" if again else "ab") as file:
-            while piece := answer.read(_PIECE):
+            begun, came = time.monotonic(), 0
+            while piece := answer.read1(_PIECE):
                 file.write(piece)
+                came += len(piece)
+                taken = time.monotonic() - begun
+                if patience.stopped():
+                    raise FetchError("stopped")
+                if taken > patience.timeout and came / taken < patience.slowest:
+                    raise OSError(f"slower than {patience.slowest:.0f} bytes a second")
                 if file.tell() > patience.largest:
                     raise FetchError(f"more than {patience.largest} bytes, which is the limit")
-    came = part.stat().st_size
-    if whole is not None and came > whole:
-        raise _Wrong(f"{came} bytes came, {whole} were promised")
-    if whole is not None and came < whole:
-        raise OSError(f"{came} of {whole} bytes came")
+    there = part.stat().st_size
+    if whole is not None and there > whole:
+        raise _Wrong(f"{there} bytes came, {whole} were promised")
+    if whole is not None and there < whole:
+        raise OSError(f"{there} of {whole} bytes came")
 
 
 def _whole_size(answer: Any, have: int) -> int | None:

@@ -35,8 +35,8 @@ def samples(
     check: Check,
     tally: Tally,
     keep: Callable[[str, str, Any], None],
-) -> Iterator[tuple[str, str, Sample]]:
-    """(place, split, sample) of every good record; a bad one goes to `keep`, with its reason.
+) -> Iterator[tuple[str, str, Any, Sample]]:
+    """(place, split, record, sample) of every good record; a bad one goes to `keep`, with why.
 
     Raises UserError where there is not a single record.
     """
@@ -46,19 +46,33 @@ def samples(
         try:
             if isinstance(record, RecordError):
                 raise record
-            sample = form.read(record, choices)
+            sample = read_one(form, record, choices)
             for picture in sample.document.pictures:
                 if picture.path is not None:
                     looked_at(str(picture.path))
         except RecordError as error:
             tally.counts["withheld" if isinstance(error, Withheld) else "bad"] += 1
-            keep(place, str(error), error if isinstance(record, RecordError) else record)
+            tally.counts["files not read to their end"] += error.torn
+            keep(place, str(error), error.content if isinstance(record, RecordError) else record)
             continue
         tally.remarks.update(sample.remarks)
         tally.duplicates.add(sample.fields.get("id"))
-        yield place, split, sample
+        yield place, split, record, sample
     if not tally.counts["records"]:
         raise UserError(f"{choices.path}: no records in it")
+
+
+def read_one(form: Format, record: Any, choices: Choices) -> Sample:
+    """A record as a sample. Raises RecordError, also for values of kinds that nobody thought of."""
+    try:
+        return form.read(record, choices)
+    except UserError:
+        raise
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecordError(
+            f"not as this format has it ({type(error).__name__}: {reason})"
+        ) from error
 
 
 class PictureCheck:
@@ -77,7 +91,11 @@ class PictureCheck:
             raise RecordError(reason)
 
     def _look(self, path: str) -> str | None:
-        if not Path(path.partition("#")[0]).is_file():
+        try:
+            there = Path(path).is_file() or Path(path.partition("#")[0]).is_file()
+        except (OSError, ValueError) as error:
+            return f"{path[:100]}: no name of a file ({error})"
+        if not there:
             return f"no such picture, {path}"
         if self.check == "exists":
             return None
@@ -104,9 +122,11 @@ def is_medical(path: str) -> bool:
 
 def kept_line(place: str, reason: str, record: Any) -> str:
     """A line of the file of bad records."""
-    whole = None if isinstance(record, RecordError) else record
-    row = {"place": place, "error": reason, "record": whole}
-    return json.dumps(row, ensure_ascii=True, default=_unwritten)
+    row = {"place": place, "error": reason, "record": record}
+    try:
+        return json.dumps(row, default=_unwritten, skipkeys=True)
+    except (RecursionError, ValueError):
+        return json.dumps({**row, "record": None})
 
 
 def _unwritten(value: Any) -> str:

@@ -6,14 +6,15 @@ from typing import Any
 
 from medley.document import Document, DocumentError
 from medley.formats.files import records_of
-from medley.formats.sample import Choices, Format, RecordError, Sample, others
+from medley.formats.sample import Choices, Format, RecordError, Sample, others, placed
 
 _OWN = ("text", "messages", "image_path", "image_tokens")
 
 
 def read(record: Any, choices: Choices) -> Sample:
     try:
-        return Sample(Document.from_json(record), others(record, *_OWN))
+        document = placed(Document.from_json(record), choices.image_folder)
+        return Sample(document, others(record, *_OWN))
     except DocumentError as error:
         raise RecordError(str(error)) from error
 

@@ -46,7 +46,7 @@ def read(record: Any, choices: Choices) -> Sample:
     turns, places = [], 0
     for number, message in enumerate(messages):
         said = value_of(message, "from")
-        if said not in ROLES or ROLES[said] != ("user", "assistant")[number % 2]:
+        if not isinstance(said, str) or ROLES.get(said) != ("user", "assistant")[number % 2]:
             raise RecordError(
                 f"message {number} is from {shown(said)}, expected "
                 f"{'human' if number % 2 == 0 else 'gpt'}"
@@ -88,7 +88,7 @@ def write(sample: Sample, choices: Choices) -> dict[str, Any]:
     record["conversations"] = [
         {"from": _NAMES[turn.role], "value": _value(turn, picture)} for turn in turns
     ]
-    return {**record, **others(sample.fields, *record, *TURNS)}
+    return {**record, **others(sample.fields, *record, "image", *TURNS)}
 
 
 def asked(turn: Turn, picture: Picture | None, choices: Choices) -> list[Turn]:

@@ -22,6 +22,7 @@ from medley.formats.sample import (
     Sample,
     Withheld,
     others,
+    placed,
     shown,
     value_of,
 )
@@ -46,7 +47,8 @@ def read(record: Any, choices: Choices) -> Sample:
     elif lacks and record.get(CREDENTIAL) == "yes":
         raise Withheld("needs credentials, and its picture is not there")
     try:
-        return Sample(Document.from_json(row), others(record, *_OWN))
+        document = placed(Document.from_json(row), choices.image_folder)
+        return Sample(document, others(record, *_OWN))
     except DocumentError as error:
         raise RecordError(str(error)) from error
 

@@ -30,7 +30,7 @@ from medley.formats.sample import (
 )
 
 METADATA = "metadata.jsonl"
-_STATE = "state.json"  # of datasets.save_to_disk
+_STATE, _DICT = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
 _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp", "BMP": ".bmp"}
 
@@ -43,9 +43,15 @@ def records(choices: Choices) -> Iterator[Found]:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
+    if (path / _DICT).is_file():
+        names = read_json(path / _DICT).get("splits", [])
+        return [file for name in names for file in _files(Path(picture_path(name, path)))]
     if (path / _STATE).is_file():
-        listed = read_json(path / _STATE)["_data_files"]
-        return [Path(picture_path(entry["filename"], path)) for entry in listed]
+        try:
+            listed = [entry["filename"] for entry in read_json(path / _STATE)["_data_files"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path / _STATE}: lists no data files") from error
+        return [Path(picture_path(name, path)) for name in listed]
     found = [path / METADATA] if (path / METADATA).is_file() else []
     found = found or sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if not found:
@@ -57,7 +63,7 @@ def read(record: Any, choices: Choices) -> Sample:
     remarks: list[str] = []
     caption = text_of(record, "caption", remarks)
     if isinstance(record.get("image"), dict):
-        path = kept_picture(record["image"], str(record.get("id", "")), choices)
+        path = kept_picture(record["image"], record.get("id"), choices)
     else:
         name = record.get("file_name", record.get("image"))
         path = picture_path(name, choices.image_folder)
@@ -66,13 +72,15 @@ def read(record: Any, choices: Choices) -> Sample:
     return Sample(captioned(path, caption, choices), fields, tuple(remarks))
 
 
-def kept_picture(image: dict[str, Any], identifier: str, choices: Choices) -> str:
+def kept_picture(image: dict[str, Any], identifier: Any, choices: Choices) -> str:
     """Writes a picture that is embedded in a record to the picture folder, as it is, under the
     record's id; gives its path. Raises RecordError for an id that is no safe file name."""
     folder = choices.image_folder
     if folder is None:
         raise UserError("the pictures stand inside of the records: name a folder by --image_folder")
-    if not _SAFE.fullmatch(identifier) or identifier.startswith("."):
+    identifier = str(identifier) if isinstance(identifier, int) else identifier
+    is_name = isinstance(identifier, str) and _SAFE.fullmatch(identifier)
+    if not is_name or identifier.startswith("."):
         raise RecordError(f"its id is {shown(identifier)}: no name for a picture's file")
     data = image.get("bytes")
     if not isinstance(data, bytes):

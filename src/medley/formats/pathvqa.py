@@ -51,8 +51,9 @@ def read_pickle(path: Path) -> Any:
 
 
 def records(choices: Choices) -> Iterator[Found]:
-    if choices.path.is_dir() and not (choices.path / "qas").is_dir():
-        parquet = sorted(choices.path.glob("**/*.parquet"))
+    alone = choices.path.suffix.lower() == ".parquet"
+    if alone or (choices.path.is_dir() and not (choices.path / "qas").is_dir()):
+        parquet = [choices.path] if alone else sorted(choices.path.glob("**/*.parquet"))
         wanted = {"val": "validation"}.get(choices.split, choices.split)
         for path in [p for p in parquet if choices.split == "all" or p.name.startswith(wanted)]:
             split = path.name.partition("-")[0]
@@ -89,6 +90,8 @@ def read(record: Any, choices: Choices) -> Sample:
     return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
 
 
-FORMAT = Format(
-    records, read, pictures_in=lambda path: (path if path.is_dir() else path.parent) / "images"
-)
+def image_folder(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / "images"
+
+
+FORMAT = Format(records, read, splits=True, pictures_in=image_folder)

@@ -21,7 +21,6 @@ from medley.formats.sample import (
     question_and_answer,
     shown,
     text_of,
-    value_of,
 )
 
 FILES = {
@@ -49,7 +48,7 @@ def read(record: Any, choices: Choices) -> Sample:
         [text_of(record, "Question", remarks).strip()]
         + [f"{letter}: {text}" for letter, text in zip(LETTERS, offered, strict=True)]
     )
-    path = picture_path(value_of(record, "Figure_path").strip(), choices.image_folder)
+    path = picture_path(text_of(record, "Figure_path", remarks).strip(), choices.image_folder)
     fields = {
         "source": "pmc_vqa", "task": "VQA", "answer_type": "CLOSED", "choices": offered,
     }  # fmt: skip
@@ -89,5 +88,6 @@ def image_folder(path: Path) -> Path:
 
 
 FORMAT = Format(
-    records, read, write, "csv", columns=lambda choices: COLUMNS, pictures_in=image_folder
-)
+    records, read, write, "csv", columns=lambda choices: COLUMNS, pictures_in=image_folder,
+    splits=True,
+)  # fmt: skip

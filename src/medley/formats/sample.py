@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,15 @@ CAPTION_PROMPT = "Please describe this picture."  # MedMax's question for a capt
 
 
 class RecordError(UserError):
-    """A record that cannot be converted; the message says why."""
+    """A record that cannot be converted; the message says why.
+
+    `content` is what stands there, where it is no record; after a `torn` one nothing more of its
+    file can be read.
+    """
+
+    def __init__(self, reason: str, content: Any = None, torn: bool = False) -> None:
+        super().__init__(reason)
+        self.content, self.torn = content, torn
 
 
 class Withheld(RecordError):
@@ -77,6 +86,7 @@ class Format:
     columns: Callable[[Choices], Sequence[str]] | None = None
     beside: Callable[[str, Choices], dict[str, Any]] | None = None
     pictures_in: Callable[[Path], Path] | None = None  # the usual folder of its pictures
+    splits: bool = False  # whether it is published in several, so that --split means something
 
 
 # --- values of records --------------------------------------------------------------------
@@ -121,23 +131,45 @@ def picture_path(name: Any, folder: Path | None) -> str:
         raise RecordError(f"a picture is named {shown(name)}, expected a path")
     if folder is None:
         return name
-    base = os.path.normpath(folder)
-    if name.startswith(os.sep):
-        path, above = os.path.normpath(name), os.path.normpath(Path.cwd() / base) + os.sep
-    else:
-        path, above = os.path.normpath(f"{base}{os.sep}{name}"), base + os.sep
-    here = base == os.curdir and not name.startswith(os.sep) and not path.startswith(os.pardir)
-    if not here and not path.startswith(above):
+    path = os.path.normpath(os.fspath(folder / name))  # of an absolute name, the name
+    if not is_below(path, folder):
         raise RecordError(f"the picture {name!r} lies outside of the folder {folder}")
     return path
 
 
+def is_below(path: str, folder: Path) -> bool:
+    """Whether a path lies below a folder, by their names: whoever made a link meant it."""
+    here, above = _above(folder)
+    return os.path.normpath(path if path.startswith(os.sep) else here + path).startswith(above)
+
+
+@lru_cache(16)
+def _above(folder: Path) -> tuple[str, str]:
+    """The working folder, and what the whole path of everything below a folder begins with."""
+    here = str(Path.cwd()).rstrip(os.sep) + os.sep
+    return here, os.path.normpath(Path(here) / folder).rstrip(os.sep) + os.sep
+
+
 def picture_name(path: str, folder: Path | None) -> str:
-    """The inverse of `picture_path`; a path that is not below the folder stays as it is."""
+    """The inverse of `picture_path`. Raises RecordError for a path that is not below the folder."""
     if folder is None:
         return path
-    base = os.path.normpath(folder) + os.sep
-    return path[len(base) :] if path.startswith(base) else path
+    if not is_below(path, folder):
+        raise RecordError(f"the picture {path!r} lies outside of the folder {folder}")
+    return os.path.relpath(path, folder)
+
+
+def placed(document: Document, folder: Path | None) -> Document:
+    """A document whose pictures are named from the folder, or lie below it already."""
+    if folder is None:
+        return document
+
+    def below(picture: Picture) -> Picture:
+        if picture.path is None or is_below(str(picture.path), folder):
+            return picture
+        return replace(picture, path=picture_path(str(picture.path), folder))
+
+    return document.map_pictures(below)
 
 
 def only_path(picture: Picture) -> str:

@@ -4,6 +4,7 @@ prompt formats. Only read: its problems hold more than a conversation."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from medley.document import Document, Picture, Turn
@@ -32,6 +33,9 @@ _BECAUSE = "BECAUSE:"
 def records(choices: Choices) -> Iterator[Found]:
     folder = choices.path
     problems, splits = read_json(folder / PROBLEMS), read_json(folder / SPLITS)
+    lists = isinstance(splits, dict) and all(isinstance(own, list) for own in splits.values())
+    if not isinstance(problems, dict) or not lists:
+        raise UserError(f"{folder}: {PROBLEMS} is no object, or {SPLITS} none of lists")
     names = list(splits) if choices.split == "all" else [choices.split]
     if choices.split == "all":  # minival and minitest are parts of others
         names = [name for name in names if not name.startswith("mini") and name != "trainval"]
@@ -40,10 +44,15 @@ def records(choices: Choices) -> Iterator[Found]:
             raise UserError(f"--split {split}: {folder / SPLITS} has {', '.join(splits)}")
         for number in splits[split]:
             place = f"{folder / PROBLEMS}: problem {number}"
-            if number in problems:
-                yield place, split, (str(number), problems[number])
+            problem = problems.get(number) if isinstance(number, str) else None
+            if isinstance(problem, dict):
+                yield place, split, {"id": number, **problem}
             else:
-                yield place, split, RecordError(f"it stands in {SPLITS} and not here")
+                yield (
+                    place,
+                    split,
+                    RecordError(f"it stands in {SPLITS} and not here", content=number),
+                )
 
 
 def prompt_formats(text: str) -> tuple[str, str]:
@@ -57,10 +66,11 @@ def prompt_formats(text: str) -> tuple[str, str]:
     return asked, answered
 
 
-def read(found: Any, choices: Choices) -> Sample:
-    identifier, problem = found
+def read(problem: Any, choices: Choices) -> Sample:
+    identifier = value_of(problem, "id")
     offered, right = value_of(problem, "choices"), value_of(problem, "answer")
-    if not isinstance(offered, list) or not isinstance(right, int) or right >= len(offered):
+    listed = isinstance(offered, list) and all(isinstance(choice, str) for choice in offered)
+    if not listed or type(right) is not int or not 0 <= right < len(offered):
         raise RecordError(f"answer {shown(right)} of the choices {shown(offered)}")
     for key in ("question", "hint", "lecture", "solution"):
         if not isinstance(value_of(problem, key), str):
@@ -127,6 +137,8 @@ def _tidied(text: str, lead: str) -> str:
     return text.replace(lead, "") if text.startswith(lead) else text
 
 
-FORMAT = Format(
-    records, read, pictures_in=lambda path: path / "images" if (path / "images").is_dir() else path
-)
+def image_folder(path: Path) -> Path:
+    return path / "images" if (path / "images").is_dir() else path
+
+
+FORMAT = Format(records, read, splits=True, pictures_in=image_folder)

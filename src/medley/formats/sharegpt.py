@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from medley.files import read_json
 from medley.formats.files import records_of
 from medley.formats.llava import asked
 from medley.formats.sample import (
+    SPLITS,
     Choices,
     Format,
     Found,
@@ -52,6 +54,10 @@ WRITTEN = {
 def layout_of(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of dataset_info.json, with what it leaves out filled in as LLaMA-Factory does."""
     columns, tags = entry.get("columns"), entry.get("tags")
+    for given in (columns, tags):
+        texts = isinstance(given, dict) and all(isinstance(n, str) for n in given.values())
+        if given is not None and not texts:
+            raise UserError(f"{INFO}: columns and tags are objects of names, not {shown(given)}")
     return {
         "formatting": entry.get("formatting", "alpaca"),
         "columns": COLUMNS if columns is None else {n: columns.get(n) for n in COLUMNS},
@@ -59,14 +65,15 @@ def layout_of(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@lru_cache(4)
 def _entry(choices: Choices) -> tuple[Path, dict[str, Any]]:
     """The data file, and its layout. Raises UserError for a data set that is not described."""
     folder = choices.path if choices.path.is_dir() else choices.path.parent
     if choices.path.is_file() and choices.path.name != INFO:
-        entries = read_json(folder / INFO) if (folder / INFO).is_file() else {}
+        entries = _entries(folder) if (folder / INFO).is_file() else {}
         own = [e for e in entries.values() if e.get("file_name") == choices.path.name]
         return choices.path, layout_of(own[0] if own else {"formatting": "sharegpt"})
-    entries = read_json(folder / INFO)
+    entries = _entries(folder)
     name = choices.dataset or (next(iter(entries)) if len(entries) == 1 else None)
     if name is None or name not in entries:
         raise UserError(
@@ -76,6 +83,13 @@ def _entry(choices: Choices) -> tuple[Path, dict[str, Any]]:
     if not isinstance(file, str):
         raise UserError(f"{folder / INFO}: {name} has no file_name (hubs and scripts are not read)")
     return Path(picture_path(file, folder)), layout_of(entries[name])
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    found = read_json(folder / INFO)
+    if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
+        raise UserError(f"{folder / INFO}: expected an object with an entry for each data set")
+    return found
 
 
 def records(choices: Choices) -> Iterator[Found]:
@@ -88,13 +102,11 @@ def records(choices: Choices) -> Iterator[Found]:
             f"{path}: {INFO} lists columns or tags without {', '.join(missing) or 'messages'}; "
             "what it does not list is absent for LLaMA-Factory"
         )
-    for place, split, record in records_of(path):
-        is_bad = isinstance(record, RecordError)
-        yield place, split, record if is_bad else (record, layout)
+    yield from records_of(path)
 
 
-def read(found: Any, choices: Choices) -> Sample:
-    record, layout = found
+def read(record: Any, choices: Choices) -> Sample:
+    layout = _entry(choices)[1]
     columns, remarks = layout["columns"], list[str]()
     images = (
         record.get(columns["images"]) if isinstance(record, dict) and columns["images"] else None
@@ -118,7 +130,9 @@ def read(found: Any, choices: Choices) -> Sample:
         document = Document(tuple(turns))
     except DocumentError as error:
         raise RecordError(str(error)) from error
-    used = {name for name in columns.values() if name}
+    own = ("messages", "images", "system")
+    names_used = own if sharegpt else ("prompt", "query", "response", "images", "system", "history")
+    used = {columns[name] for name in names_used if columns[name]}
     return Sample(document, others(record, *used), tuple(remarks))
 
 
@@ -137,7 +151,7 @@ def _messages(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[t
     if len(said) % 2 or not said:
         raise RecordError(f"{len(said)} messages, expected pairs of a question and its answer")
     for number, (role, _) in enumerate(said):
-        if roles.get(role) != ("user", "assistant")[number % 2]:
+        if not isinstance(role, str) or roles.get(role) != ("user", "assistant")[number % 2]:
             wanted = tags["user_tag" if number % 2 == 0 else "assistant_tag"]
             raise RecordError(f"message {number} is from {shown(role)}, expected {wanted}")
     turns = [(roles[role], text) for role, text in said]
@@ -152,7 +166,10 @@ def _alpaca(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tup
     if columns["query"] and record.get(columns["query"]):
         asked_for.append(text_of(record, columns["query"], remarks))
     turns: list[tuple[str, str]] = []
-    for pair in (record.get(columns["history"]) or []) if columns["history"] else []:
+    history = (record.get(columns["history"]) or []) if columns["history"] else []
+    if not isinstance(history, list):
+        raise RecordError(f"its history is {shown(history)}, expected a list")
+    for pair in history:
         if (
             not isinstance(pair, list)
             or len(pair) != 2
@@ -189,7 +206,10 @@ def _content(parts: tuple[Part, ...], pictures: bool) -> str:
 def beside(name: str, choices: Choices) -> dict[str, Any]:
     """dataset_info.json for a written file: its entry is called as the file, without its suffix."""
     entry = {"file_name": name, "formatting": "sharegpt", **WRITTEN}
-    return {INFO: {choices.dataset or Path(name).stem: entry}}
+    stem = Path(name).stem
+    of_split = choices.dataset and stem in ("all", *SPLITS)
+    called = f"{choices.dataset}_{stem}" if of_split else choices.dataset or stem
+    return {INFO: {called: entry}}
 
 
 FORMAT = Format(

@@ -57,4 +57,4 @@ def image_folder(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "imgs"
 
 
-FORMAT = Format(records, read, write, pictures_in=image_folder)
+FORMAT = Format(records, read, write, splits=True, pictures_in=image_folder)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medley.document import Document
-from medley.formats.sample import RecordError
+from medley.formats.tallies import document_hash
 from medley.parallel import ordered_map
 
 
@@ -30,22 +30,32 @@ def _hash(path: str) -> tuple[str, str, str | None]:
         return path, "", str(error)
 
 
-def content_hashes(paths: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the pixels of each picture, read in all cores.
-
-    Raises RecordError for a picture that cannot be read.
-    """
+def content_hashes(paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """SHA-256 of the pixels of each picture, read in all cores; and why some could not be read."""
     wanted = sorted(set(paths))
     workers = (os.cpu_count() or 1) if len(wanted) > 64 else 1
     found: dict[str, str] = {}
+    failed: dict[str, str] = {}
     done = tqdm(total=len(wanted), desc="reading pictures", unit=" pictures", disable=not wanted)
     with done:
         for path, digest, reason in ordered_map(_hash, wanted, workers, lambda: None):
-            if reason is not None:
-                raise RecordError(reason)
-            found[path] = digest
+            if reason is None:
+                found[path] = digest
+            else:
+                failed[path] = reason
             done.update()
-    return found
+    return found, failed
+
+
+def contents_of(document: Document, hashes: Mapping[str, str]) -> list[str]:
+    """What a record shows: its pictures' pixels or codes; where it has none, its words."""
+    shown = []
+    for picture in document.pictures:
+        if picture.path is not None:
+            shown.append(hashes[str(picture.path)])
+        else:
+            shown.append(hashlib.sha256(repr(picture.codes).encode()).hexdigest())
+    return shown or [document_hash(document).hex()]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,9 @@ class Leak:
 def leaks(parts: Mapping[str, Iterable[str]], hashes: Mapping[str, str]) -> list[Leak]:
     """Which pictures of test and validation stand in training, by content; `parts` gives the
     pictures' paths of each split."""
-    contents = {name: {hashes[path] for path in paths} for name, paths in parts.items()}
+    contents = {
+        name: {hashes[path] for path in paths if path in hashes} for name, paths in parts.items()
+    }
     held_out = [name for name in contents if name != "train"]
     found = []
     for number, name in enumerate(held_out):

@@ -17,6 +17,7 @@ from medley.formats.sample import Sample
 
 DOMAINS = ("domain", "image_organ", "organ", "modality", "subject", "source")
 _MODULUS = 1 << 256
+_NAMES = 500
 # The published splits that were at hand when this was written: records, and their hash.
 PUBLISHED = {
     ("vqa_rad", "train"): (
@@ -92,8 +93,8 @@ class Counts:
 
     def add(self, sample: Sample) -> None:
         document = sample.document
-        self.domain[domain_of(sample)] += 1
-        self.question[question_type(sample)] += 1
+        _count(self.domain, domain_of(sample))
+        _count(self.question, question_type(sample))
         self.turns[str(len(document.turns))] += 1
         self.pictures[str(len(document.pictures))] += 1
         words = sum(
@@ -117,6 +118,11 @@ class Counts:
         }
 
 
+def _count(counter: Counter[str], name: str) -> None:
+    """Counts a name; once there are many, new ones are `other`, so that no table grows for ever."""
+    counter[name if name in counter or len(counter) < _NAMES else "other"] += 1
+
+
 def domain_of(sample: Sample, key: str | None = None) -> str:
     """The concept that a record belongs to: LLaVA-Med's `domain` (its first true one), or an organ,
     a modality, a source; `key` names another value."""
@@ -136,7 +142,10 @@ def question_type(sample: Sample) -> str:
         return kind
     first = sample.document.turns[0]
     words = " ".join(part for part in first.parts if isinstance(part, str)).split()
-    return words[0].lower().strip(",.:;?!") if first.role == "user" and words else "none"
+    if first.role != "user" or not words:
+        return "none"
+    word = words[0].lower().strip(",.:;?!")
+    return word if word.isascii() and len(word) < 20 else "other"
 
 
 def _range(words: int) -> str:

@@ -26,9 +26,12 @@ from medley.formats.sample import (
 def records(choices: Choices) -> Iterator[Found]:
     path = choices.path
     if path.suffix == ".json" and path.is_file() and _is_object(path):
-        for name, record in read_json(path).items():  # as PubMedQA has it: records by their id
-            is_record = isinstance(record, dict)
-            yield f"{path}: record {name}", "", {"id": name, **record} if is_record else record
+        whole = read_json(path)
+        if not all(isinstance(record, dict) for record in whole.values()):
+            yield f"{path}: record 0", "", whole  # one record alone
+            return
+        for name, record in whole.items():  # as PubMedQA has it: records by their id
+            yield f"{path}: record {name}", "", {"id": name, **record}
     else:
         yield from records_of(path)
 

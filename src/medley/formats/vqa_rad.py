@@ -52,7 +52,7 @@ def read(record: Any, choices: Choices) -> Sample:
     answer = text_of(record, "answer", remarks).strip()
     path = picture_path(value_of(record, "image_name"), choices.image_folder)
     fields = {
-        "id": str(value_of(record, "qid")), "source": "vqa_rad", "task": "VQA",
+        "id": value_of(record, "qid"), "source": "vqa_rad", "task": "VQA",
         "answer_type": answer_type(value_of(record, "answer_type")),
     }  # fmt: skip
     fields |= others(record, "qid", "image_name", "question", "answer", *fields)
@@ -75,4 +75,4 @@ def write(sample: Sample, choices: Choices) -> dict[str, Any]:
     }
 
 
-FORMAT = Format(records, read, write, pictures_in=image_folder)
+FORMAT = Format(records, read, write, splits=True, pictures_in=image_folder)

@@ -41,10 +41,11 @@ def read_captions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 def _by_domain(path: Path) -> list[dict[str, Any]] | None:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file) if file.read(1) == "{" and not file.seek(0) else None
+            text = file.read()
+        value = json.loads(text) if text.lstrip().startswith("{") else None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None  # JSON lines begin with the same mark
     if value is None or not all(isinstance(own, list) for own in value.values()):
         return None
@@ -61,6 +62,11 @@ def _checked(place: str, record: Any) -> dict[str, Any]:
     for key in ("pair_id", "fig_label", "fig_caption"):
         if not isinstance(record.get(key), str):
             raise UserError(f"{place}: {key} is {record.get(key)!r}, expected text")
+    found = record.get("in_text_mention")
+    if found is not None and not (
+        isinstance(found, list) and all(isinstance(mention, str | dict) for mention in found)
+    ):
+        raise UserError(f"{place}: in_text_mention is {found!r}, expected a list of texts")
     return record
 
 
@@ -90,7 +96,7 @@ class Prompts:
             return cls(str(found["system"]), tuple(samples))
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file") from error
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: expected system and samples ({error})") from error
 
     def messages(self, context: str) -> list[Message]:

@@ -14,6 +14,7 @@ from medley.formats.sample import RecordError
 from medley.vocabulary import IMAGE
 
 Turns = list[dict[str, str]]
+_YES_NO = re.compile(r"(?:yes|no), ", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Rules:
             )
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file") from error
-        except (yaml.YAMLError, KeyError, TypeError, re.error) as error:
+        except (yaml.YAMLError, KeyError, TypeError, ValueError, re.error) as error:
             raise UserError(f"{path}: not a file of rules ({error})") from error
 
     def clean(self, answer: str) -> str | None:
@@ -52,7 +53,8 @@ class Rules:
         for rule in self.lead_ins:
             if found := rule.match(answer):
                 rest = answer[found.end() :]
-                answer = rest[:1].upper() + rest[1:]  # acronyms stay as they are
+                said = _YES_NO.match(found[0])  # stays: it is the answer
+                answer = said[0] + rest if said else rest[:1].upper() + rest[1:]
                 break
         else:
             for rule in self.phrases:
@@ -60,7 +62,9 @@ class Rules:
         return None if any(rule.search(answer) for rule in self.forbidden) else answer
 
 
-def _compiled(rules: list[str], flags: int = 0) -> tuple[re.Pattern[str], ...]:
+def _compiled(rules: Any, flags: int = 0) -> tuple[re.Pattern[str], ...]:
+    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+        raise TypeError(f"{rules!r} is no list of expressions")
     return tuple(re.compile(rule, flags) for rule in rules)
 
 
@@ -76,8 +80,12 @@ def turns_of(reply: str) -> tuple[Turns, int]:
         if len(said) != 2:
             dropped += 1
             continue
-        turns.append({"from": "human", "value": said[0].strip()})
-        turns.append({"from": "gpt", "value": said[1].strip()})
+        asked, answered = (_bare(text) for text in said)
+        if not asked or not answered:
+            dropped += 1
+            continue
+        turns.append({"from": "human", "value": asked})
+        turns.append({"from": "gpt", "value": answered})
     if not turns:
         raise RecordError("no question with an answer in the reply")
     return turns, dropped
@@ -87,6 +95,7 @@ def placed(turns: Turns, last: bool) -> Turns:
     """The turns with the picture's mark in the first one, behind or before its words."""
     first = turns[0]["value"]
     marked = f"{first}\n{IMAGE}" if last else f"{IMAGE}\n{first}"
+    marked = marked if first else IMAGE
     return [{"from": "human", "value": marked}, *turns[1:]]
 
 
@@ -95,10 +104,10 @@ def cleaned(turns: Turns, rules: Rules) -> tuple[Turns, Turns]:
     is kept."""
     kept: Turns = []
     dropped: Turns = []
-    last = turns[0]["value"].endswith(f"\n{IMAGE}")
-    bare = [{**turn, "value": _bare(turn["value"])} for turn in turns]
-    for asked, answered in zip(bare[::2], bare[1::2], strict=True):
-        answer = rules.clean(answered["value"])
+    last = turns[0]["value"].rstrip().endswith(IMAGE) and turns[0]["value"].strip() != IMAGE
+    for question, answered in zip(turns[::2], turns[1::2], strict=True):
+        asked = {**question, "value": _bare(question["value"])}
+        answer = rules.clean(answered["value"].replace(IMAGE, ""))
         if answer is None:
             dropped += [asked, answered]
         else:
@@ -108,7 +117,8 @@ def cleaned(turns: Turns, rules: Rules) -> tuple[Turns, Turns]:
 
 
 def _bare(text: str) -> str:
-    return text.removeprefix(f"{IMAGE}\n").removesuffix(f"\n{IMAGE}")
+    """A text without the picture's marks, its own or typed ones."""
+    return text.replace(IMAGE, "").strip()
 
 
 def record_of(source: dict[str, Any], last: bool) -> tuple[dict[str, Any], int]:
