@@ -262,3 +262,105 @@ def test_a_converted_file_becomes_tokens(folder: Path, tmp_path: Path) -> None:
     words += ["--tokenizer_file", tokenizer, "--output_file", tmp_path / "tokens.jsonl"]
     assert tokenize_jsonl.main(list(map(str, words))) == 0
     assert len(TokenShards(tmp_path / "tokens.jsonl")) == 12
+
+
+def test_a_torn_picture_costs_its_own_records_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "images" / "p3.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:4000])  # its header is whole
+    words = ["--from", "vqa_rad", "--input", folder]
+    assert run(*words, "--output", tmp_path / "a", "--skip_bad") == 0
+    assert "1 pictures could not be read and compared" in capsys.readouterr().out
+    assert run(*words, "--output", tmp_path / "b", "--test_share", 0.5) == 3
+    assert "broken picture" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run(*words, "--output", tmp_path / "b", "--test_share", 0.5, "--skip_bad") == 0
+    assert len(lines(tmp_path / "b" / "bad.jsonl")) == 2
+    assert sum(len(lines(tmp_path / "b" / f"{part}.jsonl")) for part in ("train", "test")) == 15
+    assert run(*words, "--output", tmp_path / "c", "--check", "whole", "--skip_bad") == 0
+    assert len(lines(tmp_path / "c" / "bad.jsonl")) == 2
+
+
+def test_splits_are_what_was_asked_for_or_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--from", "vqa_rad", "--output", tmp_path / "o.jsonl"]
+    assert run(*words, "--input", folder / "trainset.json", "--split", "test") == 2
+    assert "trainset.json is train" in capsys.readouterr().err
+    assert run(*words, "--input", folder) == 0
+    assert [row["split"] for row in lines(tmp_path / "o.jsonl")] == ["train"] * 12 + ["test"] * 5
+    assert "5 of 5 pictures of test stand in train, too" in capsys.readouterr().out
+    docs = ["--from", "documents", "--input", tmp_path / "o.jsonl"]
+    assert run(*docs, "--output", tmp_path / "p.jsonl", "--split", "test") == 2
+    assert "published without splits" in capsys.readouterr().err
+    words = ["--from", "vqa_rad", "--to", "sharegpt", "--dataset", "rad", "--input", folder]
+    assert run(*words, "--output", tmp_path / "share") == 0
+    info = json.loads((tmp_path / "share" / "dataset_info.json").read_text())
+    assert {name: entry["file_name"] for name, entry in info.items()} == {
+        "rad_train": "train.json", "rad_test": "test.json"}  # fmt: skip
+
+
+def test_texts_have_halves_too_and_none_is_empty_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = tmp_path / "docs.jsonl"
+    rows = [{"text": f"q{i % 30}<reserved08706>a"} for i in range(60)]
+    docs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--from", "documents", "--input", docs, "--test_share", 0.5, "--output"]
+    assert run(*words, tmp_path / "a") == 0
+    halves = [{r["text"] for r in lines(tmp_path / "a" / f"{p}.jsonl")} for p in ("train", "test")]
+    assert halves[0] and halves[1] and not halves[0] & halves[1]
+    docs.write_text(json.dumps(rows[0]) + "\n")
+    assert run(*words, tmp_path / "b") == 2
+    assert "all records fell into one half" in capsys.readouterr().err
+
+
+def test_values_that_json_cannot_hold_are_made_plain_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    table = pa.table({
+        "file_name": ["a.png"], "caption": ["x"], "day": [datetime.date(2020, 1, 2)],
+        "size": [float("nan")],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "m.parquet")
+    words = ["--from", "medtrinity", "--input", tmp_path / "m.parquet"]
+    assert run(*words, "--image_folder", tmp_path, "--output", tmp_path / "o.jsonl") == 0
+    (row,) = lines(tmp_path / "o.jsonl")
+    assert row["day"] == "2020-01-02"
+    assert row["size"] is None
+    (tmp_path / "n.jsonl").write_text('{"text": "a", "size": NaN}\n')
+    words = ["--from", "documents", "--input", tmp_path / "n.jsonl"]
+    assert run(*words, "--output", tmp_path / "p.jsonl") == 3
+    assert "a value that JSON cannot hold" in capsys.readouterr().err
+
+
+def test_pictures_of_documents_stay_below_a_folder_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
+    docs = tmp_path / "docs.jsonl"
+    names = ["a.png", str(tmp_path / "pictures" / "a.png"), "../out.png", str(tmp_path / "out.png")]
+    rows = [{"text": "<image>a<reserved08706>b", "image_path": name} for name in names]
+    docs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--from", "documents", "--input", docs, "--output", tmp_path / "o.jsonl"]
+    assert run(*words, "--image_folder", tmp_path / "pictures", "--skip_bad") == 0
+    assert len(lines(tmp_path / "o.jsonl")) == 2
+    assert capsys.readouterr().err.count("outside of the folder") == 2
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]
+    mix = [{"id": 1, "image": "../../out.png", "conversations": turns}]
+    (tmp_path / "deep" / "mix.json").write_text(json.dumps(mix))
+    assert run("--from", "llava", "--input", "../mix.json", "--output", "o.jsonl") == 3
+    assert "outside of the folder" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Document:
         if roles not in (expected, ["assistant"]):
             raise DocumentError(f"turns must alternate, user first, got {', '.join(roles)}")
 
-    @property
+    @cached_property
     def pictures(self) -> list[Picture]:
         return [part for turn in self.turns for part in turn.parts if isinstance(part, Picture)]
 

@@ -33,7 +33,9 @@ _NAMES = {role: name for name, role in ROLES.items()}
 
 
 def read(record: Any, choices: Choices) -> Sample:
-    key = next((name for name in TURNS if isinstance(record, dict) and name in record), TURNS[0])
+    key = TURNS[1] if isinstance(record, dict) and TURNS[0] not in record else TURNS[0]
+    if isinstance(record, dict) and key not in record:
+        raise RecordError(f"{TURNS[0]!r} is missing")
     messages = value_of(record, key)
     if "id" not in record:
         raise RecordError("'id' is missing")

@@ -131,7 +131,8 @@ def picture_path(name: Any, folder: Path | None) -> str:
         raise RecordError(f"a picture is named {shown(name)}, expected a path")
     if folder is None:
         return name
-    path = os.path.normpath(os.fspath(folder / name))  # of an absolute name, the name
+    own = name if name.startswith(os.sep) else f"{_text(folder)}{os.sep}{name}"
+    path = os.path.normpath(own)
     if not is_below(path, folder):
         raise RecordError(f"the picture {name!r} lies outside of the folder {folder}")
     return path
@@ -140,7 +141,13 @@ def picture_path(name: Any, folder: Path | None) -> str:
 def is_below(path: str, folder: Path) -> bool:
     """Whether a path lies below a folder, by their names: whoever made a link meant it."""
     here, above = _above(folder)
-    return os.path.normpath(path if path.startswith(os.sep) else here + path).startswith(above)
+    whole = path if path.startswith(os.sep) else here + path
+    return (os.path.normpath(whole) if ".." in whole else whole).startswith(above)
+
+
+@lru_cache(16)
+def _text(folder: Path) -> str:
+    return os.fspath(folder)
 
 
 @lru_cache(16)

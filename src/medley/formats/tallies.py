@@ -141,7 +141,7 @@ def question_type(sample: Sample) -> str:
     if isinstance(kind, str) and kind:
         return kind
     first = sample.document.turns[0]
-    words = " ".join(part for part in first.parts if isinstance(part, str)).split()
+    words = next((part for part in first.parts if isinstance(part, str)), "")[:80].split()
     if first.role != "user" or not words:
         return "none"
     word = words[0].lower().strip(",.:;?!")
