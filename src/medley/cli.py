@@ -17,6 +17,9 @@ COMMANDS = {
     "evaluate science-qa": (
         "evaluate", "ScienceQaOptions", "score_science_qa", "scores answers to ScienceQA",
     ),
+    "evaluate summarize": (
+        "evaluate", "SummarizeOptions", "summarize", "sums up a judge's scores",
+    ),
     "doctor": ("doctor", "DoctorOptions", "doctor", "checks versions, devices, the embedded model"),
 }  # fmt: skip
 

@@ -1,19 +1,21 @@
-"""`medley evaluate vqa`, `medley evaluate science-qa`: answer files to scores."""
+"""`medley evaluate vqa`, `science-qa` and `summarize`: answer and review files to scores."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medley.errors import UserError
-from medley.evaluation import science_qa
+from medley.evaluation import judging, science_qa
 from medley.evaluation.intervals import share_interval
 from medley.evaluation.pairs import by_identifier, missing_of, read_candidates, read_cases
 from medley.evaluation.vqa import Case, Compat, is_right, own_scores, published_scores
 from medley.files import read_json, whole_file, write_json, write_manifest
+from medley.formats.files import records_of
+from medley.formats.sample import RecordError
 from medley.formats.science_qa import PROBLEMS, SPLITS
 from medley.options import resolved
 
@@ -105,11 +107,7 @@ class ScienceQaOptions:
     output: Path
     output_result: Path | None = None
     split: str = "test"
-    compat: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.compat not in ("none", "llava"):
-            raise UserError(f"--compat {self.compat}: expected none or llava")
+    compat: Literal["none", "llava"] = "none"
 
 
 def score_science_qa(options: ScienceQaOptions) -> None:
@@ -138,3 +136,61 @@ def score_science_qa(options: ScienceQaOptions) -> None:
     unread = sum(row["parsed_ans"] == science_qa.FAILED for own in rows.values() for row in own)
     missing = len(missing_of(wanted, answers))
     print(f"{missing} problems have no answer, {unread - missing} answers name no letter")
+
+
+@dataclass(frozen=True)
+class SummarizeOptions:
+    """Sums up a judge's scores.
+
+    Args:
+        input: reviews, JSONL; LLaVA-Med's with the judge's reply in gpt_eval or result, or LLaVA's
+            with tuple or score
+        output: JSON file of the summaries
+        compat: llava_med or llava for the published way to read replies and to sum them up
+    """
+
+    input: Path
+    output: Path
+    compat: Literal["none", "llava_med", "llava"] = "none"
+
+
+def summarize(options: SummarizeOptions) -> None:
+    rows = list(reviews(options.input))
+    if options.compat == "llava":
+        lines = judging.llava_lines(row for _, row in rows)
+        write_json(options.output, {"lines": lines})
+        print("\n".join(lines))
+        return
+    read: list[tuple[dict[str, Any], judging.Pair]] = []
+    unread: list[str] = []
+    for place, row in rows:
+        reply = row.get("gpt_eval", row.get("result"))
+        if not isinstance(reply, str):
+            raise UserError(f"{place}: no gpt_eval or result, the judge's reply")
+        published = options.compat == "llava_med"
+        pair = judging.parse_pair_as_llava_med(reply) if published else judging.parse_pair(reply)
+        if pair is None:
+            unread.append(f"{place}: {reply[:80]!r}")
+        else:
+            read.append((row, pair))
+    groups = judging.by_group(read, "overall")
+    scores = {
+        name: {"gpt4_score": s.reference, "pred_score": s.model,
+               "pred_relative_score": s.of_ratios, "data_size": s.n}
+        for name, s in groups.items()
+    }  # fmt: skip
+    write_json(options.output, {"groups": scores, "replies without two scores": unread})
+    print(f"{'':24} reference    model   relative      n")
+    for name, s in groups.items():
+        print(f"{name:24} {s.reference:9.2f} {s.model:8.2f} {s.of_ratios:9.1f}% {s.n:6}")
+    if unread:
+        print(f"{len(unread)} replies have no two scores, the first: {unread[0]}")
+
+
+def reviews(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, _, row in records_of(path):
+        if isinstance(row, RecordError):
+            raise UserError(f"{place}: {row}")
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object")
+        yield place, row

@@ -1,0 +1,117 @@
+"""A judge's replies: read and summed up as published, and in our way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import golden
+
+from medley import cli
+from medley.errors import UserError
+from medley.evaluation.judging import (
+    Summary,
+    by_group,
+    llava_lines,
+    parse_pair,
+    parse_pair_as_llava,
+    parse_pair_as_llava_med,
+)
+
+CASES = golden("gpt_review_parse.json")
+
+
+@pytest.mark.parametrize("case", CASES["parse_score"], ids=lambda c: c["id"])
+def test_llavas_reading_equals_the_recorded(case: dict[str, Any]) -> None:
+    expected = [float(str(value).replace("Infinity", "inf")) for value in case["expected"]]
+    assert parse_pair_as_llava(case["input"]) == expected
+
+
+@pytest.mark.parametrize("case", CASES["llava_summarize"], ids=lambda c: c["id"])
+def test_llavas_table_equals_the_recorded(case: dict[str, Any]) -> None:
+    names = {f: f.removesuffix(".jsonl").removeprefix("gpt4_text_") for f in case["input"]["files"]}
+    printed = case["expected"]["stdout"].split("=================================\n")
+    tables = {text.splitlines()[0]: text.splitlines()[1:] for text in printed if text}
+    checked = 0
+    for file, rows in case["input"]["files"].items():
+        if names[file] not in tables:
+            continue
+        checked += 1
+        if tables[names[file]]:
+            assert llava_lines(rows) == tables[names[file]]
+        else:
+            assert case["expected"]["error"]
+            with pytest.raises(UserError, match="mean score is 0"):
+                llava_lines(rows)
+    assert checked == len(tables)
+
+
+@pytest.mark.parametrize("version", ["v1.5_summarize_gpt_review", "v1.0_ChatEvaluation.eval"])
+@pytest.mark.parametrize("case", CASES["llavamed_summarize"], ids=lambda c: c["id"])
+def test_llava_meds_groups_equal_the_recorded(case: dict[str, Any], version: str) -> None:
+    expected = case["expected"][version]["groups_in_order"]
+    rows = case["input"]["rows"]
+
+    def found() -> list[Any]:
+        pairs = [(row, parse_pair_as_llava_med(row["gpt_eval"])) for row in rows]
+        groups = by_group(pairs, "overall" if version.startswith("v1.5") else "all")
+        return [
+            [name, {"gpt4_score": s.reference, "pred_score": s.model,
+                    "pred_relative_score": s.of_ratios, "data_size": s.n}]
+            for name, s in groups.items()
+        ]  # fmt: skip
+
+    if expected is not None:
+        ours = found()
+        assert [name for name, _ in ours] == [name for name, _ in expected]
+        for (_, one), (_, other) in zip(ours, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-9)
+    elif case["id"] == "zero_reference":  # a share of nothing: theirs stops, ours leaves it out
+        assert math.isnan(found()[0][1]["pred_relative_score"])
+    elif case["id"] == "missing_domain_key":
+        assert found()
+    else:
+        with pytest.raises(UserError, match="does not begin with two scores"):
+            found()
+
+
+@pytest.mark.parametrize(
+    ("reply", "pair"),
+    [
+        ("8 9\nBoth.", (8, 9)), ("8, 9", (8, 9)), ("\n 8  9.5 ", (8, 9.5)), ("(8, 9)", (8, 9)),
+        ("8/10 9/10", (8, 9)), ("**8 9**", (8, 9)), ("Assistant 1: 8, Assistant 2: 9", None),
+        ("8", None), ("8 9 10", None), ("8 nine", None), ("80 90", None), ("", None),
+    ],
+)  # fmt: skip
+def test_replies_are_read_where_they_hold_two_scores(reply: str, pair: Any) -> None:
+    assert parse_pair(reply) == pair
+
+
+def test_sums_of_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="no scores"):
+        Summary.of([])
+    summary = Summary.of([(0.0, 5.0), (8.0, 4.0)])
+    assert summary.of_ratios == 50
+    assert summary.of_means == pytest.approx(112.5)
+
+
+def test_the_program_counts_what_it_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "reviews.jsonl", tmp_path / "out.json"
+    rows = [{"type": "conversation", "domain": {"mri": True}, "gpt_eval": reply}
+            for reply in ("8 4\nx", "I will not judge.", "10, 5")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "summarize", "--input", str(path), "--output", str(output)]
+    assert cli.main(words) == 0
+    assert "1 replies have no two scores" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert found["groups"]["overall"]["data_size"] == 2
+    assert found["groups"]["mri"]["pred_relative_score"] == 50
+    assert cli.main([*words, "--compat", "llava_med"]) == 2
+    path.write_text('{"category": "conv", "tuple": [8.0, 9.0]}\n')
+    assert cli.main([*words, "--compat", "llava"]) == 0
+    assert "all 112.5 80.0 90.0" in capsys.readouterr().out
