@@ -22,12 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from medley.document import Document
 from medley.errors import DataLost, UserError
 from medley.files import (
     printable,
@@ -38,18 +35,11 @@ from medley.files import (
     write_manifest,
 )
 from medley.formats import FORMATS, Choices, Format, RecordError, Sample
-from medley.formats.conversion import Check, Tally, kept_line, samples
+from medley.formats.conversion import Check, Tally, kept_line
 from medley.formats.files import writer
-from medley.formats.splits import (
-    balanced,
-    content_hashes,
-    contents_of,
-    groups,
-    half_of,
-    leaks,
-    paths_of,
-)
-from medley.formats.tallies import PUBLISHED, Counts, SplitHash, domain_of
+from medley.formats.planning import chosen, make_plan
+from medley.formats.splits import content_hashes, leaks, paths_of
+from medley.formats.tallies import PUBLISHED, Counts, SplitHash
 from medley.options import resolved, run_program
 
 Name = Literal[
@@ -159,74 +149,93 @@ class Part:
     pictures: dict[str, None] = field(default_factory=dict)  # in the order they come
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What was decided in a first pass: for each good record whether it is taken, and its half; and
-    the pictures that cannot be read as a whole."""
+class Conversion:
+    """What is written, and known of it, while records go by."""
 
-    taken: NDArray[np.bool_] | None = None
-    halves: list[str] | None = None
-    broken: dict[str, str] = field(default_factory=dict)
+    def __init__(self, options: Options, place: Any, keep: Any, stack: ExitStack) -> None:
+        self.options, self.target, self.choices = (
+            options,
+            FORMATS[options.target],
+            options.choices(),
+        )
+        self.place, self.keep, self.stack = place, keep, stack
+        self.in_folder = options.is_folder
+        self.tally, self.counts = Tally(), Counts()
+        self.parts: dict[str, Part] = {}
+        self.writers: dict[str, Any] = {}  # by the name of their file
+        self.inputs: set[str] = set()
+
+    def add(self, where: str, split: str, record: Any, sample: Sample) -> None:
+        """Writes a sample to the file of its split; what the target cannot hold is a bad record."""
+        if not self.in_folder and self.options.split == "all" and split != "all":
+            sample = replace(sample, fields={**sample.fields, "split": split})  # all in one file
+        try:
+            assert self.target.write is not None
+            row = self.target.write(sample, self.choices)
+            self._writer(split if self.in_folder else "")(row)
+        except RecordError as error:
+            self.tally.counts["bad"] += 1
+            self.keep(where, f"--to {self.options.target}: {error}", record)
+            return
+        self.tally.counts["written"] += 1
+        self.inputs.add(re.sub(r":( (record|problem) .*|\d+)$", "", where))
+        self._count(split, sample, row)
+
+    def _writer(self, name: str) -> Any:
+        if name not in self.writers:
+            opened = writer(self.place(name, self.target), self.target, self.choices)
+            self.writers[name] = self.stack.enter_context(opened)
+        return self.writers[name]
+
+    def _count(self, split: str, sample: Sample, row: dict[str, Any]) -> None:
+        if self.target.layout == "csv" and (unwritten := set(sample.fields) - set(row)):
+            names = ", ".join(sorted(unwritten))
+            self.tally.remarks[f"values that CSV has no place for, {names}"] += 1
+        self.counts.add(sample)
+        part = self.parts.setdefault(split, Part())
+        part.hash.add(sample.document)
+        if self.in_folder or self.options.pictures is not None or split != "all":
+            part.pictures |= dict.fromkeys(paths_of(sample.document))
+
+    def describe(self, beside: dict[str, dict[str, Any]]) -> None:
+        """Adds the written files to what the target puts beside them."""
+        folder = self.options.output if self.in_folder else self.options.output.parent
+        for name, entries in beside.items():
+            for part in self.writers:
+                own = f"{part}.{self.target.layout}" if self.in_folder else self.options.output.name
+                assert self.target.beside is not None
+                entries |= self.target.beside(own, self.choices)[name]
+            write_json(folder / name, entries)
 
 
 def work(options: Options) -> None:
-    form, target = FORMATS[options.source], FORMATS[options.target]
+    form = FORMATS[options.source]
     if options.split != "all" and not form.splits:
         raise UserError(f"--split {options.split}: {options.source} is published without splits")
-    choices, tally, counts = options.choices(), Tally(), Counts()
-    described = entries_beside(options, target)
-    plan = make_plan(options, form, choices)
-    assert target.write is not None
-    in_folder = options.is_folder
-    merged = not in_folder and options.split == "all"
-    parts: dict[str, Part] = {}
-    files: set[str] = set()
+    described = entries_beside(options, FORMATS[options.target])
+    plan = make_plan(
+        form, options.choices(), options.check, options.test_share,
+        options.max_samples if options.balance else None, options.balance_key, options.seed,
+    )  # fmt: skip
     with ExitStack() as stack:
         place, keep = stack.enter_context(outputs(options))
-        writers: dict[str, Any] = {}
-        for where, split, record, sample in chosen(options, form, choices, tally, keep, plan):
-            name = split if in_folder else ""
-            if name not in writers:
-                writers[name] = stack.enter_context(writer(place(name, target), target, choices))
-            if merged and split != "all":
-                sample = replace(sample, fields={**sample.fields, "split": split})
-            try:
-                row = target.write(sample, choices)
-                writers[name](row)
-            except RecordError as error:
-                tally.counts["bad"] += 1
-                keep(where, f"--to {options.target}: {error}", record)
-                continue
-            if target.layout == "csv" and (unwritten := set(sample.fields) - set(row)):
-                tally.remarks[
-                    f"values that CSV has no place for, {', '.join(sorted(unwritten))}"
-                ] += 1
-            tally.counts["written"] += 1
-            counts.add(sample)
-            part = parts.setdefault(split, Part())
-            part.hash.add(sample.document)
-            files.add(re.sub(r":( (record|problem) .*|\d+)$", "", where))
-            if in_folder or options.pictures is not None or len(parts) > 1 or split != "all":
-                part.pictures |= dict.fromkeys(paths_of(sample.document))
-            if plan.taken is None and tally.counts["written"] == options.max_samples:
+        done = Conversion(options, place, keep, stack)
+        found = chosen(form, done.choices, options.check, done.tally, keep, plan)
+        for where, split, record, sample in tqdm(found, unit=" records", desc="converting"):
+            done.add(where, split, record, sample)
+            if plan.taken is None and done.tally.counts["written"] == options.max_samples:
                 break
-        refuse(options, tally)
-        if options.test_share is not None and len(parts) < 2:
+        refuse(options, done.tally)
+        if options.test_share is not None and len(done.parts) < 2:
             raise UserError(
                 f"--test_share {options.test_share}: all records fell into one half; there are too "
                 "few pictures (or texts)"
             )
-        if in_folder:
-            write_pictures(place("pictures", None), parts)
-        found = leaking(parts) if len(parts) > 1 and options.leaks else []
-    for name, others in described.items():
-        for own in [
-            f"{part}.{target.layout}" if in_folder else options.output.name for part in writers
-        ]:
-            assert target.beside is not None
-            others |= target.beside(own, choices)[name]
-        write_json((options.output if in_folder else options.output.parent) / name, others)
-    finish(options, tally, counts, parts, sorted(files), found)
+        if options.is_folder:
+            write_pictures(place("pictures", None), done.parts)
+        leaks = leaking(done.parts) if len(done.parts) > 1 and options.leaks else []
+    done.describe(described)
+    finish(done, leaks)
 
 
 def entries_beside(options: Options, target: Format) -> dict[str, dict[str, Any]]:
@@ -240,58 +249,6 @@ def entries_beside(options: Options, target: Format) -> dict[str, dict[str, Any]
         if not isinstance(found[name], dict):
             raise UserError(f"{folder / name}: no object, and an entry is to be added to it")
     return found
-
-
-Chosen = tuple[str, str, Any, Sample]
-
-
-def chosen(
-    options: Options, form: Format, choices: Choices, tally: Tally, keep: Any, plan: Plan
-) -> Iterator[Chosen]:
-    """The samples to write, with the split that each goes to."""
-    found = samples(form, choices, options.check, tally, keep)
-    number = -1
-    for where, split, record, sample in tqdm(found, unit=" records", desc="converting"):
-        if broken := [plan.broken[p] for p in paths_of(sample.document) if p in plan.broken]:
-            tally.counts["bad"] += 1
-            keep(where, broken[0], record)
-            continue
-        number += 1
-        if plan.taken is None or plan.taken[number]:
-            yield (
-                where,
-                (split or "all") if plan.halves is None else plan.halves[number],
-                record,
-                sample,
-            )
-
-
-def make_plan(options: Options, form: Format, choices: Choices) -> Plan:
-    """Reads everything once where a record's fate depends on the others."""
-    if options.test_share is None and not options.balance:
-        return Plan()
-    documents: list[Document] = []
-    concepts: list[str] = []
-    found = samples(form, choices, options.check, Tally(), lambda *_: None)
-    for _, _, _, sample in tqdm(found, unit=" records", desc="planning"):
-        documents.append(sample.document)
-        concepts.append(domain_of(sample, options.balance_key))
-    hashes: dict[str, str] = {}
-    broken: dict[str, str] = {}
-    if options.test_share is not None:
-        hashes, broken = content_hashes(p for d in documents for p in paths_of(d))
-        whole = [not any(p in broken for p in paths_of(d)) for d in documents]
-        concepts = [c for c, good in zip(concepts, whole, strict=True) if good]
-        documents = [d for d, good in zip(documents, whole, strict=True) if good]
-    taken, halves = None, None
-    if options.balance:
-        assert options.max_samples is not None
-        taken = balanced(concepts, options.max_samples, options.seed)
-    if options.test_share is not None:
-        contents = [contents_of(document, hashes) for document in documents]
-        joined = groups(contents)
-        halves = [half_of(joined[own[0]], options.test_share) for own in contents]
-    return Plan(taken, halves, broken)
 
 
 @contextmanager
@@ -349,16 +306,15 @@ def write_pictures(path: Path, parts: dict[str, Part]) -> None:
     pd.DataFrame({"img_path": list(names)}).to_csv(path, index=False)
 
 
-def finish(
-    options: Options, tally: Tally, counts: Counts, parts: dict[str, Part], files: list[str],
-    found: list[str],
-) -> None:  # fmt: skip
+def finish(done: Conversion, found: list[str]) -> None:
+    """The manifest, and what a person wants to know."""
+    options, tally, counts, parts = done.options, done.tally, done.counts, done.parts
     if options.pictures is not None:
         with whole_file(options.pictures) as temporary:
             write_pictures(temporary, parts)
     hashes = {name: [part.hash.records, part.hash.hexadecimal()] for name, part in parts.items()}
     write_manifest(
-        options.output, resolved(options), [Path(file) for file in files], None,
+        options.output, resolved(options), [Path(file) for file in sorted(done.inputs)], None,
         counts=dict(tally.counts), splits=hashes, statistics=counts.tables(), leaks=found,
     )  # fmt: skip
     print(f"{options.output}: {tally.counts['written']} of {tally.counts['records']} records")
