@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import medley
@@ -46,6 +46,7 @@ class Noise:
 
 
 @settings(max_examples=40)
+@example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, rows=1)
 @given(
     seed=st.integers(0, 1000),
     scale=st.floats(0.01, 30),

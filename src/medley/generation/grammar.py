@@ -156,7 +156,8 @@ class Grammar:
 
     def missing_picture_note(self) -> str | None:
         """Why a picture that could have come did not."""
-        if not self.barred or self.images >= max(1, self.options.images_wanted):
+        short = self.finished == "length" and self.images < self.options.images_wanted
+        if not (self.barred or short) or self.images >= max(1, self.options.images_wanted):
             return None
         came = (
             f"{self.images} of {self.options.images_wanted} images" if self.images else "no image"
