@@ -101,7 +101,7 @@ class AnswerOptions(BatchOptions):
 
 def answer(options: AnswerOptions) -> None:
     questions = read_questions(options.questions)
-    if options.output.exists() or manifest_path(options.output).exists():
+    if options.output.exists():
         before = read_manifest(options.output).get("options", {})
         refuse_other_options(before, options.identity(), options.output)
     write_manifest(options.output, options.identity(), [options.questions], None)
