@@ -34,18 +34,13 @@ from medley.files import (
     write_json,
     write_manifest,
 )
-from medley.formats import FORMATS, Choices, Format, RecordError, Sample
+from medley.formats import FORMATS, Choices, Format, Name, RecordError, Sample
 from medley.formats.conversion import Check, Tally, kept_line
 from medley.formats.files import writer
 from medley.formats.planning import chosen, make_plan
 from medley.formats.splits import content_hashes, leaks, paths_of
 from medley.formats.tallies import PUBLISHED, Counts, SplitHash
 from medley.options import resolved, run_program
-
-Name = Literal[
-    "documents", "llava", "sharegpt", "medmax", "medtrinity", "vqa_rad", "slake", "pathvqa",
-    "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from medley import cli
+from medley.answer_files import chunk, keys_of, model_name
 from medley.commands.answer import devices_of
 from medley.commands.chat import parts_of
-from medley.commands.question_files import chunk, keys_of, model_name, read_questions
 from medley.document import Picture
 from medley.errors import UserError
+from medley.formats import Choices
 from medley.images import ImageError
 from medley.images.remote import fetch_image
 from medley.phantoms import Phantom
+from medley.questions import read_questions
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -336,10 +338,16 @@ def test_parts_draw_what_the_whole_draws(tmp_path: Path, program: Run) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question_id": 1, "text": "a", "image": ["p.png"]}, "its id or its image"),
+        (
+            {"question_id": 1, "text": "a", "image": ["p.png"]},
+            "expected a path",
+        ),
         ({"question_id": 1, "text": "a", "image": "../p.png"}, "outside of the folder"),
-        ({"question_id": 1.5, "text": "a"}, "its id neither"),
-        ({"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2}, "2 questions in one"),
+        ({"question_id": 1.5, "text": "a"}, "question_id is 1.5, expected text"),
+        (
+            {"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2},
+            "turn 1 is from human",
+        ),
         ("", "no questions in it"),
     ],
 )
@@ -357,8 +365,40 @@ def test_bad_questions_are_named(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question_id": 1, "text": "a"}\n{"question_id": 2}\n')
     with pytest.raises(UserError, match=r"q\.jsonl:2: expected question_id and text"):
-        read_questions(path)
+        read_questions(path, "llava", Choices(path))
     lists = tmp_path / "q.json"
     row = {"id": 3, "image": "a.png", "conversations": [{"from": "human", "value": "b\n<image>"}]}
     lists.write_text(json.dumps([row]))
-    assert [(q.identifier, q.text, q.image) for q in read_questions(lists)] == [(3, "b", "a.png")]
+    found = read_questions(lists, "llava", Choices(lists))
+    assert [(q.identifier, q.text, q.image) for q in found] == [(3, "b", "a.png")]
+
+
+def test_questions_come_from_any_format(pictures: Path, tmp_path: Path, program: Run) -> None:
+    data = tmp_path / "VQA_RAD"
+    data.mkdir()
+    rows = [
+        {"qid": i, "image_name": f"{i}.png", "question": "Is there a cyst?", "answer": "no",
+         "answer_type": "CLOSED ", "image_organ": "HEAD"}
+        for i in range(3)
+    ]  # fmt: skip
+    (data / "testset.json").write_text(json.dumps(rows))
+    output = tmp_path / "answers.jsonl"
+    words = ["medley.cli", "answer", "--ckpt", "tiny", "--format", "vqa_rad", "--questions", data]
+    words += ["--image_folder", pictures, "--output", output, "--max_new_tokens", 8]
+    program(*words, "--split", "test")
+    found = lines(output)
+    assert [row["question_id"] for row in found] == [0, 1, 2]
+    assert found[0]["prompt"] == "<image>\nIs there a cyst?"
+    said = program(*words, "--split", "val", status=2).stderr
+    assert "VQA-RAD has train, test" in said
+
+
+def test_questions_that_hold_several_turns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(UserError, match=r"docs\.jsonl:1: 4 turns, the first of the user"):
+        read_questions(path, "documents", Choices(path))
+    path.write_text(json.dumps({"messages": turns[:2]}) + "\n")
+    (question,) = read_questions(path, "documents", Choices(path))
+    assert (question.identifier, question.gold, question.kind) == (0, "a", None)

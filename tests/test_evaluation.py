@@ -1,132 +1,34 @@
-"""Scores: the published ones to nine digits, ours by words, with intervals."""
+"""Our scores: by words, with intervals; the programs, reports and comparisons."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import golden
+from PIL import Image
 
 from medley import cli
 from medley.errors import UserError
-from medley.evaluation.intervals import mean_interval, share_interval
-from medley.evaluation.pairs import read_cases
-from medley.evaluation.science_qa import parsed_letter, score
+from medley.evaluation.cases import Case, Scored, picked, read_scored
+from medley.evaluation.comparison import differences
+from medley.evaluation.intervals import mean_interval, paired_difference, share_interval
+from medley.evaluation.pairs import paired
+from medley.evaluation.science_qa import parsed_letter
 from medley.evaluation.vqa import (
-    _WEIGHTS,
-    Case,
-    bleu,
-    exact_match,
-    f1,
+    choice_of,
+    commonest,
+    confusion,
+    drawn,
     is_right,
-    likeliest,
-    likeness,
     own_scores,
-    published_scores,
+    score,
     yes_or_no,
 )
 from medley.evaluation.words import normalise
-
-METRICS = golden("vqa_metrics.json")["cases"]
-RUNS = golden("vqa_run_eval.json")["cases"]
-WORDS = golden("vqa_normalize_words.json")["cases"]
-SCIENCE = golden("science_qa.json")
-
-
-# --- recorded cases ---------------------------------------------------------------------------
-
-
-def test_words_are_normalised_as_recorded() -> None:
-    found = {case["id"]: normalise(case["input"], True) for case in WORDS}
-    assert found == {case["id"]: case["expected"] for case in WORDS}
-
-
-@pytest.mark.parametrize("case", METRICS, ids=lambda c: c["id"])
-def test_measures_equal_the_recorded(case: dict[str, Any]) -> None:
-    given, expected = case["input"], case["expected"]
-    answer, gold = (normalise(str(given[key]).lower(), True) for key in ("pred", "gt"))
-    words = expected["normalize_word"]
-    assert (answer, gold) == (words["pred"], words["gt"])
-    again = normalise(answer, True), normalise(gold, True)
-    assert again == (words["pred_twice"], words["gt_twice"])
-    found = {"exact": exact_match(*again), "f1": f1(*again)}
-    assert found["exact"] == pytest.approx(expected["calculate_exactmatch"]["value"], abs=1e-9)
-    recorded = expected["calculate_f1score__f1_precision_recall"]["value"]
-    assert found["f1"] == pytest.approx(recorded, abs=1e-9)
-    texts = [normalise(str(candidate).lower(), True) for candidate in given["candidates"]]
-    assert [likeness(again[0], text) for text in texts] == pytest.approx(
-        expected["candidate_similarity"], abs=1e-9
-    )
-    for name, weights in _WEIGHTS.items():
-        recorded = expected["sentence_bleu"][name]
-        assert bleu(answer, gold, weights) == pytest.approx(recorded["value"], abs=1e-9)
-    if given["answer_type"] == "OPEN":
-        hit = likeliest(again[0], given["candidates"]) == again[1]
-        assert float(hit) == expected["run_eval_open_hit_candidate_argmax"]
-        assert float(gold in answer) == expected["run_eval_batch_open_hit_substring"]
-        return
-    one = Case(0, "", str(given["gt"]), str(given["pred"]), "CLOSED")
-    opened = Case(1, "", "a", "a", "OPEN")  # the published code needs one
-    for compat in ("run_eval", "run_eval_batch"):
-        table = published_scores([one, opened], compat, given["candidates"])  # type: ignore[arg-type]
-        assert table["yes/no accuracy"] == 100 * expected[f"{compat}_closed_hit"]
-    recorded = 100 * expected["run_eval_batch_recall_closed"]
-    assert table["recall_closed"] == pytest.approx(recorded, abs=1e-9)
-
-
-@pytest.mark.parametrize("compat", ["run_eval", "run_eval_batch"])
-@pytest.mark.parametrize("case", RUNS, ids=lambda c: c["id"])
-def test_whole_runs_equal_the_recorded(case: dict[str, Any], compat: Any) -> None:
-    cases = [
-        Case(g["id"], "", str((g.get("conversations") or g["conversatons"])[1]["value"]), p["text"],
-             g["answer_type"])
-        for g, p in zip(case["gt"], case["pred"], strict=False)
-    ]  # fmt: skip
-    expected = case["evaluate_full_precision"][compat]
-    candidates = case["candidate"]["0"]
-    if expected.get("error") in ("ZeroDivisionError", "ValueError"):
-        with pytest.raises(UserError, match=r"no question is CLOSED|candidates are empty"):
-            published_scores(cases, compat, candidates)
-    elif "error" in expected:  # whole numbers for answers: they are text for us
-        assert case["id"] == "gt_answer_is_int"
-        assert published_scores(cases, compat, candidates)["yes/no accuracy"] >= 0
-    else:
-        assert published_scores(cases, compat, candidates) == pytest.approx(
-            expected["percent"], abs=1e-9
-        )
-
-
-@pytest.mark.parametrize(
-    "case", [*SCIENCE["cases"], *SCIENCE["llava_med_v1_scorer"]], ids=lambda c: c["id"]
-)
-def test_science_qa_equals_the_recorded(case: dict[str, Any], tmp_path: Path) -> None:
-    given, expected = case["input"], case["expected"]
-    wanted = given["pid_splits"]["test"]
-    if case["id"].startswith("v1_"):  # LLaVA-Med's leaves out what LLaVA counts as wrong
-        wanted = [p["question_id"] for p in given["predictions"]]
-    answers = {p["question_id"]: p for p in given["predictions"]}
-    rows, result = score(given["problems"], wanted, answers, True)
-    if expected["error"]:  # divides by the number of pictures
-        assert not any(row["is_multimodal"] for own in rows.values() for row in own)
-    else:
-        assert rows == expected["output_file"]
-        assert result == expected["output_result"]
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "problems.json").write_text(json.dumps(given["problems"]))
-    (folder / "pid_splits.json").write_text(json.dumps({"test": wanted}))
-    answers_file = tmp_path / "answers.jsonl"
-    lines = [json.dumps(row) + "\n" for row in given["predictions"]]
-    answers_file.write_text("".join(lines))
-    words = ["evaluate", "science-qa", "--base_dir", folder, "--pred", answers_file, "--compat"]
-    words += ["llava", "--output", tmp_path / "o.json", "--output_result", tmp_path / "r.json"]
-    assert cli.main([str(word) for word in words]) == 0
-    if not expected["error"]:
-        assert json.loads((tmp_path / "r.json").read_text()) == result
-
+from medley.formats import Choices
+from medley.questions import Question, read_questions
 
 # --- ours -------------------------------------------------------------------------------------
 
@@ -169,10 +71,17 @@ def test_groups_baselines_and_intervals() -> None:
         for i in range(10)
     ]  # fmt: skip
     cases += [Case(10, "q", "left lung", "the left lung", "OPEN", None, {"organ": "chest"})]
-    scores = own_scores(cases)
+    scores = own_scores([score(case) for case in cases])
     whole = scores["all"]
     assert whole["closed accuracy"]["percent"] == pytest.approx(70)
-    assert whole["closed: always the commonest"]["percent"] == pytest.approx(70)
+    blind = own_scores([score(case) for case in commonest(cases)])["all"]
+    assert blind["closed accuracy"]["percent"] == pytest.approx(70)
+    assert blind["open exact match"]["percent"] == 100
+    assert confusion(cases) == {"no": {"no": 0, "yes": 3}, "yes": {"no": 0, "yes": 7}}
+    many = [Case(i, "q", "yes" if i % 4 else "no", "", "CLOSED") for i in range(400)]
+    chance = sum(is_right(case) for case in drawn(many, 0)) / 400
+    assert 0.55 < chance < 0.7  # 0.75 squared, and 0.25 squared
+    assert drawn(many, 1) == drawn(many, 1) != drawn(many, 2)
     assert whole["open exact match"]["percent"] == 100
     assert whole["n"] == 11
     assert scores["organ: chest"]["n"] == 6
@@ -197,7 +106,7 @@ def test_letters_of_free_answers() -> None:
         ("the answer is (A).", "A"), ("The answer is A. No, the answer is B.", "FAILED"),
         ("A toy", "A"), ("Apple", "FAILED"), ("", "FAILED"),
     ):  # fmt: skip
-        assert parsed_letter(text, False) == letter, text
+        assert parsed_letter(text) == letter, text
 
 
 # --- the program ------------------------------------------------------------------------------
@@ -241,30 +150,149 @@ def test_answers_are_scored_whatever_their_order(
     assert "needs --candidate" in capsys.readouterr().err
 
 
+def asked(path: Path) -> list[Question]:
+    return read_questions(path, "llava", Choices(path))
+
+
 def test_answers_that_are_missing_too_many_or_no_answers_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gold, answers = write_pair(tmp_path, 6)
     rows = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(rows[:4]))
-    cases, missing = read_cases(gold, answers, False)
+    cases, missing = paired(asked(gold), answers)
     assert (len(cases), missing) == (6, 2)
-    assert read_cases(gold, answers, True)[1] == 2
-    assert len(read_cases(gold, answers, True)[0]) == 4
+    assert paired(asked(gold), answers, True)[1] == 2
+    assert len(paired(asked(gold), answers, True)[0]) == 4
     answers.write_text("".join([*rows, rows[0]]))
     with pytest.raises(UserError, match="1 ids have more answers"):
-        read_cases(gold, answers, False)
+        paired(asked(gold), answers)
     answers.write_text('{"question_id": 1}\n')
     with pytest.raises(UserError, match=r"answers\.jsonl:1: expected question_id and text"):
-        read_cases(gold, answers, False)
+        paired(asked(gold), answers)
     answers.write_text("")
+    with pytest.raises(UserError, match="no question has an answer"):
+        paired(asked(gold), answers, True)
     gold.write_text("[]")
     with pytest.raises(UserError, match="no questions in it"):
-        read_cases(gold, answers, False)
+        asked(gold)
     gold.write_text(
         '[{"id": 1, "answer_type": "MAYBE", "conversations": [{"value": "a"}, {"value": "b"}]}]'
     )
     with pytest.raises(UserError, match="answer_type is 'MAYBE'"):
-        read_cases(gold, answers, False)
+        asked(gold)
     assert cli.main(["evaluate", "nothing"]) == 2
     assert "no command 'evaluate nothing'" in capsys.readouterr().err
+
+
+def test_letters_are_compared_as_letters() -> None:
+    for gold, answer, right in (
+        ("A", "A", True), ("A", "A: a liver", True), ("B", "The answer is B.", True),
+        ("A", "a spleen", False), ("B", "C", False), ("B", "", False),
+    ):  # fmt: skip
+        assert is_right(Case(0, "", gold, answer, "CLOSED")) == right
+    assert choice_of(Case(0, "", "A", "liver", "CLOSED")) == ("A", "neither")
+    assert choice_of(Case(0, "", "left", "left", "CLOSED")) is None
+
+
+# --- reports ----------------------------------------------------------------------------------
+
+
+def test_a_report_shows_tables_pictures_and_nothing_of_the_web(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gold, answers = write_pair(tmp_path, 6)
+    for number in range(5):  # the sixth picture is missing
+        Image.new("RGB", (40, 30), (number, 99, 0)).save(tmp_path / f"{number}.png")
+    rows = json.loads(gold.read_text())
+    rows[0]["conversations"][0]["value"] = "<script>alert(1)</script>"
+    gold.write_text(json.dumps(rows))
+    output = tmp_path / "out" / "scores.json"
+    words = ["evaluate", "vqa", "--gt", gold, "--pred", answers, "--output", output]
+    assert cli.main([*map(str, words), "--image_folder", str(tmp_path)]) == 0
+    page = (tmp_path / "out" / "scores.json.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 5
+    assert "cannot be shown" in page
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "always the commonest" in page
+    assert "Closed questions: right and given answers" in page
+    found = json.loads(output.read_text())
+    assert found["confusion"] == {"yes": {"yes": 3}}
+    assert set(found["baselines"]) == {"always the commonest", "drawn at random"}
+    cases = read_scored(tmp_path / "out" / "scores.json.cases.jsonl")
+    assert [one.is_right for one in cases] == [False, True] * 3
+    capsys.readouterr()
+
+
+def test_a_gallery_is_half_wrong_where_it_can_be() -> None:
+    cases = [Scored(Case(i, "", "", "", ""), {"right": float(i >= 10)}) for i in range(100)]
+    found = picked(cases, 20)
+    assert sum(one.is_right is False for one in found) == 10
+    assert [one.case.identifier for one in found] == sorted(o.case.identifier for o in found)
+    assert len(picked(cases[:8], 20)) == 8
+    assert sum(one.is_right is False for one in picked(cases[:15], 10)) == 5
+
+
+# --- two runs ---------------------------------------------------------------------------------
+
+
+def run_of(right: list[float], images: bool = False) -> list[Scored]:
+    return [
+        Scored(Case(i, "q", "", "", "CLOSED", f"{i // 2}.png" if images else None),
+               {"right": value, "closed accuracy": value})
+        for i, value in enumerate(right)
+    ]  # fmt: skip
+
+
+def test_differences_are_paired() -> None:
+    a = [0.0, 1.0] * 100
+    b = [1.0, 1.0] * 90 + [0.0, 1.0] * 10
+    found = differences(run_of(a), run_of(b))["closed accuracy"]
+    assert found["difference"]["percent"] == pytest.approx(45)
+    assert found["p"] < 0.001
+    same = differences(run_of(a), run_of(a))["closed accuracy"]
+    assert same["difference"]["percent"] == 0
+    assert same["p"] == 1
+    assert differences(run_of(a), run_of(a[:50]))["closed accuracy"]["left out"] == 150
+    with pytest.raises(UserError, match="no question in common"):
+        differences(run_of(a), [])
+    other = [Scored(one.case, {"open f1": 1.0}) for one in run_of(a)]
+    with pytest.raises(UserError, match="no measure in common"):
+        differences(run_of(a), other)
+
+
+def test_questions_about_one_picture_count_as_one_draw() -> None:
+    a, b = [0.0] * 400, [1.0, 1.0, 0.0, 0.0] * 100
+    clustered = paired_difference(a, b, [i // 2 for i in range(400)]).interval
+    alone = paired_difference(a, b, list(range(400))).interval
+    assert clustered.value == alone.value == 0.5
+    ratio = (clustered.high - clustered.low) / (alone.high - alone.low)
+    assert ratio == pytest.approx(math.sqrt(2), rel=0.15)
+
+
+def test_the_program_compares_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gold, answers = write_pair(tmp_path, 8)
+    other = tmp_path / "other.jsonl"
+    rows = [{"question_id": i, "text": "no" if i == 1 else str(i)} for i in range(8)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, file in (("a", answers), ("b", other)):
+        words = ["evaluate", "vqa", "--gt", gold, "--pred", file, "--output", tmp_path / name]
+        assert cli.main([str(word) for word in words]) == 0
+    words = ["evaluate", "report", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.json"]
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert "open exact match" in said
+    found = json.loads((tmp_path / "c.json").read_text())["differences"]
+    assert found["closed accuracy"]["difference"]["percent"] == pytest.approx(-100)
+    assert found["open exact match"]["difference"]["percent"] == pytest.approx(100)
+    page = (tmp_path / "c.json.html").read_text(encoding="utf-8")
+    assert "A answered: yes" in page
+    assert cli.main([str(word) for word in [*words[:3], *words[4:]]]) == 2
+    assert "1 runs, expected two" in capsys.readouterr().err
+    (tmp_path / "b.cases.jsonl").write_text("{}\n")
+    assert cli.main([str(word) for word in words]) == 2
+    assert "not a case of an evaluation" in capsys.readouterr().err

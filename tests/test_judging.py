@@ -95,7 +95,6 @@ def test_sums_of_nothing_are_refused() -> None:
         Summary.of([])
     summary = Summary.of([(0.0, 5.0), (8.0, 4.0)])
     assert summary.of_ratios == 50
-    assert summary.of_means == pytest.approx(112.5)
 
 
 def test_the_program_counts_what_it_cannot_read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import takewhile
 from typing import Any
 
 from medley.options import run_program
@@ -13,12 +14,26 @@ COMMANDS = {
     "generate": ("generate", "GenerateOptions", "generate", "generates text and pictures"),
     "chat": ("chat", "ChatOptions", "chat", "talks in the terminal, in words and pictures"),
     "answer": ("answer", "AnswerOptions", "answer", "answers LLaVA's question files"),
-    "evaluate vqa": ("evaluate", "VqaOptions", "vqa", "scores answers to visual questions"),
+    "evaluate vqa": ("evaluate.vqa", "VqaOptions", "vqa", "scores answers to visual questions"),
     "evaluate science-qa": (
-        "evaluate", "ScienceQaOptions", "score_science_qa", "scores answers to ScienceQA",
+        "evaluate.science_qa", "ScienceQaOptions", "score_science_qa",
+        "scores answers to ScienceQA",
+    ),
+    "evaluate science-qa-judge": (
+        "evaluate.science_qa", "SettleOptions", "settle",
+        "has a judge settle two answer files to ScienceQA",
+    ),
+    "evaluate gpt-review": (
+        "evaluate.review", "ReviewOptions", "review", "has a judge score answers side by side",
     ),
     "evaluate summarize": (
-        "evaluate", "SummarizeOptions", "summarize", "sums up a judge's scores",
+        "evaluate.summarize", "SummarizeOptions", "summarize", "sums up a judge's scores",
+    ),
+    "evaluate medmax": (
+        "evaluate.medmax", "MedmaxOptions", "medmax", "answers and scores MedMax's suite",
+    ),
+    "evaluate report": (
+        "evaluate.compare", "CompareOptions", "compare", "compares two runs: report A B",
     ),
     "doctor": ("doctor", "DoctorOptions", "doctor", "checks versions, devices, the embedded model"),
 }  # fmt: skip
@@ -27,7 +42,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:20} {text}" for name, (*_, text) in COMMANDS.items())
+        listed = "\n".join(f"  {name:26} {text}" for name, (*_, text) in COMMANDS.items())
         print(f"usage: medley COMMAND [flags]   (medley COMMAND --help lists them)\n\n{listed}")
         return 0 if words else 2
     size = 2 if " ".join(words[:2]) in COMMANDS else 1
@@ -39,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     place, kind, work, _ = COMMANDS[name]
     module: Any = importlib.import_module(f"medley.commands.{place}")
-    return run_program(f"medley {name}", getattr(module, kind), getattr(module, work), words[size:])
+    flags = words[size:]
+    if name == "evaluate report":  # its two runs may stand without their flag
+        runs = list(takewhile(lambda word: not word.startswith("-"), flags))
+        flags = [*(["--runs", *runs] if runs else []), *flags[len(runs) :]]
+    return run_program(f"medley {name}", getattr(module, kind), getattr(module, work), flags)
 
 
 if __name__ == "__main__":

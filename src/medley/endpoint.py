@@ -94,6 +94,10 @@ class Replies:
     def get(self, key: str) -> str | None:
         return self._known.get(key)
 
+    def forget(self, key: str) -> None:
+        """The question is asked again; its old line stays, and the new one counts."""
+        self._known.pop(key, None)
+
     def keep(self, key: str, reply: str) -> None:
         append_line(self.path, json.dumps({"key": key, "reply": reply}))
         self._known[key] = reply

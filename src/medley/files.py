@@ -175,6 +175,15 @@ def quick_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_of(path: Path) -> str:
+    """`quick_hash` of a file; of a folder over the names and hashes of the files directly in it."""
+    if not path.is_dir():
+        return quick_hash(path)
+    own = sorted(file for file in path.iterdir() if file.is_file())
+    named = "".join(f"{file.name} {quick_hash(file)}\n" for file in own)
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
 # --- manifests ----------------------------------------------------------------------------
 
 

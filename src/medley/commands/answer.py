@@ -1,7 +1,8 @@
-"""`medley answer`: LLaVA's question files -> LLaVA's answer files, in chunks over processes.
+"""`medley answer`: questions about pictures -> LLaVA's answer file, in chunks over processes.
 
-A question file is JSONL (question_id, image, text) or a JSON list as LLaVA-Med's VQA data has it
-(id, image, conversations). Answers are appended as they come: a run that was stopped goes on.
+Questions are LLaVA's files: JSONL (question_id, image, text), or a JSON list as LLaVA-Med's VQA
+data has it (id, image, conversations); or any data set that conversion.convert_dataset reads, by
+`--format`. Answers are appended as they come: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,32 +21,30 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from medley.assistant import Answer, Model
-from medley.commands.common import BatchOptions
-from medley.commands.question_files import (
-    Question,
+from medley.answer_files import (
     answers_there,
     chunk,
     in_order,
     keys_of,
     model_name,
-    read_questions,
     row_of,
     write_rows,
 )
-from medley.document import Document, Picture, Turn
+from medley.assistant import Answer, Model
+from medley.commands.common import BatchOptions, QuestionOptions
+from medley.document import Document, Turn
 from medley.errors import DataLost, UserError
 from medley.files import (
     append_line,
+    hash_of,
     manifest_path,
-    quick_hash,
     read_manifest,
     write_manifest,
 )
-from medley.formats.sample import picture_path
 from medley.generation import GenerationOptions
 from medley.generation.options import Mode
 from medley.options import resolved
+from medley.questions import Question
 from medley.responses import answers, refuse_other_options, rows_there
 
 PROMPTER_TOKENS = 64  # of the second answer that --answer_prompter asks for
@@ -56,12 +55,11 @@ _WITHOUT_EFFECT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions(BatchOptions):
-    """Answers LLaVA's question files.
+class AnswerOptions(BatchOptions, QuestionOptions):
+    """Answers questions about pictures.
 
     Args:
-        questions: JSONL of question_id, image and text, or a JSON list of id, image, conversations
-        image_folder: folder that the questions' pictures are named from
+        questions: the questions: a file, or a data set's folder as published
         output: the answer file, JSONL
         num_chunks: parts that the questions are cut into
         chunk_idx: the part to answer, from 0
@@ -72,7 +70,6 @@ class AnswerOptions(BatchOptions):
 
     questions: Path
     output: Path
-    image_folder: Path | None = None
     num_chunks: int = 1
     chunk_idx: int = 0
     devices: str | None = None
@@ -96,11 +93,11 @@ class AnswerOptions(BatchOptions):
     def identity(self) -> dict[str, Any]:
         """What the answers depend on."""
         kept = {n: v for n, v in resolved(self).items() if n not in _WITHOUT_EFFECT}
-        return kept | {"questions_hash": quick_hash(self.questions)}
+        return kept | {"questions_hash": hash_of(self.questions)}
 
 
 def answer(options: AnswerOptions) -> None:
-    questions = read_questions(options.questions)
+    questions = options.questions_in(options.questions)
     if options.output.exists():
         before = read_manifest(options.output).get("options", {})
         refuse_other_options(before, options.identity(), options.output)
@@ -108,7 +105,7 @@ def answer(options: AnswerOptions) -> None:
     if options.devices is not None:
         on_devices(options, questions)
         return
-    prompts = [prompt_of(question, options.image_folder) for question in questions]
+    prompts = [question.prompt for question in questions]
     keys = list(keys_of((q.identifier, q.asked) for q in questions))
     there = answers_there(options.output)
     own = chunk(range(len(questions)), options.num_chunks, options.chunk_idx)
@@ -175,14 +172,6 @@ def with_prompter(
             else:
                 yield n, found
         yield from first.items()
-
-
-def prompt_of(question: Question, folder: Path | None) -> Document:
-    """Raises UserError for a picture outside of the folder."""
-    if question.image is None:
-        return Document((Turn("user", (question.text,)),))
-    picture = Picture(path=picture_path(question.image, folder))
-    return Document((Turn("user", (picture, question.text)),))
 
 
 # --- several devices --------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from medley.assistant import Model
 from medley.checkpoints import Checkpoint
 from medley.errors import UserError
+from medley.formats import FORMATS, Choices, Name
 from medley.generation import GenerationOptions
 from medley.generation.cache import bytes_a_token
 from medley.generation.engine import STREAMS
@@ -18,6 +19,7 @@ from medley.generation.options import Mode
 from medley.generation.packed import LARGEST
 from medley.loading import MAP, find, load_checkpoint, pick_device, pick_dtype
 from medley.quantization import Quantize
+from medley.questions import Question, read_questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,44 @@ class BatchOptions(ModelOptions):
     @property
     def rows_at_once(self) -> int:
         return 1 if self.deterministic else self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """Where questions come from.
+
+    Args:
+        image_folder: folder that the questions' pictures are named from
+        format: llava, or another format of conversion.convert_dataset
+        split: the published split
+        language: language of SLAKE's questions
+        prompt_format: ScienceQA's prompt, what is asked and what is answered
+        prompt: question put to captions
+        question_key: column of the questions
+        answer_key: column of the answers
+        image_key: column of the pictures
+    """
+
+    image_folder: Path | None = None
+    format: Name = "llava"
+    split: str = "all"
+    language: Literal["all", "en", "zh"] = "all"
+    prompt_format: str = Choices.prompt_format
+    prompt: str | None = None
+    question_key: str = Choices.question_key
+    answer_key: str = Choices.answer_key
+    image_key: str = Choices.image_key
+
+    def questions_in(self, path: Path) -> list[Question]:
+        """Raises UserError, with its place, for a bad one, and where there is none."""
+        form, folder = FORMATS[self.format], self.image_folder
+        if self.split != "all" and not form.splits:
+            raise UserError(f"--split {self.split}: {self.format} is published without splits")
+        if folder is None and form.pictures_in is not None and self.format != "llava":
+            folder = form.pictures_in(path)
+        names = set(QuestionOptions.__dataclass_fields__) - {"image_folder", "format"}
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return read_questions(path, self.format, Choices(path, folder, **chosen))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""95 % intervals of shares and of means."""
+"""95 % intervals of shares, of means, and of what two answer to the same questions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,3 +46,41 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     means = np.array([random.choice(array, len(array)).mean() for _ in range(_RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(array.mean()), float(low), float(high), len(array))
+
+
+def interval_of(values: Sequence[float], seed: int = 0) -> Interval:
+    """Of a share, where every value is 0 or 1; else of a mean."""
+    if all(value in (0, 1) for value in values):
+        return share_interval(round(sum(values)), len(values))
+    return mean_interval(values, seed)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of b - a with its interval, and the share of resamples on the other side of 0, twice
+    (a p-value of two sides)."""
+
+    interval: Interval
+    p: float
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
+) -> Difference:
+    """A paired bootstrap of b - a. Values of one cluster (questions about the same picture, say)
+    are drawn together, since they are not independent. Raises ValueError for no values."""
+    if not a:
+        raise ValueError("no cases")
+    places = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    sums, counts = np.zeros(len(places)), np.zeros(len(places))
+    for first, second, cluster in zip(a, b, clusters, strict=True):
+        sums[places[cluster]] += second - first
+        counts[places[cluster]] += 1
+    random = np.random.default_rng(seed)
+    even = np.full(len(places), 1 / len(places))
+    drawn = random.multinomial(len(places), even, size=_RESAMPLES)
+    means = (drawn @ sums) / (drawn @ counts)
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
+    mean = float(sums.sum() / counts.sum())
+    return Difference(Interval(mean, float(low), float(high), len(a)), min(1.0, 2 * tail))

@@ -52,14 +52,20 @@ def parse_pair_as_llava_med(reply: str) -> Pair:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean scores of a group, and the model's in percent of the reference's: `of_ratios` is the
-    mean of each question's share (LLaVA-Med), `of_means` the share of the means (LLaVA)."""
+    """Mean scores of a group, and the mean of the model's in percent of the reference's, question
+    by question (LLaVA-Med's way)."""
 
     reference: float
     model: float
     of_ratios: float
-    of_means: float
     n: int
+
+    def published(self) -> dict[str, float]:
+        """By LLaVA-Med's names."""
+        return {
+            "gpt4_score": self.reference, "pred_score": self.model,
+            "pred_relative_score": self.of_ratios, "data_size": self.n,
+        }  # fmt: skip
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> Summary:
@@ -70,8 +76,7 @@ class Summary:
         model = sum(pair[1] for pair in pairs) / len(pairs)
         ratios = [b / a for a, b in pairs if a]
         share = 100 * sum(ratios) / len(ratios) if ratios else math.nan
-        of_means = 100 * model / reference if reference else math.nan
-        return cls(reference, model, share, of_means, len(pairs))
+        return cls(reference, model, share, len(pairs))
 
 
 def domain_of(row: dict[str, Any]) -> str | None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from medley.evaluation.cases import Case, Scored
 from medley.vocabulary import IMAGE
+
+Compat = Literal["none", "llava", "llava_med"]
 
 FAILED = "FAILED"
 LETTERS = "ABCDE"
@@ -16,10 +23,13 @@ _OURS = re.compile(r"\bthe answer is:? \(?([A-Z])\b", re.IGNORECASE)
 _ALONE = re.compile(r"\(?([A-Z])\)?(?:[.:)\s].*)?", re.DOTALL)
 
 
-def parsed_letter(text: str, as_published: bool) -> str:
+def parsed_letter(text: str, compat: Compat = "none") -> str:
     """The letter of an answer: alone, before a period and words, or the only one that "The answer
     is" names. FAILED where there is none."""
-    if as_published:
+    if compat == "llava_med":
+        found = _PUBLISHED.findall(text)
+        return str(found[0]) if len(found) == 1 else FAILED
+    if compat == "llava":
         if text in LETTERS and len(text) == 1:
             return text
         if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
@@ -33,37 +43,105 @@ def parsed_letter(text: str, as_published: bool) -> str:
     return alone[1] if alone else FAILED
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Rows that are right and wrong, as LLaVA writes them, and its result file."""
+
+    correct: list[dict[str, Any]]
+    incorrect: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [*self.correct, *self.incorrect]
+
+    @property
+    def unread(self) -> int:
+        """Answers in which no letter was found."""
+        return sum(row["parsed_ans"] == FAILED and row["pred"] != FAILED for row in self.rows)
+
+    def line(self) -> str:
+        """What LLaVA prints; without a picture it divides by zero, ours leaves that share out."""
+        n, right = self.result["count"], self.result["correct"]
+        line = f"Total: {n}, Correct: {right}, Accuracy: {self.result['acc']:.2f}%"
+        pictured = sum(row["is_multimodal"] for row in self.rows)
+        if pictured:
+            own = sum(row["is_multimodal"] for row in self.correct)
+            line += f", IMG-Accuracy: {100 * own / pictured:.2f}%"
+        return line
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Right letter -> given letter -> how often."""
+        pairs = Counter((row["ground_truth"], row["parsed_ans"]) for row in self.rows)
+        columns = sorted({letter for pair in pairs for letter in pair})
+        return {
+            right: {given: pairs[right, given] for given in columns}
+            for right in sorted({right for right, _ in pairs})
+        }
+
+    def cases(self, problems: Mapping[str, Any], folder: Path | None) -> list[Scored]:
+        """The same for a report, in the order of the results."""
+        right = {row["question_id"] for row in self.correct}
+        by_name = {row["question_id"]: row for row in self.rows}
+        found = []
+        for name in self.result["results"]:
+            problem, row = problems[name], by_name[name]
+            offered = "\n".join(
+                f"({letter}) {text}"
+                for letter, text in zip(LETTERS, problem["choices"])  # noqa: B905
+            )
+            image = None
+            if problem.get("image") and folder is not None:
+                image = str(folder / name / str(problem["image"]))
+            case = Case(
+                name, f"{problem.get('question', '')}\n{offered}", row["ground_truth"],
+                row["pred"], str(problem.get("subject", "")), image,
+            )  # fmt: skip
+            hit = float(name in right)
+            found.append(Scored(case, {"right": hit, "accuracy": hit}))
+        return found
+
+
 def score(
     problems: Mapping[str, Any],
     wanted: Sequence[str],
     answers: Mapping[str, Any],
-    as_published: bool,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """(rows that are right and wrong, the result file) of the problems of a split.
+    compat: Compat = "none",
+    seed: int = 0,
+) -> Scores:
+    """Scores of the problems of a split.
 
-    A problem without an answer is wrong. The published code gives -1 for a letter beyond the
-    choices.
+    A problem without an answer is wrong; LLaVA-Med leaves it out. A letter beyond the choices
+    counts as -1 in the results; LLaVA-Med draws one of the choices there, and where it finds no
+    letter, twice (for the results and for the score): so does `llava_med`, from a seed.
     """
-    rows: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
+    draw = random.Random(seed).randrange
+    found = Scores([], [], {})
     results: dict[str, int] = {}
     outputs: dict[str, str] = {}
     for identifier in wanted:
         problem, answer = problems[identifier], answers.get(identifier)
+        if answer is None and compat == "llava_med":
+            continue
         text = FAILED if answer is None else str(answer["text"])
         prompt = "Unknown" if answer is None else str(answer.get("prompt", ""))
-        letter = FAILED if answer is None else parsed_letter(text, as_published)
+        letter = FAILED if answer is None else parsed_letter(text, compat)
+        count = len(problem["choices"])
         place = LETTERS.find(letter) if len(letter) == 1 else -1
-        place = place if place < len(problem["choices"]) else -1
-        results[identifier], outputs[identifier] = place, text
-        is_right = place == problem["answer"]
-        rows["correct" if is_right else "incorrect"].append({
+        place = place if place < count else -1
+        scored = results[identifier] = place
+        if place < 0 and compat == "llava_med":
+            results[identifier], scored = draw(count), draw(count)
+        outputs[identifier] = text
+        rows = found.correct if scored == problem["answer"] else found.incorrect
+        rows.append({
             "question_id": identifier, "parsed_ans": letter,
             "ground_truth": LETTERS[problem["answer"]], "question": prompt, "pred": text,
             "is_multimodal": IMAGE in prompt,
         })  # fmt: skip
-    right, count = len(rows["correct"]), len(wanted)
-    accuracy = right / count * 100 if count else 0.0
-    result = {
-        "acc": accuracy, "correct": right, "count": count, "results": results, "outputs": outputs,
-    }  # fmt: skip
-    return rows, result
+    right, count = len(found.correct), len(results)
+    found.result.update(
+        acc=right / count * 100 if count else 0.0, correct=right, count=count, results=results,
+        outputs=outputs,
+    )  # fmt: skip
+    return found

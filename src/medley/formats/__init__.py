@@ -1,5 +1,7 @@
 """Data sets of the field <-> documents: one module a format, reading and writing side by side."""
 
+from typing import Literal
+
 from medley.formats import (
     captions,
     documents,
@@ -16,7 +18,11 @@ from medley.formats import (
 )
 from medley.formats.sample import Choices, Format, RecordError, Sample
 
-FORMATS: dict[str, Format] = {
+Name = Literal[
+    "documents", "llava", "sharegpt", "medmax", "medtrinity", "vqa_rad", "slake", "pathvqa",
+    "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions",
+]  # fmt: skip
+FORMATS: dict[Name, Format] = {
     "documents": documents.FORMAT,
     "llava": llava.FORMAT,
     "sharegpt": sharegpt.FORMAT,
@@ -32,4 +38,4 @@ FORMATS: dict[str, Format] = {
     "captions": captions.FORMAT,
 }
 
-__all__ = ["FORMATS", "Choices", "Format", "RecordError", "Sample"]
+__all__ = ["FORMATS", "Choices", "Format", "Name", "RecordError", "Sample"]

@@ -1,4 +1,4 @@
-"""LLaVA's question files and answer files."""
+"""LLaVA's answer files: written as answers come, gone on with, put into order."""
 
 from __future__ import annotations
 
@@ -6,67 +6,15 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medley.errors import UserError
 from medley.files import whole_file
-from medley.formats.files import records_of
-from medley.formats.sample import RecordError
+from medley.questions import Question
 from medley.responses import rows_there
-from medley.vocabulary import IMAGE
 
 Item = TypeVar("Item")
 Key = tuple[str, str, int]
-
-
-@dataclass(frozen=True)
-class Question:
-    """`asked` is the text as it stands in the file, with its `<image>`."""
-
-    identifier: str | int
-    asked: str
-    image: str | None
-
-    @property
-    def text(self) -> str:
-        # The picture's place in LLaVA's files is before or behind the words; here it comes first.
-        return self.asked.replace(IMAGE, "").strip()
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Questions in their order. Raises UserError with the place of a bad one."""
-    found = []
-    for place, _, row in records_of(path):
-        if isinstance(row, RecordError):
-            raise UserError(f"{place}: {row}")
-        found.append(_question(place, row))
-    if not found:
-        raise UserError(f"{path}: no questions in it")
-    return found
-
-
-def _question(place: str, row: Any) -> Question:
-    try:
-        identifier = row["question_id"] if "question_id" in row else row["id"]
-        turns = [] if "text" in row else [t for t in row["conversations"] if t["from"] == "human"]
-        text = row["text"] if "text" in row else turns[0]["value"]
-        image = row.get("image")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{place}: expected question_id and text, or id and conversations ({error} is missing)"
-        ) from error
-    if len(turns) > 1:
-        raise UserError(
-            f"{place}: {len(turns)} questions in one record, and answers have one for each record: "
-            "give each its own"
-        )
-    if not isinstance(text, str) or isinstance(identifier, bool | float):
-        raise UserError(f"{place}: the question is no text, or its id neither text nor number")
-    if not isinstance(identifier, str | int) or not isinstance(image, str | None):
-        raise UserError(f"{place}: its id or its image is neither text nor number")
-    return Question(identifier, text, image or None)
 
 
 def keys_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[Key]:

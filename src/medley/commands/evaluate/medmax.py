@@ -1,0 +1,379 @@
+"""`medley evaluate medmax`: MedMax's suite, answered and scored.
+
+Data are MedMax's evaluation lines (task_name, question_type, prompt, answer, image_path) as JSONL,
+Parquet or CSV. OUTPUT holds answers.jsonl (a run that was stopped goes on), pictures/,
+results/NAME.json and logs/NAME.json as MedMax has them, and NAME.json with its page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from medley.assistant import Answer, Model
+from medley.commands.common import BatchOptions
+from medley.document import Document, Part, Picture, Turn
+from medley.endpoint import Message
+from medley.errors import DataLost, UserError
+from medley.evaluation import medmax_suite as suite
+from medley.evaluation.cases import Case, Scored
+from medley.evaluation.judge import (
+    PROMPTS,
+    Counts,
+    DryRun,
+    JudgeOptions,
+    ask_judge,
+    filled,
+    read_prompts,
+)
+from medley.evaluation.medmax_scores import (
+    JUDGED,
+    LIKENESS,
+    Given,
+    Scores,
+    finite,
+    merged,
+)
+from medley.evaluation.medmax_suite import CAPTIONING, CHAT, GENERATION, MIXED, Processor, Row
+from medley.evaluation.report import kinds_table, measures_of, page_path, text_table, write_report
+from medley.evaluation.reviews import Review, Rules
+from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
+from medley.files import (
+    append_line,
+    quick_hash,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from medley.formats.files import records_of
+from medley.formats.sample import RecordError, picture_path
+from medley.generation import GenerationOptions
+from medley.images import open_image
+from medley.instructions.captions import context_of
+from medley.options import resolved
+from medley.responses import answers, refuse_other_options, rows_there
+from medley.vocabulary import IMAGE
+
+Task = Literal[
+    "all", "vqa", "closed", "open", "mcq", "image_captioning", "image_generation", "mm_out",
+    "visual_chat",
+]  # fmt: skip
+_TOKENS = {"closed": 16, "mcq": 16, "open": 60, MIXED: 1024}  # of the others: --max_new_tokens
+_PUBLISHED_TOKENS = 1  # of a closed or multiple choice answer in MedMax's program
+_PUBLISHED_PENALTY = 1.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedmaxOptions(BatchOptions, JudgeOptions):
+    """Answers and scores MedMax's suite.
+
+    Args:
+        eval_data: MedMax's evaluation lines
+        output: folder of answers, results and pages
+        image_folder: folder that the lines' pictures are named from; the data's own unless given
+        save_name: name of the result files; the checkpoint's unless given
+        tasks: the tasks to run; vqa for closed, open and mcq
+        prompt_processor: sft ends the turn behind a question, chameleon asks in Chameleon's words,
+            default gives picture and question
+        limit: rows of each task, the first ones
+        similarity_model: folder of a model with towers for pictures and words (BiomedCLIP, CLIP)
+        sentence_model: folder of a model of sentences, which compares open answers without a judge
+        rule: file of what the judge is told of visual chats
+        judge_prompts: YAML file of what the judge is told of open and mixed answers
+        compat: medmax for one-token answers, its repetition penalty, and its reading of answers and
+            replies
+    """
+
+    eval_data: Path
+    output: Path
+    image_folder: Path | None = None
+    save_name: str | None = None
+    tasks: list[Task] | None = None
+    prompt_processor: Processor = "sft"
+    limit: int | None = None
+    similarity_model: Path | None = None
+    sentence_model: Path | None = None
+    rule: Path | None = None
+    judge_prompts: Path = PROMPTS / "medmax.yaml"
+    compat: Literal["none", "medmax"] = "none"
+    text_greedy: bool = True
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check_batch()
+        self.check_judge()
+        self.generation()
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit is {self.limit}, expected 1 or more")
+
+    @property
+    def name(self) -> str:
+        return self.save_name or Path(self.ckpt).name
+
+    @property
+    def as_published(self) -> bool:
+        return self.compat == "medmax"
+
+    def wanted(self) -> set[str]:
+        found: set[str] = set()
+        for task in self.tasks or ["all"]:
+            found |= {"all": set(suite.TASKS), "vqa": set(suite.TASKS[:3])}.get(task, {task})
+        return found
+
+    def generation_of(self, row: Row, model: Model | None) -> GenerationOptions:
+        """A row's mode and longest answer; the rest as it was asked for."""
+        mode = {GENERATION: "image", MIXED: "any"}.get(row.task, "text")
+        chosen = replace(self, mode=mode).generation(model)  # type: ignore[arg-type]  # a Mode
+        longest = min(chosen.max_new_tokens, _TOKENS.get(row.group, chosen.max_new_tokens))
+        if self.as_published:
+            longest = _PUBLISHED_TOKENS if row.group in ("closed", "mcq") else longest
+            chosen = replace(chosen, repetition_penalty=_PUBLISHED_PENALTY)
+        return replace(chosen, max_new_tokens=longest)
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        names = {*BatchOptions.__dataclass_fields__, "image_folder", "prompt_processor", "compat"}
+        names -= {"batch_size", "deterministic", "device"}
+        kept = {name: value for name, value in resolved(self).items() if name in names}
+        return kept | {"eval_data_hash": quick_hash(self.eval_data)}
+
+
+def medmax(options: MedmaxOptions) -> None:
+    rows = list(read_rows(options))
+    told = read_prompts(options.judge_prompts, "system", "open", "mixed")
+    rules = Rules.read(options.rule)
+    scores = Scores(rows, answered(options, rows), options.as_published)
+    try:
+        counts = judged(options, scores, told, rules)
+    except DryRun:
+        return
+    compare_sentences(options, scores)
+    compare_pictures(options, scores)
+    write(options, scores, counts)
+
+
+def read_rows(options: MedmaxOptions) -> Iterator[Row]:
+    """The rows of the tasks that were asked for. Raises UserError with the place of a bad one."""
+    wanted, counts, n = options.wanted(), dict.fromkeys(suite.TASKS, 0), 0
+    for n, (place, _, record) in enumerate(records_of(options.eval_data), 1):
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            row = suite.row_of(n - 1, record)
+            if row.group in ("closed", "mcq", "open") and (fault := suite.gold_fault(row)):
+                raise UserError(fault)
+            if row.task == CHAT:
+                suite.chat_reference(row.answer)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        if row.group in wanted and counts[row.group] != options.limit:
+            counts[row.group] += 1
+            yield row
+    if not any(counts.values()):
+        raise UserError(
+            f"{options.eval_data}: none of its {n} lines is of {', '.join(sorted(wanted))}"
+        )
+    for task in suite.TASKS:
+        if task in wanted:
+            print(f"{task}: {counts[task] or 'no'} rows")
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Given]:
+    """Answers by the rows' numbers; those of an earlier run that was stopped are kept."""
+    file = options.output / "answers.jsonl"
+    if file.exists():
+        before = read_manifest(options.output).get("options", {})
+        refuse_other_options(before, options.identity(), options.output)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_manifest(options.output, options.identity(), [options.eval_data], None)
+    found = {
+        int(row["row"]): Given(row["text"], tuple(row["pictures"]))
+        for row in rows_there(file, "row")
+    }
+    left = [row for row in rows if row.number not in found]
+    if len(left) < len(rows):
+        print(f"{file}: {len(rows) - len(left)} answers are there already")
+    if not left:
+        return found
+    drawing = any(row.task in (GENERATION, MIXED) for row in left)
+    # Where nothing is drawn no VQGAN decoder is needed.
+    loaded = options if drawing else replace(options, mode="text")
+    model = loaded.load(min(options.rows_at_once, len(left)))
+    by_number = {row.number: row for row in left}
+    asked = (
+        (row.number, Document((Turn("user", tuple(prompt_of(options, row))),)),
+         options.generation_of(row, model))
+        for row in left
+    )  # fmt: skip
+    complete = options.prompt_processor != "sft"
+    stream = answers(model, asked, complete, options.rows_at_once)
+    for number, answer in tqdm(stream, desc="answering", unit=" answers", total=len(left)):
+        found[number] = _kept(options.output, by_number[number], answer)
+        if not found[number].error:
+            row = {"row": number, "task": by_number[number].name, "text": found[number].text,
+                   "pictures": list(found[number].pictures)}  # fmt: skip
+            append_line(file, json.dumps(row, ensure_ascii=False))
+    return found
+
+
+def prompt_of(options: MedmaxOptions, row: Row) -> list[Part]:
+    shown = None
+    if row.image is not None and row.task not in (GENERATION, MIXED):
+        shown = Picture(path=image_path(options, row))
+    return suite.prompt_for(options.prompt_processor, row, shown)
+
+
+def image_path(options: MedmaxOptions, row: Row) -> str:
+    assert row.image is not None
+    return picture_path(row.image, options.image_folder or options.eval_data.parent)
+
+
+def _kept(folder: Path, row: Row, answer: Answer | str) -> Given:
+    if isinstance(answer, str):
+        return Given("", error=answer)
+    names = []
+    (folder / "pictures").mkdir(exist_ok=True)
+    for place, image in enumerate(answer.images):
+        path = folder / "pictures" / f"{row.number:06d}_{place}.png"
+        image.save(path)
+        names.append(str(path))
+    texts = [part.strip() for part in answer.parts if isinstance(part, str)]
+    return Given(" ".join(text for text in texts if text), tuple(names))
+
+
+# --- judges and models of likeness --------------------------------------------------------------
+
+
+def judged(
+    options: MedmaxOptions, scores: Scores, told: dict[str, str], rules: Rules
+) -> Counts | None:
+    """Asks a judge about all that words alone do not settle; None without one.
+
+    Raises DryRun where only its estimate was asked for.
+    """
+    rows = scores.answered(*JUDGED)
+    if not rows or options.endpoint is None:
+        if rows and options.sentence_model is None:
+            print(
+                f"{len(rows)} open, mixed and chat answers have no score: they need a judge "
+                "(--endpoint, --judge) or a --sentence_model"
+            )
+        return None
+    asked = {row.number: messages(scores, row, told, rules) for row in rows}
+    kept = options.output / "replies.jsonl"
+    replies = ask_judge(options, asked, kept, scores.readable)
+    read = {number: scores.take_reply(number, reply) for number, reply in replies.items()}
+    return Counts.of(replies, read)
+
+
+def messages(scores: Scores, row: Row, told: dict[str, str], rules: Rules) -> list[Message]:
+    given = scores.given[row.number].text
+    if row.task == CHAT:
+        known = suite.chat_reference(row.answer)
+        question = row.prompt.replace(IMAGE, "").strip()
+        context = context_of(known, True)
+        return rules.messages(
+            Review(row.number, row.kind, question, known["gpt4_answer"], given, context)
+        )
+    text = filled(
+        told["mixed" if row.task == MIXED else "open"],
+        {"question": row.prompt, "gold": str(row.answer), "answer": given},
+    )
+    return [{"role": "system", "content": told["system"]}, {"role": "user", "content": text}]
+
+
+def compare_sentences(options: MedmaxOptions, scores: Scores) -> None:
+    folder, rows = options.sentence_model, scores.answered(*JUDGED)
+    if folder is None or not rows:
+        return
+    given = [scores.given[row.number].text for row in rows]
+    found = SentenceSimilarity(folder).between(given, [suite.gold_text(row) for row in rows])
+    name = f"similarity of words ({folder.name}; no judge's score)"
+    for row, value in zip(rows, found, strict=True):
+        scores.by_row[row.number][name] = value
+
+
+def compare_pictures(options: MedmaxOptions, scores: Scores) -> None:
+    """Captions with their pictures, drawn pictures with their words, and in mixed answers with the
+    picture that is the right answer."""
+    rows = scores.with_pictures()
+    if options.similarity_model is None or not rows:
+        if rows:
+            print(f"{len(rows)} captions and pictures have no score: they need a "
+                  "--similarity_model")  # fmt: skip
+        return
+    model = PictureSimilarity(options.similarity_model)
+    for start in range(0, len(rows), options.batch_size):
+        batch = rows[start : start + options.batch_size]
+        for kind in (CAPTIONING, GENERATION, MIXED):
+            own = [row for row in batch if row.task == kind]
+            if not own:
+                continue
+            drawn = [scores.given[row.number] for row in own]
+            named = [image_path(options, row) if row.image else "" for row in own]
+            files = named if kind == CAPTIONING else [str(given.drawn) for given in drawn]
+            images = [open_image(file) for file in files]
+            if kind == MIXED:
+                found = model.between(images, [open_image(file) for file in named])
+            elif kind == CAPTIONING:
+                found = model.with_texts(images, [given.text for given in drawn])
+            else:
+                found = model.with_texts(images, [row.prompt for row in own])
+            for row, value in zip(own, found, strict=True):
+                scores.by_row[row.number][f"{LIKENESS} ({model.name})"] = value
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def write(options: MedmaxOptions, scores: Scores, counts: Counts | None) -> None:
+    """MedMax's result file, its log and the page. Raises DataLost where an answer is missing."""
+    output = options.output
+    results, logs = scores.results(), scores.logs()
+    for folder, found in (("results", results), ("logs", logs)):
+        path = output / folder / f"{options.name}.json"
+        before = read_json(path) if path.exists() else {}
+        write_json(path, merged(before, finite(found)))
+    cases = [case_of(options, scores, row) for row in scores.rows]
+    measures = measures_of(cases, options.seed)
+    values: dict[str, Any] = {
+        "evaluation": "medmax", "results": finite(results), "scores": measures,
+    }  # fmt: skip
+    notes = [f"{options.ckpt}: {len(cases)} rows of {options.eval_data}."]
+    if counts is not None:
+        values["judge"] = {"model": options.judge, **counts.values()}
+        notes.append(counts.line())
+    failed = [given.error for given in scores.given.values() if given.error]
+    if failed:
+        notes.append(f"{len(failed)} rows were not answered: {failed[0]}")
+    page = output / f"{options.name}.json"
+    tables = [kinds_table("By task", cases, options.seed)]
+    write_report(page, f"MedMax's suite, {options.name}", values, tables, cases, notes)
+    print(text_table(measures))
+    for name, value in finite(results).items():
+        print(f"{name}: {json.dumps(value)}")
+    print("\n".join(notes[1:]))
+    print(f"{output}: answers, results/ and logs/; {page_path(page)} shows some")
+    if failed:
+        raise DataLost(
+            f"{len(failed)} of {len(cases)} rows were not answered, the first: {failed[0]}"
+        )
+    if counts is not None:
+        counts.check()
+
+
+def case_of(options: MedmaxOptions, scores: Scores, row: Row) -> Scored:
+    given = scores.given[row.number]
+    image = image_path(options, row) if row.image is not None else None
+    kind = row.name if row.group == row.kind else f"{row.task}: {row.kind}"
+    case = Case(row.number, row.prompt, suite.gold_text(row), given.text, kind, image)
+    return Scored(case, scores.by_row[row.number], scores.notes[row.number], given.drawn)

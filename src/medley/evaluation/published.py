@@ -1,0 +1,87 @@
+"""LLaVA-Med's two published scorers of visual questions, bug for bug.
+
+Substrings count as words there ("normal" as no), "exact match" is a precision, and a class without
+a question divides by zero (an error here, with the reason).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from medley.errors import UserError
+from medley.evaluation.cases import Case
+from medley.evaluation.measures import bleu, exact_match, f1, likeness
+from medley.evaluation.words import normalise
+from medley.questions import CLOSED, OPEN
+
+Compat = Literal["run_eval", "run_eval_batch"]
+_WEIGHTS = {
+    "bleu_score": (0.25, 0.25, 0.25, 0.25), "bleu_score_1": (1, 0, 0, 0),
+    "bleu_score_2": (0, 1, 0, 0), "bleu_score_3": (0, 0, 1, 0),
+}  # fmt: skip
+
+
+def likeliest(answer: str, candidates: Sequence[Any]) -> str:
+    """The first of the candidates that are most alike, also where none is alike at all."""
+    if not candidates:
+        raise UserError(
+            "the candidates are empty: run_eval needs the open answers of the train set"
+        )
+    texts = [normalise(str(candidate).lower(), True) for candidate in candidates]
+    return max(texts, key=lambda text: likeness(answer, text))
+
+
+def published_scores(
+    cases: Sequence[Case], compat: Compat, candidates: Sequence[Any] | None
+) -> dict[str, float]:
+    """LLaVA-Med's table in percent. Raises UserError where the published code would divide by zero,
+    or needs candidates."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
+    for case in cases:
+        answer, gold = (normalise(text.lower(), True) for text in (case.answer, case.gold))
+        if case.kind == OPEN:
+            counts[OPEN] += 1
+            # The published measures normalise what is normalised already.
+            again = [normalise(text, True) for text in (answer, gold)]
+            sums["exact match score"] += exact_match(*again)
+            scores = f1(*again)
+            for name, value in zip(("f1 score", "precision", "recall"), scores, strict=True):
+                sums[name] += value
+            for name, weights in _WEIGHTS.items():
+                sums[name] += bleu(answer, gold, weights)
+            if compat == "run_eval":
+                if candidates is None:
+                    raise UserError("--compat run_eval needs --candidate, a file of open answers")
+                sums["open accuracy"] += float(likeliest(again[0], candidates) == again[1])
+            else:
+                sums["open accuracy"] += gold in answer
+        elif case.kind == CLOSED:
+            counts[CLOSED] += 1
+            says = "yes" in answer or "no" in answer
+            right = gold in answer
+            sums["yes/no accuracy"] += (says and right) if compat == "run_eval" else right
+            sums["recall_closed"] += f1(normalise(answer, True), normalise(gold, True))[2]
+    for kind in (OPEN, CLOSED):
+        if not counts[kind] and not (kind == CLOSED and compat == "run_eval"):
+            raise UserError(f"no question is {kind}: the published scorer divides by zero there")
+    opens = ["exact match score", "f1 score", "precision", "recall", *_WEIGHTS, "open accuracy"]
+    table = {name: 100 * sums[name] / counts[OPEN] for name in opens}
+    table["yes/no accuracy"] = 100 * sums["yes/no accuracy"] / max(counts[CLOSED], 1)
+    if compat == "run_eval_batch":
+        table["recall_closed"] = 100 * sums["recall_closed"] / counts[CLOSED]
+    return table
+
+
+def published_table(scores: dict[str, float]) -> str:
+    """The table that LLaVA-Med prints."""
+    try:
+        from tabulate import tabulate  # type: ignore[import-untyped]  # has none
+    except ImportError as error:
+        raise UserError(
+            "the published table needs tabulate: pip install 'medley-mm[evaluate]'"
+        ) from error
+    rows = [[name, value] for name, value in scores.items()]
+    return str(tabulate(rows, headers=["Metric", "Performance"]))
