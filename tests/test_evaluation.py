@@ -104,7 +104,8 @@ def test_letters_of_free_answers() -> None:
     for text, letter in (
         ("B", "B"), ("(b)", "FAILED"), ("(B)", "B"), ("C. oxygen", "C"), ("The answer is D", "D"),
         ("the answer is (A).", "A"), ("The answer is A. No, the answer is B.", "FAILED"),
-        ("A toy", "A"), ("Apple", "FAILED"), ("", "FAILED"),
+        ("A toy", "FAILED"), ("A, a toy", "A"), ("I will not say", "FAILED"),
+        ("Apple", "FAILED"), ("", "FAILED"),
     ):  # fmt: skip
         assert parsed_letter(text) == letter, text
 

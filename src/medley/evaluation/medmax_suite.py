@@ -28,6 +28,12 @@ QUESTIONS = (
 )  # fmt: skip
 TASKS = ("closed", "open", "mcq", CAPTIONING, GENERATION, MIXED, CHAT)
 DESCRIBE = "Analyze the image in a comprehensive and detailed manner."  # MedMax's, for every one
+# Chameleon's words before a question, by its kind, as MedMax has them.
+_LEADS = {
+    "closed": "Answer the question based on this image and respond 'yes' or 'no'.\n",
+    "mcq": "Answer the question based on this image and respond 'A', 'B', 'C', or 'D'.\n",
+    "open": "Answer the question based on this image.\n",
+}
 _DETAILED = "detailed_description"
 _LONGEST_LITERAL = 1 << 20  # characters
 
@@ -92,13 +98,7 @@ def prompt_for(processor: Processor, row: Row, picture: Picture | None) -> list[
         return [*shown, row.prompt]
     if row.task == MIXED:
         return [f"{row.prompt} Answer the question with one picture."]
-    respond = {"closed": "'yes' or 'no'", "mcq": "'A', 'B', 'C', or 'D'"}.get(row.kind)
-    clause = f" and respond {respond}" if respond else ""
-    return [
-        *shown,
-        f"Answer the question based on this image{clause}.\n"
-        f"Question: {row.prompt.strip()}\nAnswer:",
-    ]
+    return [*shown, f"{_LEADS.get(row.kind, '')}Question: {row.prompt.strip()}\nAnswer:"]
 
 
 def _chat_prompt(row: Row, picture: Picture | None) -> list[Part]:

@@ -19,8 +19,8 @@ FAILED = "FAILED"
 LETTERS = "ABCDE"
 # As published: the period is any character, and one has to follow.
 _PUBLISHED = re.compile(r"The answer is ([A-Z]).")
-_OURS = re.compile(r"\bthe answer is:? \(?([A-Z])\b", re.IGNORECASE)
-_ALONE = re.compile(r"\(?([A-Z])\)?(?:[.:)\s].*)?", re.DOTALL)
+_OURS = re.compile(rf"\bthe answer is:? \(?([{LETTERS}])\b", re.IGNORECASE)
+_ALONE = re.compile(rf"\(?([{LETTERS}])\)?(?:[.,:)\n].*)?", re.DOTALL)  # "A toy" has an article
 
 
 def parsed_letter(text: str, compat: Compat = "none") -> str:

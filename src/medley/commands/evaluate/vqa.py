@@ -237,6 +237,8 @@ def compare(
     failed = answer_file(baseline, questions, file)
     asked = {str(one.case.identifier) for one in scored}
     given = answers_by(file)
+    if not given:
+        raise UserError(f"--baseline {baseline}: not one question was answered: {failed[0]}")
     kept = [q for q in questions if str(q.identifier) in asked and str(q.identifier) in given]
     own = [score(case) for case in paired(kept, file)[0]]
     values["baseline"] = {
