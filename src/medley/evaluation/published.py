@@ -23,14 +23,21 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
-def likeliest(answer: str, candidates: Sequence[Any]) -> str:
-    """The first of the candidates that are most alike, also where none is alike at all."""
+def likeliest(answer: str, candidates: Sequence[str]) -> str:
+    """The first of the normalised candidates that are most alike, also where none is alike at all.
+
+    Raises UserError for none of them.
+    """
     if not candidates:
         raise UserError(
             "the candidates are empty: run_eval needs the open answers of the train set"
         )
-    texts = [normalise(str(candidate).lower(), True) for candidate in candidates]
-    return max(texts, key=lambda text: likeness(answer, text))
+    return max(candidates, key=lambda text: likeness(answer, text))
+
+
+def normalised(candidates: Sequence[Any]) -> list[str]:
+    """Candidates as `likeliest` compares them, each once: only the first of equals can win."""
+    return list(dict.fromkeys(normalise(str(c).lower(), True) for c in candidates))
 
 
 def published_scores(
@@ -38,6 +45,7 @@ def published_scores(
 ) -> dict[str, float]:
     """LLaVA-Med's table in percent. Raises UserError where the published code would divide by zero,
     or needs candidates."""
+    texts = None if candidates is None else normalised(candidates)
     sums: defaultdict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for case in cases:
@@ -53,9 +61,9 @@ def published_scores(
             for name, weights in _WEIGHTS.items():
                 sums[name] += bleu(answer, gold, weights)
             if compat == "run_eval":
-                if candidates is None:
+                if texts is None:
                     raise UserError("--compat run_eval needs --candidate, a file of open answers")
-                sums["open accuracy"] += float(likeliest(again[0], candidates) == again[1])
+                sums["open accuracy"] += float(likeliest(again[0], texts) == again[1])
             else:
                 sums["open accuracy"] += gold in answer
         elif case.kind == CLOSED:
