@@ -1,28 +1,48 @@
-"""What the embedded model can do, on phantoms that it has not seen.
+"""What the embedded model can do, on phantoms that it has not seen, through the public commands.
 
-    python benchmarks/tiny_skill.py [--ckpt tiny] [--scans 100]
+    python benchmarks/tiny_skill.py [--ckpt tiny] [--scans 1000] [--pictures 300] [--layouts]
 
-Baselines of the same run: for questions the majority answer of each, for pictures a request
-that names nothing ("Show me a scan."). Ends with one JSON line.
+Questions go through `medley answer` and `medley evaluate vqa`; captions, follow-up turns, changes
+and pictures through `medley generate`. Pictures are scored by what is measured in their pixels.
+Baselines of the same run: the commonest answer of each question, pictures without guidance, and
+pictures of a request that names nothing. `--layouts` asks the questions of the same model in
+Hugging Face's layout, too. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 import medley
-from medley.generation import GenerationOptions
 from medley.options import run_program
-from medley.phantoms import MODALITIES, Phantom, measure, questions, request
+from medley.phantoms import (
+    Phantom,
+    caption,
+    change_document,
+    change_text,
+    facts,
+    facts_told,
+    follow_ups,
+    measure,
+    questions,
+    request,
+)
 
 SEED = 20_000_000  # far from the seeds of training
+NOTHING = "Show me a scan."
 
 
 @dataclass(frozen=True)
@@ -31,103 +51,224 @@ class Options:
 
     Args:
         ckpt: checkpoint, or tiny
-        scans: phantoms that questions are asked about
-        pictures: pictures that are drawn
+        scans: phantoms that are asked about
+        pictures: pictures that are drawn, with and without guidance
         guidance: guidance scale of the words
+        layouts: also ask the questions in Hugging Face's layout
+        keep: folder to keep all files in
     """
 
     ckpt: str = "tiny"
-    scans: int = 100
-    pictures: int = 60
+    scans: int = 1000
+    pictures: int = 300
     guidance: float = 3.0
+    layouts: bool = False
+    keep: Path | None = None
 
 
-def ask(model: medley.Model, scans: list[Phantom]) -> dict[str, float]:
-    """Exact answers, closed and open, and those of always giving the commonest answer."""
-    options = GenerationOptions(
-        mode="text", text_greedy=True, repetition_penalty=1.0, max_new_tokens=24
-    )
-    size = model.image_tokenizer.size
-    prompts, gold, asked = [], [], []
-    for scan in scans:
-        picture = model.with_codes(medley.Picture(image=scan.image(size)))
+def run(*words: object) -> None:
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+GREEDY = ("--text_greedy", "--repetition_penalty", "1.0")
+
+
+# --- questions --------------------------------------------------------------------------------
+
+
+def write_questions(folder: Path, scans: Sequence[Phantom]) -> Path:
+    rows = []
+    for number, scan in enumerate(scans):
         for question, answer in questions(scan):
-            prompts.append([picture, question])
-            gold.append(answer)
-            asked.append(question)
-    answers = model.answer_batch(prompts, [options] * len(prompts), batch_size=64)
-    commonest: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, answer in zip(asked, gold, strict=True):
-        commonest[question][answer] += 1
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for question, answer, found in zip(asked, gold, answers, strict=True):
-        kind = "closed" if answer in ("yes", "no") else "open"
-        hits[kind].append(found.text.strip() == answer)
-        hits[f"{kind}_majority"].append(commonest[question].most_common(1)[0][0] == answer)
-    return {name: float(np.mean(own)) for name, own in hits.items()}
+            kind = "CLOSED" if answer in ("yes", "no") else "OPEN"
+            rows.append({
+                "text": f"<image>{question}<reserved08706>{answer}", "id": len(rows),
+                "image_path": str(folder / "pictures" / f"{number}.png"), "answer_type": kind,
+                "modality": scan.modality,
+            })  # fmt: skip
+    return write_lines(folder / "questions.jsonl", rows)
 
 
-def draw(model: medley.Model, scans: list[Phantom], guidance: float) -> dict[str, float]:
-    """Shares of drawn pictures in which modality, side and everything is as asked for."""
-    options = GenerationOptions(mode="image", guidance_scale_text=guidance, max_images=1)
+def ask(ckpt: str, folder: Path, name: str, adapter: Path | None = None) -> dict[str, Any]:
+    """Scores of `medley evaluate vqa`."""
+    answers, scores = folder / f"{name}.answers.jsonl", folder / f"{name}.scores.json"
+    asked = ("--format", "documents")
+    more = ("--adapter", adapter) if adapter else ()
+    run("medley.cli", "answer", "--ckpt", ckpt, *asked, "--questions", folder / "questions.jsonl",
+        "--output", answers, "--max_new_tokens", 24, "--batch_size", 64,
+        *GREEDY, *more)  # fmt: skip
+    run("medley.cli", "evaluate", "vqa", *asked, "--gt", folder / "questions.jsonl",
+        "--pred", answers, "--output", scores)  # fmt: skip
+    found: dict[str, Any] = json.loads(scores.read_text())["scores"]
+    return found
+
+
+def question_scores(folder: Path, ckpt: str) -> dict[str, float]:
+    found = ask(ckpt, folder, "pth")
+    rows = read_lines(folder / "questions.jsonl")
+    pairs = [row["text"].removeprefix("<image>").split("<reserved08706>") for row in rows]
+    usual: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in pairs:
+        usual[question][answer] += 1
+    scores: dict[str, float] = {}
+    for kind, name in (("CLOSED", "closed accuracy"), ("OPEN", "open exact match")):
+        own = [p for p, row in zip(pairs, rows, strict=True) if row["answer_type"] == kind]
+        hits = [usual[q].most_common(1)[0][0] == a for q, a in own]
+        short = name.split()[0]
+        scores[short] = found["all"][name]["percent"]
+        scores[f"{short}_majority"] = 100 * float(np.mean(hits))
+        for group, values in found.items():
+            if group != "all":
+                scores[f"{short}_{group.split(': ')[1]}"] = values[name]["percent"]
+    return scores
+
+
+# --- words ------------------------------------------------------------------------------------
+
+
+def generate(
+    ckpt: str, folder: Path, name: str, rows: Sequence[dict[str, Any]], *more: object
+) -> list[dict[str, Any]]:
+    """Lines of responses.jsonl."""
+    prompts = write_lines(folder / f"{name}.jsonl", rows)
+    run("medley.cli", "generate", "--ckpt", ckpt, "--input", prompts, "--output", folder / name,
+        "--batch_size", 64, *more)  # fmt: skip
+    return read_lines(folder / name / "responses.jsonl")
+
+
+def words(row: dict[str, Any]) -> str:
+    return "".join(p["text"] for p in row["parts"] if p["type"] == "text").strip()
+
+
+def agreement(gold: frozenset[str], said: frozenset[str]) -> float:
+    """Share of the facts that were told and are right; what was made up counts against it."""
+    return len(gold & said) / max(len(gold), len(said))
+
+
+def told(ckpt: str, folder: Path, scans: Sequence[Phantom]) -> dict[str, float]:
+    paths = [str(folder / "pictures" / f"{n}.png") for n in range(len(scans))]
+    text = ("--mode", "text", "--max_new_tokens", 80, *GREEDY)
+    asked = [{"text": "<image>Describe the picture.", "image_path": path} for path in paths]
+    found = generate(ckpt, folder, "captions", asked, *text)
+    pairs = [(facts_told(caption(scan)), facts_told(words(row)))
+             for scan, row in zip(scans, found, strict=True)]  # fmt: skip
+    rng = np.random.default_rng(SEED + 1)
+    talks, golds = [], []
+    for scan, path in zip(scans, paths, strict=True):
+        for finding in scan.findings:
+            question, answer = follow_ups(finding)[rng.integers(4)]
+            talks.append({"messages": [
+                {"role": "user", "content": f"<image>Is there a {finding.kind}?"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": question},
+            ], "image_path": path})  # fmt: skip
+            golds.append(answer)
+    followed = generate(ckpt, folder, "talks", talks, *text)
+    later = [scan.later(rng) for scan in scans]
+    rows, changes = [], []
+    for number, (path, (scan, change)) in enumerate(zip(paths, later, strict=True)):
+        second = folder / "pictures" / f"{number}_later.png"
+        Image.fromarray(scan.draw(64)).save(second)
+        document = change_document(medley.Picture(path=path), medley.Picture(path=second), change)
+        turn = "".join(p if isinstance(p, str) else "<image>" for p in document.turns[0].parts)
+        rows.append({"text": turn, "image_path": [path, str(second)]})
+        changes.append(change_text(change))
+    compared = generate(ckpt, folder, "changes", rows, *text)
+    return {
+        "caption_facts": 100 * float(np.mean([agreement(*pair) for pair in pairs])),
+        "captions_all_right": 100 * float(np.mean([gold == said for gold, said in pairs])),
+        "follow_up": 100 * share(zip(golds, map(words, followed), strict=True)),
+        "changes": 100 * share(zip(changes, map(words, compared), strict=True)),
+    }
+
+
+def share(pairs: Any) -> float:
+    return float(np.mean([gold == said for gold, said in pairs]))
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def draw(options: Options, folder: Path, scans: Sequence[Phantom]) -> dict[str, float]:
     out: dict[str, float] = {}
-    for name, texts in (
-        ("", [request(scan) for scan in scans]),
-        ("_nothing_asked", ["Show me a scan."] * len(scans)),
-    ):
-        answers = model.answer_batch([[t] for t in texts], [options] * len(texts), batch_size=16)
-        found = [measure(np.asarray(answer.images[0]), MODALITIES) for answer in answers]
-        pairs = list(zip(scans, found, strict=True))
-        places = [{(f.side, f.level) for f in x.findings} for pair in pairs for x in pair]
-        out[f"drawn_modality{name}"] = float(np.mean([s.modality == f.modality for s, f in pairs]))
-        out[f"drawn_organ{name}"] = float(np.mean([s.organ == f.organ for s, f in pairs]))
-        out[f"drawn_side{name}"] = float(
-            np.mean(
-                [{x.side for x in s.findings} == {x.side for x in f.findings} for s, f in pairs]
-            )
-        )
-        out[f"drawn_place{name}"] = float(
-            np.mean([a == b for a, b in zip(places[::2], places[1::2], strict=True)])
-        )
-        out[f"drawn_findings{name}"] = float(
-            np.mean([set(s.findings) == set(f.findings) for s, f in pairs])
-        )
+    wanted: list[Callable[[Phantom], str]] = [request, request, lambda scan: NOTHING]
+    names = ("", "_unguided", "_nothing_asked")
+    for name, ask_for, scale in zip(names, wanted, (options.guidance, 1.0, 1.0), strict=True):
+        rows = [{"text": ask_for(scan)} for scan in scans]
+        found = generate(
+            options.ckpt, folder, f"drawn{name}", rows, "--mode", "image", "--max_images", 1,
+            "--guidance_scale_text", scale,
+        )  # fmt: skip
+        right: dict[str, list[bool]] = defaultdict(list)
+        for scan, row in zip(scans, found, strict=True):
+            file = next(part["file"] for part in row["parts"] if part["type"] == "image")
+            seen = measure(np.asarray(Image.open(folder / f"drawn{name}" / file)))
+            told, there = scan.findings, seen.findings
+            right["modality"].append(scan.modality == seen.modality)
+            right["organ"].append(scan.organ == seen.organ)
+            right["kind"].append({f.kind for f in told} == {f.kind for f in there})
+            for value in ("side", "size"):
+                pairs = [{(f.kind, getattr(f, value)) for f in own} for own in (told, there)]
+                right[value].append(pairs[0] == pairs[1])
+            gold = facts(scan.modality, scan.organ, told)
+            right["all"].append(gold == facts(seen.modality, seen.organ, there))
+        out |= {f"drawn_{key}{name}": 100 * float(np.mean(own)) for key, own in right.items()}
     return out
 
 
-def reconstruct(model: medley.Model, scans: list[Phantom]) -> dict[str, float]:
-    size = model.image_tokenizer.size
-    images = [scan.image(size) for scan in scans]
-    back = model.image_tokenizer.decode(model.image_tokenizer.encode(images))
+def reconstruct(ckpt: str, scans: Sequence[Phantom]) -> dict[str, float]:
+    tokenizer = medley.ImageTokenizer.from_checkpoint(ckpt)
     psnr, kept = [], []
-    for scan, before, after in zip(scans, images, back, strict=True):
-        error = np.mean((np.asarray(before, float) - np.asarray(after, float)) ** 2)
-        psnr.append(10 * np.log10(255**2 / error))
-        kept.append(set(measure(np.asarray(after), MODALITIES).findings) == set(scan.findings))
-    return {"psnr_db": float(np.mean(psnr)), "findings_kept_by_vqgan": float(np.mean(kept))}
+    for start in range(0, len(scans), 64):
+        own = scans[start : start + 64]
+        images = [scan.image(tokenizer.size) for scan in own]
+        back = tokenizer.decode(tokenizer.encode(images))
+        for scan, before, after in zip(own, images, back, strict=True):
+            error = np.mean((np.asarray(before, float) - np.asarray(after, float)) ** 2)
+            psnr.append(10 * np.log10(255**2 / error))
+            kept.append(set(measure(np.asarray(after)).findings) == set(scan.findings))
+    return {"psnr_db": float(np.mean(psnr)), "findings_kept_by_vqgan": 100 * float(np.mean(kept))}
 
 
 def work(options: Options) -> None:
     start = time.monotonic()
-    model = medley.load(options.ckpt)
     rng = np.random.default_rng(SEED)
-    scans = [Phantom.random(rng, MODALITIES) for _ in range(options.scans)]
-    wanted: list[Phantom] = []
-    while len(wanted) < options.pictures:
-        scan = Phantom.random(rng, MODALITIES)
-        if len(scan.findings) == 1:
-            wanted.append(scan)
-    result: dict[str, object] = {
-        **reconstruct(model, scans),
-        **ask(model, scans),
-        **draw(model, wanted, options.guidance),
-        "scans": options.scans,
-        "pictures": options.pictures,
-        "guidance": options.guidance,
-        "seconds": time.monotonic() - start,
-        "machine": f"{platform.machine()}, {model.engine.device}",
-    }
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+    scans = [Phantom.random(rng) for _ in range(options.scans)]
+    with TemporaryDirectory() as temporary:
+        folder = (options.keep or Path(temporary)).resolve()
+        (folder / "pictures").mkdir(parents=True)
+        for number, scan in enumerate(scans):
+            scan.image(64).save(folder / "pictures" / f"{number}.png")
+        write_questions(folder, scans)
+        result: dict[str, object] = {
+            **reconstruct(options.ckpt, scans),
+            **question_scores(folder, options.ckpt),
+            **told(options.ckpt, folder, scans),
+            **draw(options, folder, scans[: options.pictures]),
+        }
+        if options.layouts:
+            base = folder / "hf"
+            run("conversion.pth_to_bin", "--input_dir", options.ckpt, "--output_dir", base)
+            other = ask(str(base), folder, "hf")["all"]
+            result["closed_hf"] = other["closed accuracy"]["percent"]
+            result["open_hf"] = other["open exact match"]["percent"]
+    result |= {
+        "scans": options.scans, "pictures": options.pictures, "guidance": options.guidance,
+        "seconds": time.monotonic() - start, "machine": platform.machine(),
+    }  # fmt: skip
+    print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,16 @@ class StepResult:
     latents: Tensor  # (N, E) flat, detached
 
 
-def training_step(vqgan: VQGAN, pixels: Tensor, quantise: bool, commitment: float) -> StepResult:
+def training_step(
+    vqgan: VQGAN,
+    pixels: Tensor,
+    quantise: bool,
+    commitment: float,
+    weight: Tensor | None = None,
+) -> StepResult:
     """Pixels (B, 3, H, W) in [-1, 1] -> loss and reconstruction; no optimizer step is taken.
+
+    `weight` (B, 1, H, W) says how much each pixel's error counts; all the same unless given.
 
     Without `quantise` the latents pass through as they are, which is how a new VQGAN starts.
     The loss is |x - y| + 5 (x - y)^2 + commitment * (z - code)^2, each a mean; the square
@@ -83,5 +91,6 @@ def training_step(vqgan: VQGAN, pixels: Tensor, quantise: bool, commitment: floa
         quantized = z + (chosen - z).detach()  # the gradient passes straight through
     reconstruction = vqgan.decode_latents(quantized).float()
     error = reconstruction - pixels
-    loss = error.abs().mean() + 5 * (error**2).mean() + commitment * commit
+    each = error.abs() + 5 * error**2
+    loss = (each if weight is None else each * weight).mean() + commitment * commit
     return StepResult(loss, reconstruction, codes, flat.detach())

@@ -1,0 +1,66 @@
+"""Drawn scans whose true contents are known: the data of the embedded model.
+
+`world` draws them, `reading` finds in pixels what was drawn (so that a generated picture is scored
+without a human or a judge), `texts` asks and tells about them.
+
+    scan = Phantom.random(numpy.random.default_rng(0))
+    pixels = scan.draw(size=64)          # uint8 (64, 64, 3)
+    measure(pixels).findings             # the same findings
+"""
+
+from medley.phantoms.reading import Measurement, measure
+from medley.phantoms.texts import (
+    caption,
+    change_document,
+    change_text,
+    documents,
+    facts,
+    facts_told,
+    follow_ups,
+    illustrated_report,
+    questions,
+    report,
+    request,
+)
+from medley.phantoms.world import (
+    ALL_MODALITIES,
+    BRIGHTNESSES,
+    KINDS,
+    LEVELS,
+    MODALITIES,
+    NEW_MODALITY,
+    SIDES,
+    SIZES,
+    Change,
+    Finding,
+    Phantom,
+    organs_of,
+)
+
+__all__ = [
+    "ALL_MODALITIES",
+    "BRIGHTNESSES",
+    "KINDS",
+    "LEVELS",
+    "MODALITIES",
+    "NEW_MODALITY",
+    "SIDES",
+    "SIZES",
+    "Change",
+    "Finding",
+    "Measurement",
+    "Phantom",
+    "caption",
+    "change_document",
+    "change_text",
+    "documents",
+    "facts",
+    "facts_told",
+    "follow_ups",
+    "illustrated_report",
+    "measure",
+    "organs_of",
+    "questions",
+    "report",
+    "request",
+]

@@ -1,0 +1,1 @@
+"""The parts of the embedded model, each made from nothing but seeds."""

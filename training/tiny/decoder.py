@@ -1,0 +1,171 @@
+"""The embedded decoder, trained on documents about phantoms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from medley.checkpoints.vqgan_files import to_hugging_face_config
+from medley.document import Document, Picture
+from medley.files import whole_file
+from medley.model import ChameleonForConditionalGeneration, decoder_config, tie_head_norms
+from medley.packing import best_fit, make_row, stack_rows
+from medley.phantoms import Phantom, change_document, documents
+from medley.vocabulary import TextTokenizer
+from medley.vqgan import VQGAN
+from training.tiny.recipe import Options, cosine
+
+SCANS = 384  # that are drawn at a time
+_CHANGED = 3  # every third scan has a later one
+
+
+def new_decoder(
+    options: Options, tokenizer: TextTokenizer, vqgan: VQGAN
+) -> ChameleonForConditionalGeneration:
+    """A fresh decoder. Codes that look alike start alike: the rows of the image codes begin
+    as a random projection of the codebook, which a model this small learns from far sooner.
+    """
+    vocabulary, sizes = tokenizer.vocabulary, vqgan.config
+    torch.manual_seed(options.seed + 1)
+    config = decoder_config(
+        width=options.width, layers=options.layers, heads=options.heads, key_value_heads=None,
+        feed_forward=feed_forward_width(options.width), vocabulary_size=vocabulary.size,
+        context=options.context, rope_theta=10_000.0, norm_eps=1e-5, swin_norm=False,
+        model_parallel_size=1,
+        vq_config=to_hugging_face_config(sizes),
+        vocabulary_map=tokenizer.marked.get_vocab(), marks=vocabulary,
+    )  # fmt: skip
+    decoder = ChameleonForConditionalGeneration(config)
+    used = vqgan.quantize.embedding.weight.detach()[: options.active_codes]
+    codebook = (used - used.mean(0)) / used.std()
+    with torch.no_grad():
+        for table in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):
+            rows = table[vocabulary.image_codes.start :][: options.active_codes]
+            like = codebook @ torch.randn(codebook.shape[1], options.width)
+            rows.mul_(0.4).add_(like / like.std() * config.initializer_range * 0.9)
+    return decoder
+
+
+def feed_forward_width(width: int, multiple_of: int = 256) -> int:
+    """Chameleon's rule: two thirds of four times the width, rounded up to `multiple_of`."""
+    return -(-int(8 * width / 3) // multiple_of) * multiple_of
+
+
+@torch.no_grad()
+def phantom_sequences(
+    tokenizer: TextTokenizer, vqgan: VQGAN, seed: tuple[int, int]
+) -> list[NDArray[np.int64]]:
+    """Token sequences of all the documents about new phantoms."""
+    rng = np.random.default_rng(seed)
+    scans = [Phantom.random(rng) for _ in range(SCANS)]
+    later = [scan.later(rng) for scan in scans[::_CHANGED]]
+    size = vqgan.config.resolution
+    drawn = np.stack([scan.draw(size) for scan in (*scans, *(scan for scan, _ in later))])
+    pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    codes = torch.cat([vqgan.encode(part) for part in pixels.split(64)]).tolist()
+    pictures = [Picture(codes=tuple(own)) for own in codes]
+    found: list[Document] = []
+    for scan, picture in zip(scans, pictures, strict=False):
+        found += documents(scan, picture, rng)
+    for place, (_, change) in enumerate(later):
+        found.append(change_document(pictures[place * _CHANGED], pictures[SCANS + place], change))
+    return [np.array(document.to_ids(tokenizer), dtype=np.int64) for document in found]
+
+
+def batches(
+    options: Options, tokenizer: TextTokenizer, vqgan: VQGAN, chunk: int
+) -> Iterator[dict[str, Tensor]]:
+    """The packed rows of one chunk of scans."""
+    sequences = phantom_sequences(tokenizer, vqgan, (options.seed + 1, chunk))
+    rows = best_fit([len(s) for s in sequences], options.row_length)
+    np.random.default_rng((options.seed + 2, chunk)).shuffle(rows)
+    for start in range(0, len(rows) - options.decoder_rows + 1, options.decoder_rows):
+        chosen = rows[start : start + options.decoder_rows]
+        packed = [make_row([sequences[i] for i in row], tokenizer.vocabulary) for row in chosen]
+        yield stack_rows(packed, tokenizer.vocabulary)
+
+
+class Optimizers:
+    """Muon for the layers' matrices, AdamW for the rest (embeddings, head, norms)."""
+
+    def __init__(self, decoder: nn.Module, options: Options) -> None:
+        named = [(n, p) for n, p in decoder.named_parameters() if ".vqmodel." not in n]
+        self.weights = [p for _, p in named]
+        matrices = [p for n, p in named if p.ndim == 2 and ".layers." in n and "_norm" not in n]
+        own = {id(p) for p in matrices}
+        rest = [p for p in self.weights if id(p) not in own]
+        muon = torch.optim.Muon(matrices, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(rest, lr=1.0, weight_decay=0.01, betas=(0.9, 0.95))
+        self.all = ((muon, options.matrix_lr), (adamw, options.decoder_lr))
+
+    def step(self, share: float) -> None:
+        """Of the peak learning rates, that share."""
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer, peak in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state(self) -> list[Any]:
+        return [optimizer.state_dict() for optimizer, _ in self.all]
+
+    def load(self, state: list[Any]) -> None:
+        for (optimizer, _), own in zip(self.all, state, strict=True):
+            optimizer.load_state_dict(own)
+
+
+def train_decoder(
+    options: Options,
+    tokenizer: TextTokenizer,
+    vqgan: VQGAN,
+    log: list[dict[str, float]],
+    save: Path,
+) -> ChameleonForConditionalGeneration:
+    """Trains, and keeps its state in `save` behind every chunk of scans: a run that was stopped
+    goes on from there to the same weights."""
+    decoder = new_decoder(options, tokenizer, vqgan).train()
+    tie_head_norms(decoder)
+    optimizers = Optimizers(decoder, options)
+    step = chunk = 0
+    if save.exists():
+        state = torch.load(save, weights_only=True)
+        decoder.load_state_dict(state["decoder"])
+        optimizers.load(state["optimizers"])
+        step, chunk = state["step"], state["chunk"]
+        log[:] = state["log"]
+    sums, began, first = torch.zeros(4, dtype=torch.float64), time.monotonic(), step
+    while step < options.decoder_steps:
+        for batch in batches(options, tokenizer, vqgan, chunk):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = decoder(**batch).loss
+            loss.backward()
+            optimizers.step(cosine(step, options.decoder_steps, 100))
+            assert decoder.loss_sums is not None
+            sums += decoder.loss_sums
+            step += 1
+            if step % 50 == 0 or step == options.decoder_steps:
+                text, image = (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()
+                log.append({"step": step, "text_loss": text, "image_loss": image})
+                left = (time.monotonic() - began) / (step - first) * (options.decoder_steps - step)
+                print(
+                    f"decoder step {step:5d}  text loss {text:.4f}  image loss {image:.4f}  "
+                    f"{left / 60:.1f} min left",
+                    flush=True,
+                )
+                sums.zero_()
+            if step == options.decoder_steps:
+                break
+        chunk += 1
+        with whole_file(save) as temporary:
+            state = {"decoder": decoder.state_dict(), "optimizers": optimizers.state(),
+                     "step": step, "chunk": chunk, "log": log}  # fmt: skip
+            torch.save(state, temporary)
+    return decoder.eval()
