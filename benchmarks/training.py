@@ -24,13 +24,10 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-import transformers
-from torch import Tensor
+from trainer_baseline import train_baseline
 
-from medley.adapters import PROJECTIONS
 from medley.checkpoints import open_checkpoint
 from medley.files import write_manifest
-from medley.model import ChameleonForConditionalGeneration
 from medley.options import run_program
 from medley.packing import IGNORED, labels_for, make_row, stack_rows
 from medley.phantoms import Phantom, caption
@@ -57,22 +54,6 @@ class Options:
     width: int = 1024
     vocabulary: int = 65536
     rounds: int = 2
-
-
-class Plain(ChameleonForConditionalGeneration):
-    """The same decoder with the loss that transformers' classes have: all logits at once."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None,
-                **kwargs: Any) -> Any:  # fmt: skip
-        items = kwargs.pop("num_items_in_batch", None)
-        hidden = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        logits = self.lm_head(hidden)
-        loss = self.loss_function(
-            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
-        )
-        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,42 +111,8 @@ def write_documents(path: Path, count: int, seed: int) -> None:
 
 
 def run_baseline(folder: Path, options: Options) -> dict[str, float]:
-    tiny = open_checkpoint("tiny")
-    marks = tiny.text_tokenizer().vocabulary
-    transformers.set_seed(0)
-    decoder = tiny.decoder(torch.float32)
-    decoder.__class__ = Plain
-    config = peft.LoraConfig(
-        r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(PROJECTIONS),
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    model = peft.get_peft_model(decoder, config)
     documents = list(TokenShards(folder / "train.jsonl"))
-
-    def collate(batch: Sequence[Any]) -> dict[str, Tensor]:
-        longest = max(len(ids) for ids in batch)
-        made = {"input_ids": marks.pad, "labels": IGNORED, "attention_mask": 0}
-        rows: dict[str, list[Any]] = {name: [] for name in made}
-        for ids in batch:
-            own = {"input_ids": ids, "labels": labels_for(ids, marks),
-                   "attention_mask": np.ones(len(ids), np.int64)}  # fmt: skip
-            for name, filler in made.items():
-                rows[name].append(
-                    np.pad(own[name], (0, longest - len(ids)), constant_values=filler)
-                )
-        return {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "baseline"), per_device_train_batch_size=8, num_train_epochs=1,
-        learning_rate=LEARNING_RATE, warmup_steps=0.1, lr_scheduler_type="cosine", report_to="none",
-        use_cpu=True, logging_steps=5, save_strategy="no", remove_unused_columns=False,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=documents, data_collator=collate
-    )
-    seconds = trainer.train().metrics["train_runtime"]
-    model.save_pretrained(str(folder / "baseline"))
+    seconds = train_baseline(documents, folder / "baseline", 8, LEARNING_RATE)
     return {"trained_tokens_per_second": trained(documents) / seconds, "seconds": seconds}
 
 

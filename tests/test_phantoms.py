@@ -1,16 +1,35 @@
+"""Phantoms: what is drawn is read back, told, asked and changed as it is."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
 from medley.document import Picture
-from medley.phantoms import ALL_MODALITIES, Phantom, caption, documents, measure, questions
+from medley.phantoms import (
+    ALL_MODALITIES,
+    KINDS,
+    Finding,
+    Phantom,
+    caption,
+    change_document,
+    change_text,
+    documents,
+    facts,
+    facts_told,
+    follow_ups,
+    measure,
+    organs_of,
+    questions,
+    report,
+    request,
+)
 
 
 @pytest.fixture(scope="module")
 def scans() -> list[Phantom]:
     rng = np.random.default_rng(5)
-    return [Phantom.random(rng, ALL_MODALITIES) for _ in range(60)]
+    return [Phantom.random(rng, ALL_MODALITIES) for _ in range(100)]
 
 
 def test_the_reader_finds_what_was_drawn(scans: list[Phantom]) -> None:
@@ -18,6 +37,17 @@ def test_the_reader_finds_what_was_drawn(scans: list[Phantom]) -> None:
         found = measure(scan.draw(64))
         assert (found.modality, found.organ) == (scan.modality, scan.organ)
         assert set(found.findings) == set(scan.findings)
+        assert found.residual < 0.05
+
+
+def test_every_finding_is_told_from_every_other() -> None:
+    for modality in ALL_MODALITIES:
+        for kind in KINDS:
+            for size in ("small", "large"):
+                for brightness in ("marked", "faint"):
+                    finding = Finding(kind, size, "left", "lower", brightness)
+                    scan = Phantom(modality, organs_of(modality)[0], (finding,), 7)
+                    assert measure(scan.draw(64)).findings == (finding,)
 
 
 def test_the_reader_is_not_fooled_by_a_flat_picture() -> None:
@@ -27,7 +57,10 @@ def test_the_reader_is_not_fooled_by_a_flat_picture() -> None:
 
 def test_drawing_is_the_seeds(scans: list[Phantom]) -> None:
     assert np.array_equal(scans[0].draw(64), scans[0].draw(64))
-    assert scans[0].draw(96).shape == (96, 96)
+    assert scans[0].draw(96).shape == (96, 96, 3)
+    colours = {scan.modality: np.ptp(scan.draw(64).astype(int), axis=-1).max() for scan in scans}
+    assert colours["histology"] > 60
+    assert all(spread == 0 for name, spread in colours.items() if name != "histology")
 
 
 def test_answers_are_true_of_the_scan(scans: list[Phantom]) -> None:
@@ -35,9 +68,51 @@ def test_answers_are_true_of_the_scan(scans: list[Phantom]) -> None:
         answers = dict(questions(scan))
         assert answers["What modality is this?"] == scan.modality
         assert answers["How many findings are there?"] == str(len(scan.findings))
-        kinds = {finding.kind for finding in scan.findings}
+        kinds = {finding.kind: finding for finding in scan.findings}
         assert (answers["Is there a cyst?"] == "yes") == ("cyst" in kinds)
+        assert (answers["Is the picture normal?"] == "yes") == (not scan.findings)
         assert all(finding.name in caption(scan) for finding in scan.findings)
+        for kind, finding in kinds.items():
+            assert answers[f"Where is the {kind}?"] == finding.place
+            assert answers[f"What is in the {finding.place}?"] == f"a {finding.name}"
+            assert dict(follow_ups(finding))["On which side?"] == finding.side
+    closed = [answer for scan in scans for _, answer in questions(scan) if answer in ("yes", "no")]
+    assert 0.3 < closed.count("yes") / len(closed) < 0.7
+
+
+def test_what_is_told_holds_the_facts(scans: list[Phantom]) -> None:
+    for scan in scans:
+        known = facts(scan.modality, scan.organ, scan.findings)
+        assert len(known) == 2 + 3 * len(scan.findings)
+        for text in (caption(scan), request(scan), report(scan)):
+            assert facts_told(text) == known
+
+
+def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for scan in scans:
+        later, change = scan.later(rng)
+        kinds.add(change.kind)
+        gone, new = (
+            set(scan.findings) - set(later.findings),
+            set(later.findings) - set(scan.findings),
+        )
+        expected = {
+            "none": (0, 0),
+            "gone": (1, 0),
+            "new": (0, 1),
+            "grown": (1, 1),
+            "shrunk": (1, 1),
+        }
+        assert (len(gone), len(new)) == expected[change.kind]
+        assert (later.modality, later.organ) == (scan.modality, scan.organ)
+        document = change_document(Picture(codes=(1,)), Picture(codes=(2,)), change)
+        assert len(document.pictures) == 2
+        assert document.turns[1].parts == (change_text(change),)
+        if change.finding is not None:
+            assert change.finding.place in change_text(change)
+    assert kinds == {"none", "gone", "new", "grown", "shrunk"}
 
 
 def test_documents_hold_the_picture(scans: list[Phantom]) -> None:

@@ -1,0 +1,85 @@
+"""What our training is compared with: transformers' Trainer with PEFT, in float32.
+
+Batches of whole documents, padded on the right; the plain loss over all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+from medley.adapters import PROJECTIONS
+from medley.checkpoints import open_checkpoint
+from medley.model import ChameleonForConditionalGeneration
+from medley.packing import IGNORED, labels_for
+
+
+class Plain(ChameleonForConditionalGeneration):
+    """The same decoder with the loss that transformers' classes have: all logits at once."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None,
+                **kwargs: Any) -> Any:  # fmt: skip
+        items = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = self.loss_function(
+            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
+        )
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def train_baseline(
+    documents: Sequence[Any],
+    output: Path,
+    batch: int,
+    learning_rate: float,
+    rank: int = 16,
+    alpha: int = 16,
+    epochs: float = 1,
+) -> float:
+    """Trains LoRA on `tiny` and saves the adapter; gives the seconds of the training alone."""
+    tiny = open_checkpoint("tiny")
+    marks = tiny.text_tokenizer().vocabulary
+    transformers.set_seed(0)
+    decoder = tiny.decoder(torch.float32)
+    decoder.__class__ = Plain
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = peft.get_peft_model(decoder, config)
+
+    def collate(batch: Sequence[Any]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids in batch)
+        made = {"input_ids": marks.pad, "labels": IGNORED, "attention_mask": 0}
+        rows: dict[str, list[Any]] = {name: [] for name in made}
+        for ids in batch:
+            own = {"input_ids": ids, "labels": labels_for(ids, marks),
+                   "attention_mask": np.ones(len(ids), np.int64)}  # fmt: skip
+            for name, filler in made.items():
+                rows[name].append(
+                    np.pad(own[name], (0, longest - len(ids)), constant_values=filler)
+                )
+        return {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=batch, num_train_epochs=epochs,
+        learning_rate=learning_rate, warmup_steps=0.1, lr_scheduler_type="cosine",
+        report_to="none", use_cpu=True, logging_steps=5, save_strategy="no",
+        remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=list(documents), data_collator=collate
+    )
+    seconds = float(trainer.train().metrics["train_runtime"])
+    model.save_pretrained(str(output))
+    return seconds
