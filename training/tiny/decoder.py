@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medley.attention import set_attention
 from medley.checkpoints.vqgan_files import to_hugging_face_config
 from medley.document import Document, Picture
 from medley.files import whole_file
@@ -133,6 +134,7 @@ def train_decoder(
     goes on from there to the same weights."""
     decoder = new_decoder(options, tokenizer, vqgan).train()
     tie_head_norms(decoder)
+    set_attention(decoder, "sdpa", torch.bfloat16)  # document by document
     optimizers = Optimizers(decoder, options)
     step = chunk = 0
     if save.exists():

@@ -45,7 +45,7 @@ class Options:
     layers: int = 6
     heads: int = 6
     context: int = 4096
-    decoder_steps: int = 4000
+    decoder_steps: int = 3200
     decoder_rows: int = 10
     row_length: int = 384
     decoder_lr: float = 3e-3
