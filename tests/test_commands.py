@@ -14,14 +14,14 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from medley import cli
-from medley.answer_files import chunk, keys_of, model_name
-from medley.commands.answer import devices_of
+from medley.answer_files import chunk, keys_of, model_name, row_of
+from medley.commands.answer import devices_of, gathered, part_file
 from medley.commands.chat import parts_of
-from medley.document import Picture
+from medley.document import Document, Picture, Turn
 from medley.errors import UserError
 from medley.formats import Choices
 from medley.phantoms import Phantom
-from medley.questions import read_questions
+from medley.questions import Question, read_questions
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -271,6 +271,24 @@ def test_parts_draw_what_the_whole_draws(tmp_path: Path, program: Run) -> None:
     assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) > 1
     assert not list(tmp_path.glob("parts.part-*"))
+
+
+def test_what_is_gathered_stands_once(tmp_path: Path) -> None:
+    """Also where two questions are equal, and fall into two parts."""
+    words = ["a", "b", "a", "c"]
+    document = Document((Turn("user", ("?",)),))
+    asked = [Question(1, word, document) for word in words]
+    output = tmp_path / "answers.jsonl"
+    rows = [row_of(question, f"{n}", "m") for n, question in enumerate(asked)]
+    for index in range(2):
+        part = part_file(output, 2, index)
+        part.write_text("".join(row + "\n" for row in rows[2 * index : 2 * index + 2]))
+    for _ in range(2):
+        found = gathered(output, asked)
+        assert [row["text"] for row in found.values()] == ["0", "1", "2", "3"]
+        assert [row["text"] for row in lines(output)] == ["0", "1", "2", "3"]
+        part_file(output, 3, 1).write_text(rows[2] + "\n")  # of another number of devices
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
