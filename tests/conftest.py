@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from model_server import Server, running_server
+from training_runs import write_tokens
 
 from medley.vocabulary import TextTokenizer
 
@@ -72,3 +73,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A chat model's server."""
     with running_server(monkeypatch) as state:
         yield state
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tokens to train on and to validate with."""
+    folder = tmp_path_factory.mktemp("tokens")
+    write_tokens(folder / "train.jsonl", 24)
+    write_tokens(folder / "val.jsonl", 6, 1)
+    return folder

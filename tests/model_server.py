@@ -25,6 +25,7 @@ class Server:
     under_way: int = 0
     most: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    always: str = ""  # the fault of every reply that has no own
     reply: Callable[[str], str] = lambda said: f"User: Q of {said[-2:]}?\n\nAssistant: A toy."
 
 
@@ -50,7 +51,7 @@ def running_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             with state.lock:
                 state.under_way -= 1
             faults = state.faults.get(said, [])
-            fault = faults.pop(0) if faults else ""
+            fault = faults.pop(0) if faults else state.always
             if fault == "drop":
                 self.connection.close()
                 return

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
-import io
 import json
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +14,14 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from medley import cli
-from medley.answer_files import chunk, keys_of, model_name
-from medley.commands.answer import devices_of
+from medley.answer_files import chunk, keys_of, model_name, row_of
+from medley.commands.answer import devices_of, gathered, part_file
 from medley.commands.chat import parts_of
-from medley.document import Picture
+from medley.document import Document, Picture, Turn
 from medley.errors import UserError
 from medley.formats import Choices
-from medley.images import ImageError
-from medley.images.remote import fetch_image
 from medley.phantoms import Phantom
-from medley.questions import read_questions
+from medley.questions import Question, read_questions
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -128,62 +122,6 @@ def test_words_that_end_an_answer_are_single_pieces(tmp_path: Path, program: Run
 
 
 # --- pictures at addresses --------------------------------------------------------------------
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    """Serves a picture, a large answer, a lie, and a way to a file."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 7), "red").save(buffer, "png")
-    answers = {"/good.png": buffer.getvalue(), "/large.png": bytes(3000), "/lie.png": b"hello"}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/away":
-                self.send_response(302)
-                self.send_header("Location", "file:///etc/passwd")
-                self.end_headers()
-                return
-            self.send_response(200)
-            if self.path == "/torn.png":
-                self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            if self.path == "/torn.png":
-                self.wfile.write(b"ffff\r\nabc")
-            elif self.path == "/slow.png":
-                for _ in range(20):
-                    self.wfile.write(b"x")
-                    self.wfile.flush()
-                    time.sleep(0.05)
-            else:
-                self.wfile.write(answers[self.path])
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def test_a_picture_at_an_address(server: str) -> None:
-    assert fetch_image(f"{server}/good.png").size == (9, 7)
-    with pytest.raises(ImageError, match="larger than 0 MB"):
-        fetch_image(f"{server}/large.png", largest=2000)
-    with pytest.raises(ImageError, match="not a picture"):
-        fetch_image(f"{server}/lie.png")
-    with pytest.raises(ImageError, match=r"leads to file:///etc/passwd|cannot be fetched"):
-        fetch_image(f"{server}/away")
-    with pytest.raises(ImageError, match="not an http or https address"):
-        fetch_image("file:///etc/passwd")
-    for broken in (f"{server}/torn.png", "http://127.0.0.1:abc/x.png", f"{server}/a b.png"):
-        with pytest.raises(ImageError, match="cannot be fetched"):
-            fetch_image(broken)
-    with pytest.raises(ImageError, match="a volume"):
-        fetch_image(f"{server}/x.nii.gz")
-    with pytest.raises(ImageError, match="not here after 0 s"):
-        fetch_image(f"{server}/slow.png", whole_time=0.2)
 
 
 # --- chat -------------------------------------------------------------------------------------
@@ -335,6 +273,24 @@ def test_parts_draw_what_the_whole_draws(tmp_path: Path, program: Run) -> None:
     assert not list(tmp_path.glob("parts.part-*"))
 
 
+def test_what_is_gathered_stands_once(tmp_path: Path) -> None:
+    """Also where two questions are equal, and fall into two parts."""
+    words = ["a", "b", "a", "c"]
+    document = Document((Turn("user", ("?",)),))
+    asked = [Question(1, word, document) for word in words]
+    output = tmp_path / "answers.jsonl"
+    rows = [row_of(question, f"{n}", "m") for n, question in enumerate(asked)]
+    for index in range(2):
+        part = part_file(output, 2, index)
+        part.write_text("".join(row + "\n" for row in rows[2 * index : 2 * index + 2]))
+    for _ in range(2):
+        found = gathered(output, asked)
+        assert [row["text"] for row in found.values()] == ["0", "1", "2", "3"]
+        assert [row["text"] for row in lines(output)] == ["0", "1", "2", "3"]
+        part_file(output, 3, 1).write_text(rows[2] + "\n")  # of another number of devices
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -346,7 +302,7 @@ def test_parts_draw_what_the_whole_draws(tmp_path: Path, program: Run) -> None:
         ({"question_id": 1.5, "text": "a"}, "question_id is 1.5, expected text"),
         (
             {"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2},
-            "turn 1 is from human",
+            "turn 1 is from 'human'",
         ),
         ("", "no questions in it"),
     ],

@@ -15,6 +15,7 @@ from medley.evaluation.cases import Case, Scored, picked, read_scored
 from medley.evaluation.comparison import differences
 from medley.evaluation.intervals import mean_interval, paired_difference, share_interval
 from medley.evaluation.pairs import paired
+from medley.evaluation.published import is_known
 from medley.evaluation.science_qa import parsed_letter
 from medley.evaluation.vqa import (
     choice_of,
@@ -44,12 +45,34 @@ def closed(gold: str, answer: str) -> bool:
         ("yes", "eyes", False), ("yes", "Yes, there is.", True), ("no", "No.", True),
         ("no", "yes and no", False), ("no", "", False), ("", "no", False), ("yes", "是", True),
         ("no", "不是", True), ("no", "没有", True), ("yes", "否", False),
+        ("yes", "是的，有结节", True),
+        ("no", "不清楚", False), ("yes", "对称", False), ("yes", "所有", False), ("no", "无", True),
+        ("肺部有结节", "有", False), ("不健康", "没有", False), ("对称", "是", False),
+        ("有", "有", True),
+        ("no", "No,there is none, at all", True), ("yes", "Yes.There is a mass", True),
         ("left", "The left lung.", True), ("left", "leftover", False),
-        ("x-ray", "It is an X ray.", True), ("2", "two", True),
+        ("left", "left: upper", True),
+        ("left", "*left*", True), ("CT", "“CT:”", True), ("左肺", "左肺。", True),
+        ("x-ray", "It is an X ray.", True), ("x-ray", "X-ray - chest", True), ("2", "two", True),
+        ("2.5 cm", "It measures 2.5 cm.", True), ("2.5 cm", "2 5 cm", False),
     ],
 )  # fmt: skip
 def test_closed_answers_are_compared_by_words(gold: str, answer: str, right: bool) -> None:
     assert closed(gold, answer) == right
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("A", "", False), ("the", "", False), ("?", "", False), ("", "", False), ("?", "?", True),
+        ("left lung", "The left lung.", True), ("left lung", "lung left", False),
+        ("two", "2", True), ("T2-weighted", "t2 weighted", True), ("左肺", "左肺。", True),
+    ],
+)  # fmt: skip
+def test_open_answers_are_the_same_words(gold: str, answer: str, right: bool) -> None:
+    assert is_right(Case(0, "", gold, answer, "OPEN")) == right
+    found = score(Case(0, "", "左肺结节", "右肺结节", "OPEN")).scores["open recall"]
+    assert found == 0.75
 
 
 def test_yes_and_no_in_two_languages() -> None:
@@ -102,10 +125,13 @@ def test_intervals_cover_what_they_say() -> None:
 
 def test_letters_of_free_answers() -> None:
     for text, letter in (
-        ("B", "B"), ("(b)", "FAILED"), ("(B)", "B"), ("C. oxygen", "C"), ("The answer is D", "D"),
+        ("B", "B"), ("(b)", "B"), ("a", "A"), ("(B)", "B"), ("C. oxygen", "C"),
+        ("The answer is D", "D"),
         ("the answer is (A).", "A"), ("The answer is A. No, the answer is B.", "FAILED"),
         ("A toy", "FAILED"), ("A, a toy", "A"), ("I will not say", "FAILED"),
-        ("Apple", "FAILED"), ("", "FAILED"),
+        ("Apple", "FAILED"), ("", "FAILED"), ("The answer is a tumor", "FAILED"),
+        ("**B**", "B"), ("Answer: B", "B"), ("The correct answer is **B**.", "B"),
+        ("Option C", "C"), ("A!", "A"), ("B：肺", "B"), ("The answer is b.", "B"),
     ):  # fmt: skip
         assert parsed_letter(text) == letter, text
 
@@ -149,6 +175,46 @@ def test_answers_are_scored_whatever_their_order(
     assert json.loads(output.read_text())["run_eval"]["yes/no accuracy"] == 100
     assert cli.main([str(word) for word in [*words, "--compat", "run_eval"]]) == 2
     assert "needs --candidate" in capsys.readouterr().err
+
+
+def test_questions_that_share_an_id_are_told_apart(tmp_path: Path) -> None:
+    gold, answers = tmp_path / "gold.json", tmp_path / "answers.jsonl"
+    rows = [
+        {"id": 5, "answer_type": "CLOSED",
+         "conversations": [{"from": "human", "value": f"{word}?\n<image>"},
+                           {"from": "gpt", "value": right}]}
+        for word, right in (("a", "yes"), ("b", "no"))
+    ]  # fmt: skip
+    gold.write_text(json.dumps(rows))
+
+    def texts(*given: dict[str, str]) -> list[str]:
+        lines = [json.dumps({"question_id": 5, **row}) + "\n" for row in given]
+        answers.write_text("".join(lines))
+        return [case.answer for case in paired(asked(gold), answers)[0]]
+
+    a, b = {"prompt": "<image>\na?", "text": "yes"}, {"prompt": "b?", "text": "no"}
+    assert texts(a, b) == texts(b, a) == ["yes", "no"]
+    assert texts(b) == ["", "no"]
+    assert texts({"text": "yes"}, {"text": "no"}) == ["yes", "no"]
+    with pytest.raises(UserError, match="whose prompts do not say to which they belong"):
+        texts({"text": "no"})
+    with pytest.raises(UserError, match="half of a character"):
+        texts({"text": "yes \ud83d"})
+
+
+def test_kinds_by_other_names_and_none(tmp_path: Path) -> None:
+    gold = tmp_path / "gold.json"
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "是"}]
+    rows = [{"id": i, "conversations": turns} | ({"answer_type": kind} if kind else {})
+            for i, kind in enumerate(("yes/no", "number", "other", None))]  # fmt: skip
+    gold.write_text(json.dumps(rows))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(json.dumps({"question_id": i, "text": "是"}) + "\n" for i in range(4))
+    )
+    cases, _ = paired(asked(gold), answers)
+    assert [case.kind for case in cases] == ["CLOSED", "OPEN", "OPEN", "CLOSED"]
+    assert [is_known(case) for case in cases] == [False, False, False, True]
 
 
 def asked(path: Path) -> list[Question]:
@@ -225,7 +291,11 @@ def test_a_report_shows_tables_pictures_and_nothing_of_the_web(
     assert set(found["baselines"]) == {"always the commonest", "drawn at random"}
     cases = read_scored(tmp_path / "out" / "scores.json.cases.jsonl")
     assert [one.is_right for one in cases] == [False, True] * 3
-    capsys.readouterr()
+    for wrong in (answers, gold, tmp_path):
+        assert cli.main([str(word) for word in [*words[:-1], wrong]]) == 2
+        said = capsys.readouterr().err
+        assert "would replace what is read" in said or "a folder, expected" in said
+    assert json.loads(gold.read_text()) == rows
 
 
 def test_a_gallery_is_half_wrong_where_it_can_be() -> None:
@@ -254,6 +324,9 @@ def test_differences_are_paired() -> None:
     found = differences(run_of(a), run_of(b))["closed accuracy"]
     assert found["difference"]["percent"] == pytest.approx(45)
     assert found["p"] < 0.001
+    few = differences(run_of([0.0] * 3), run_of([1.0] * 3))["closed accuracy"]
+    assert few["p"] == pytest.approx(0.25)
+    assert differences(run_of([0.0]), run_of([1.0]))["closed accuracy"]["p"] == 1
     same = differences(run_of(a), run_of(a))["closed accuracy"]
     assert same["difference"]["percent"] == 0
     assert same["p"] == 1

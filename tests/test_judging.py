@@ -82,7 +82,11 @@ def test_llava_meds_groups_equal_the_recorded(case: dict[str, Any], version: str
     ("reply", "pair"),
     [
         ("8 9\nBoth.", (8, 9)), ("8, 9", (8, 9)), ("\n 8  9.5 ", (8, 9.5)), ("(8, 9)", (8, 9)),
-        ("8/10 9/10", (8, 9)), ("**8 9**", (8, 9)), ("Assistant 1: 8, Assistant 2: 9", None),
+        ("8/10 9/10", (8, 9)), ("**8 9**", (8, 9)), ("Assistant 1: 8, Assistant 2: 9", (8, 9)),
+        ("Assistant 1: 8/10\n\nAssistant 2: 9/10\nOk", (8, 9)), ("8 9.", (8, 9)), ("-1 8", None),
+        ("Here are the scores:\n8 9", (8, 9)), ("```\n8 9\n```", (8, 9)),
+        ("Scores: 8 and 9", (8, 9)),
+        ("Assistant 1: 8/10", None), ("Answer 1 deserves 9", None), ("8 of 2 points", None),
         ("8", None), ("8 9 10", None), ("8 nine", None), ("80 90", None), ("", None),
     ],
 )  # fmt: skip

@@ -118,9 +118,12 @@ def test_a_baselines_answers_are_kept_and_gone_on_with(tmp_path: Path) -> None:
     lines = output.read_text().splitlines()
     assert [json.loads(line)["question_id"] for line in lines] == [0, 2]
     output.write_text(lines[0] + "\n" + lines[1][:20])
-    answer_file(folder, asked[:1] + asked[2:], output)
+    answer_file(folder, asked, output)
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["text"] for row in again] == [json.loads(line)["text"] for line in lines]
+    for other in ((llava_folder(tmp_path / "other"), asked), (folder, asked[:1])):
+        with pytest.raises(UserError, match="holds answers of other options"):
+            answer_file(*other, output)
 
 
 def test_a_comparison_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from medley import cli
 from medley.commands.evaluate.medmax import MedmaxOptions
 from medley.document import Picture
 from medley.errors import UserError
-from medley.evaluation.medmax_scores import Given, Scores, accuracy, finite, merged
+from medley.evaluation.medmax_scores import Given, Scores, accuracy, finite, merged, verdict
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     MIXED,
@@ -199,6 +199,13 @@ def test_captions_are_scored_as_recorded(case: dict[str, Any]) -> None:
     assert len(scores.logs()["image_captioning"]) == len(rows)  # theirs keeps the last source's
 
 
+def test_a_judges_verdict_may_end_with_a_period() -> None:
+    for reply, value in (("Correctness: 1.", 1), ("correctness: 1.0", 1), ("**Correctness:** 0", 0),
+                         ("Correctness: 10", None), ("Correctness: 1.5", None),
+                         ("Correctness: 0 or Correctness: 1", None)):  # fmt: skip
+        assert verdict(reply, False) == value
+
+
 def test_literals_are_read_and_never_run(tmp_path: Path) -> None:
     known = {"gpt4_answer": "a", "fig_label": "F", "fig_caption": "c", "in_text_mention": None}
     assert chat_reference(str(known)) == known
@@ -291,6 +298,10 @@ def test_tasks_without_a_judge_say_so(
     words[words.index("vqa") :] = ["mcq", "--limit", "0"]
     assert cli.main([str(word) for word in words]) == 2
     assert "--limit is 0" in capsys.readouterr().err
+    for name in ("manifest", "../x"):
+        words[words.index("--limit") :] = ["--limit", 1, "--save_name", name]
+        assert cli.main([str(word) for word in words]) == 2
+        assert "expected a plain name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -302,6 +313,8 @@ def test_tasks_without_a_judge_say_so(
         ({"answer": 1}, "its answer is 1, expected text"),
         ({"image_path": "../../x.png"}, "outside of the folder"),
         ({"task_name": "visual_chat"}, "the answer of visual_chat has no"),
+        ({"question_type": "mcq", "answer": "AB"}, "its answer is 'AB', expected a letter"),
+        ({"prompt": "\ud83d"}, "half of a character"),
         ({"task_name": "image_captioning"}, "question_type is 'closed' of image_captioning"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from medley.document import Document
 from medley.errors import UserError
 from medley.packing import IGNORED, SequenceTooLong, best_fit, labels_for, make_row, stack_rows
-from medley.token_shards import ShuffledOrder, TokenShards, write_jsonl, write_parquet
+from medley.token_shards import TokenShards, write_jsonl, write_parquet
 from medley.vocabulary import TextTokenizer
 
 
@@ -123,30 +123,6 @@ def test_what_has_labels(tokenizer: TextTokenizer) -> None:
     labels = labels_for(ids, marks, "pictures")
     assert labels[1] == marks.begin_image
     assert labels[4] == marks.end_image
-
-
-def test_an_order_goes_on_at_the_very_next_place_on_any_number_of_ranks() -> None:
-    def take(ranks: int, rounds: int, state: dict[str, int] | None) -> tuple[list[int], Any]:
-        readers = [ShuffledOrder(10, seed=3, rank=r, ranks=ranks) for r in range(ranks)]
-        for reader in readers:
-            if state is not None:
-                reader.resume(state)
-        taken = [next(reader) for _ in range(rounds) for reader in readers]
-        states = [reader.state for reader in readers]
-        assert all(one == states[0] for one in states)
-        return taken, json.loads(json.dumps(states[0]))
-
-    whole, _ = take(1, 36, None)
-    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
-    assert whole[:10] != whole[10:20]
-    first, state = take(2, 6, None)
-    second, state = take(3, 4, state)
-    third, _ = take(4, 3, state)
-    assert first + second + third == whole
-    other, _ = take(1, 10, None)
-    assert other == whole[:10]
-    with pytest.raises(UserError, match="length 10, this data has 11"):
-        ShuffledOrder(11, seed=3).resume(state)
 
 
 def test_the_cache_takes_two_bytes_a_token(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from model_server import Server
 
 from medley import cli
 from medley.errors import UserError
+from medley.evaluation.judge import filled, read_prompts
 from medley.evaluation.judging import parse_pair_as_llava
 from medley.evaluation.reviews import Rules, review_row, reviews_of
 
@@ -161,9 +162,11 @@ def test_what_it_costs_is_said_before(
     assert "3 to ask, about" in capsys.readouterr().out
     prices = ["--price_in", "10", "--price_out", "1000"]
     assert cli.main([*words, *prices, "--max_cost", "1"]) == 2
-    assert "at most 3.08, --max_cost is 1" in capsys.readouterr().err
+    assert "up to about 3.08, --max_cost is 1" in capsys.readouterr().err
     assert cli.main([*words, "--max_cost", "1"]) == 2
     assert "--max_cost needs --price_in" in capsys.readouterr().err
+    for flags in (["--judge_max_tokens", "-5"], ["--price_in", "-1", "--price_out", "1"]):
+        assert cli.main([*words, *flags]) == 2
     assert not server.asked
     assert not (tmp_path / "out.json").exists()
 
@@ -173,10 +176,13 @@ def test_a_judge_or_a_model_is_needed(tmp_path: Path, capsys: pytest.CaptureFixt
     for more, said in (
         ([], "name a judge"),
         (["--judge", "m"], "needs both --endpoint and --judge"),
-        (["--similarity_model", "nowhere"], "no such folder of a model of sentences"),
+        (["--similarity_model", "nowhere"], "no such folder of a model"),
     ):
         assert cli.main([*words, *more]) == 2
         assert said in capsys.readouterr().err
+
+
+QUESTION = {"question_id": 0, "text": "a", "fig_label": "F", "fig_caption": "c"}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,16 @@ def test_a_judge_or_a_model_is_needed(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"answers": '{"question_id": 0, "text": "a"}\n' * 2}, "a second answer to question 0"),
         ({"questions": '{"question_id": 0, "text": "a"}\n'}, "'fig_label' is missing"),
         ({"questions": ""}, "no questions to review"),
+        (
+            {"answers": "".join(f'{{"question_id": {i}, "text": "a"}}\n' for i in range(3))},
+            "1 answers to no question, the first is 2",
+        ),
+        ({"answers": '{"question_id": 0, "text": "\\ud83d"}\n'}, "half of a character"),
+        (
+            {"questions": json.dumps(QUESTION | {"fig_caption": None})},
+            "fig_caption is None, expected",
+        ),
+        ({"questions": json.dumps(QUESTION | {"in_text_mention": "x"})}, "in_text_mention is 'x'"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_before_a_judge_is_asked(
@@ -218,7 +234,11 @@ def test_a_judge_settles_what_two_files_answer_differently(
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
     others = {n: "The answer is C." if int(n) > 2 else "The answer is B." for n in names}
     (tmp_path / "b.json").write_text(json.dumps({"outputs": others}))
-    said = {"3": "C is it.\nThe answer is C.", "4": "The answer is B.", "5": "I will not say."}
+    said = {
+        "3": "The first says the answer is B. No.\nThe answer is C.",
+        "4": "The answer is B.",
+        "5": "I will not say.",
+    }
     server.reply = lambda asked: said[asked.split("?")[0][-1]]
     words = ["evaluate", "science-qa-judge", "--base_dir", tmp_path, "--pred", tmp_path / "a.jsonl"]
     words += ["--other", tmp_path / "b.json", "--output", tmp_path / "o.json", *judged_by(server)]
@@ -236,3 +256,50 @@ def test_a_judge_settles_what_two_files_answer_differently(
     (tmp_path / "a.jsonl").write_text(json.dumps(first[0]) + "\n")
     assert cli.main([str(word) for word in words]) == 2
     assert "5 problems have no answer, the first is 1" in capsys.readouterr().err
+
+
+def test_a_reply_that_is_cut_is_paid_for_once(server: Server, tmp_path: Path) -> None:
+    words = [*write_questions(tmp_path, 1), *judged_by(server)]
+    server.reply = lambda said: "8 4\nand so on"
+    server.always = "length"
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    assert sum(server.asked.values()) == 1
+
+
+def test_reviews_without_a_score_are_summed_up_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "r.jsonl", tmp_path / "o.json"
+    rows = [{"gpt_eval": None, "type": "overall"}, {"gpt_eval": "8 4", "type": "overall"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "summarize", "--input", str(path), "--output", str(output)]
+    assert cli.main(words) == 0
+    found = json.loads(output.read_text())
+    assert found["groups"]["overall"]["data_size"] == 1
+    assert "no reply" in found["replies without two scores"][0]
+    lines = [{"category": "c", "content": "8 4", "tuple": [8, 4]},
+             {"category": "c", "content": "?", "tuple": None}]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert cli.main(words) == 0
+    assert json.loads(output.read_text())["groups"]["c"]["data_size"] == 1
+    assert cli.main([*words, "--compat", "llava"]) == 0
+    assert json.loads(output.read_text())["without scores"] == 1
+    for text, said in (("", "no reviews"), ('{"tuple": ["8", 9]}\n', "without a pair of scores")):
+        path.write_text(text)
+        assert cli.main([*words, "--compat", "llava"]) == 2
+        assert said in capsys.readouterr().err
+    path.write_text('{"gpt_eval": "0 4"}\n')
+    assert cli.main(words) == 0
+    assert json.loads(output.read_text())["groups"]["overall"]["pred_relative_score"] is None
+
+
+def test_a_judges_prompts_have_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    for text, said in (("system: a\nopen: b", "open is no text with {question}, {answer}"),
+                       ("system: a\nopen: null", "open is no text"),
+                       ("system: a", "expected system, open")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_prompts(path, system=(), open=("question", "answer"))
+    assert filled("{a} {b} {c}", {"a": "{b}", "b": "x"}) == "{b} x {c}"

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +16,34 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from training import train
+from training_runs import MARKS, TINY, document, losses, words
 
 from medley import attention
 from medley.adapters import attach, merged_tensors, read_adapter
 from medley.attention import document_lengths, set_attention
-from medley.checkpoints import open_checkpoint
 from medley.errors import UserError
 from medley.files import write_manifest
 from medley.loss_head import HeadLoss
 from medley.packing import IGNORED, SequenceTooLong, make_row, stack_rows
 from medley.token_shards import TokenShards, write_jsonl
-from medley.training import preflight, saving
+from medley.training import preflight
 from medley.training.data import RowOptions, Rows, Weighted, by_task
 from medley.training.options import TrainOptions
 from medley.training.preflight import Plan
 from medley.training.watching import GradientProof
 
-TINY = open_checkpoint("tiny")
-MARKS = TINY.text_tokenizer().vocabulary
-CODES = TINY.image_tokenizer().codes_per_image
-
-
-def document(generator: np.random.Generator, words: int, task: str) -> dict[str, Any]:
-    codes = generator.integers(0, len(MARKS.image_codes), CODES)
-    text = generator.integers(MARKS.image + 1, MARKS.size, words).tolist()
-    picture = MARKS.picture_ids(codes.tolist())
-    tokens = [MARKS.bos, *picture, *text, MARKS.end_turn, *text[::-1], MARKS.eos]
-    return {"tokens": tokens, "source": "made", "task": task}
-
-
-def write_tokens(path: Path, count: int, seed: int = 0) -> Path:
-    generator = np.random.default_rng(seed)
-    rows = [document(generator, 4 + i % 9, f"task{i % 2}") for i in range(count)]
-    write_jsonl(path, iter(rows))
-    write_manifest(path, {}, [], TINY.fingerprint())
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokens")
-    write_tokens(folder / "train.jsonl", 24)
-    write_tokens(folder / "val.jsonl", 6, 1)
-    return folder
-
-
-def words(data: Path, output: Path, *more: object) -> list[str]:
-    found = ["--train_data", data / "train.jsonl", "--ckpt", "tiny", "--output_dir", output]
-    found += ["--lr", "2e-3", "--logging_steps", 1, "--lora_r", 4, *more]
-    return [str(word) for word in found]
-
-
-def losses(output: Path, name: str = "loss") -> list[float]:
-    state = json.loads((output / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
-
-
 # --- rows -----------------------------------------------------------------------------------
 
 
-def test_weights_take_files_more_than_once_or_in_part(data: Path) -> None:
+def test_weights_take_files_more_than_once_or_in_part(training_data: Path) -> None:
     assert Weighted.parse("a.jsonl:0.5") == Weighted(Path("a.jsonl"), 0.5)
     assert Weighted.parse("a:b.jsonl") == Weighted(Path("a:b.jsonl"))
     with pytest.raises(UserError, match=r"weight is 0, expected above 0"):
         Weighted.parse("a.jsonl:0")
-    one, other = TokenShards(data / "train.jsonl"), TokenShards(data / "val.jsonl")
+    one, other = (
+        TokenShards(training_data / "train.jsonl"),
+        TokenShards(training_data / "val.jsonl"),
+    )
     rows = Rows([(one, 0.5), (other, 2.5)], MARKS, RowOptions(400, seed=3))
     counts = np.bincount(rows.documents[:, 0])
     assert counts.tolist() == [12, 15]
@@ -96,8 +53,10 @@ def test_weights_take_files_more_than_once_or_in_part(data: Path) -> None:
     assert [t.tolist() for t in few.documents] == sorted(t.tolist() for t in few.documents)
 
 
-def test_rows_are_padded_with_blanks_to_whole_steps_and_name_their_documents(data: Path) -> None:
-    shards = TokenShards(data / "train.jsonl")
+def test_rows_are_padded_with_blanks_to_whole_steps_and_name_their_documents(
+    training_data: Path,
+) -> None:
+    shards = TokenShards(training_data / "train.jsonl")
     rows = Rows([(shards, 1.0)], MARKS, RowOptions(400, pack=True), pad_to=5)
     assert len(rows) % 5 == 0
     assert len(rows) > len(rows.rows)
@@ -112,8 +71,8 @@ def test_rows_are_padded_with_blanks_to_whole_steps_and_name_their_documents(dat
         Rows([(shards, 1.0)], MARKS, RowOptions(70))
 
 
-def test_validation_is_split_by_task(data: Path) -> None:
-    found = by_task(TokenShards(data / "val.jsonl"))
+def test_validation_is_split_by_task(training_data: Path) -> None:
+    found = by_task(TokenShards(training_data / "val.jsonl"))
     assert {t: p[:, 1].tolist() for t, p in found.items()} == {
         "task0": [0, 2, 4], "task1": [1, 3, 5],
     }  # fmt: skip
@@ -258,22 +217,22 @@ def test_disk_is_counted_before_the_first_step(
 
 
 def test_a_run_tells_proves_and_samples(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "Show me a CT scan."}\n')
     output = tmp_path / "run"
-    more = ["--val_data", data / "val.jsonl", "--pack", "--max_length", 256, "--epoch", 1]
+    more = ["--val_data", training_data / "val.jsonl", "--pack", "--max_length", 256, "--epoch", 1]
     more += ["--bs", 2, "--eval_steps", 3, "--save_strategy", "steps", "--save_steps", 2]
     more += ["--sample_prompts", prompts, "--trainer", '{"save_total_limit": 1}']
-    assert train.main(words(data, output, *more)) == 0
+    assert train.main(words(training_data, output, *more)) == 0
     said = capsys.readouterr().out
     for told in ("parameters learn", "memory: about", "disk: about", "time:", "\u27e6"):
         assert told in said
     state = json.loads((output / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(entry["trained_tokens_per_second"] > 0 for entry in steps)
-    shards = TokenShards(data / "train.jsonl")
+    shards = TokenShards(training_data / "train.jsonl")
     learned = sum(int((make_row([ids], MARKS)["labels"] != IGNORED).sum()) for ids in shards)
     seen = steps[-1]["seen_text_tokens"] + steps[-1]["seen_image_tokens"]
     assert seen == learned  # every token that has a label, once
@@ -294,14 +253,14 @@ def test_a_run_tells_proves_and_samples(
 
 
 def test_not_a_number_stops_the_run_and_names_the_documents(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--lr", "1e30", "--warmup_ratio", 0, "--lr_scheduler", "constant", "--bs", 2]
     more += ["--trainer", '{"max_grad_norm": 0}']
-    assert train.main(words(data, tmp_path / "run", *more)) == 2
+    assert train.main(words(training_data, tmp_path / "run", *more)) == 2
     said = capsys.readouterr().err
     assert "the loss is nan at step" in said
-    assert f"{data / 'train.jsonl'} document " in said
+    assert f"{training_data / 'train.jsonl'} document " in said
 
 
 def test_a_first_step_without_gradients_stops_the_run() -> None:
@@ -316,28 +275,34 @@ def test_a_first_step_without_gradients_stops_the_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_an_adapter_learns_over_a_quantised_base(data: Path, tmp_path: Path, kind: str) -> None:
-    assert train.main(words(data, tmp_path, "--quantize", kind, "--steps", 3, "--bs", 4)) == 0
+def test_an_adapter_learns_over_a_quantised_base(
+    training_data: Path, tmp_path: Path, kind: str
+) -> None:
+    assert (
+        train.main(words(training_data, tmp_path, "--quantize", kind, "--steps", 3, "--bs", 4)) == 0
+    )
     _, tensors = read_adapter(tmp_path)
     assert all("lora_" in name for name in tensors)
     assert len(losses(tmp_path)) == 3
 
 
-def test_a_second_stage_goes_on_with_the_adapter_of_the_first(data: Path, tmp_path: Path) -> None:
-    assert train.main(words(data, tmp_path / "one", "--steps", 4, "--bs", 4)) == 0
+def test_a_second_stage_goes_on_with_the_adapter_of_the_first(
+    training_data: Path, tmp_path: Path
+) -> None:
+    assert train.main(words(training_data, tmp_path / "one", "--steps", 4, "--bs", 4)) == 0
     more = ["--steps", 1, "--bs", 4, "--adapter", tmp_path / "one", "--warmup_ratio", 0]
-    assert train.main(words(data, tmp_path / "two", *more)) == 0
+    assert train.main(words(training_data, tmp_path / "two", *more)) == 0
     assert losses(tmp_path / "two")[0] < losses(tmp_path / "one")[0]
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
 
 
 def test_the_saved_adapter_merged_gives_the_trained_models_logits(
-    data: Path, tmp_path: Path
+    training_data: Path, tmp_path: Path
 ) -> None:
     more = ["--steps", 3, "--bs", 4, "--trainable", "lora+image_head", "--learn", "everything"]
-    assert train.main(words(data, tmp_path, *more)) == 0
-    ids = torch.from_numpy(TokenShards(data / "val.jsonl")[0])[None]
+    assert train.main(words(training_data, tmp_path, *more)) == 0
+    ids = torch.from_numpy(TokenShards(training_data / "val.jsonl")[0])[None]
     trained = attach(TINY.decoder(torch.float32), tmp_path)
     merged = TINY.decoder(torch.float32)
     state = {n: t.float() for n, t in merged_tensors(TINY, tmp_path)}
@@ -346,11 +311,11 @@ def test_the_saved_adapter_merged_gives_the_trained_models_logits(
         assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=5e-2)
 
 
-def test_the_tiny_recipes_losses_are_the_recorded_ones(data: Path, tmp_path: Path) -> None:
+def test_the_tiny_recipes_losses_are_the_recorded_ones(training_data: Path, tmp_path: Path) -> None:
     """Recorded on x86 with torch 2.13; other kernels round otherwise."""
     recipe = ROOT / "training" / "recipes" / "demo.yaml"
     more = ["--config", recipe, "--ds", "null", "--steps", 6, "--save_strategy", "no"]
-    assert train.main(words(data, tmp_path, *more)) == 0
+    assert train.main(words(training_data, tmp_path, *more)) == 0
     expected = json.loads((ROOT / "tests" / "recorded_losses.json").read_text())
     assert losses(tmp_path) == pytest.approx(expected, rel=5e-3)
 
@@ -360,7 +325,7 @@ RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[p.stem for p in RECIPES])
 def test_every_recipe_trains_at_toy_size(
-    data: Path, tmp_path: Path, recipe: Path, tiny_context: int
+    training_data: Path, tmp_path: Path, recipe: Path, tiny_context: int
 ) -> None:
     more: list[object] = ["--config", recipe, "--ds", "null", "--bs", 2, "--grad_acc", 1]
     more += [
@@ -373,7 +338,7 @@ def test_every_recipe_trains_at_toy_size(
         "--max_length",
         min(384, tiny_context),
     ]
-    assert train.main(words(data, tmp_path, *more)) == 0
+    assert train.main(words(training_data, tmp_path, *more)) == 0
     assert (tmp_path / "manifest.json").exists()
 
 
@@ -382,7 +347,9 @@ def tiny_context() -> int:
     return int(TINY.config().max_position_embeddings)
 
 
-def test_batches_without_a_label_cost_nothing_and_stop_nothing(data: Path, tmp_path: Path) -> None:
+def test_batches_without_a_label_cost_nothing_and_stop_nothing(
+    training_data: Path, tmp_path: Path
+) -> None:
     """Blank rows, and text rows where pictures alone are learned."""
     generator = np.random.default_rng(0)
     rows = [document(generator, 9, "a") for _ in range(3)]
@@ -392,10 +359,10 @@ def test_batches_without_a_label_cost_nothing_and_stop_nothing(data: Path, tmp_p
     write_manifest(path, {}, [], TINY.fingerprint())
     more: list[object] = ["--train_data", path, "--val_data", path, "--learn", "pictures"]
     more += ["--trainable", "image_head", "--grad_acc", 2, "--warmup_ratio", 0, "--epoch", 2]
-    assert train.main(words(data, tmp_path / "run", *more)) == 0
+    assert train.main(words(training_data, tmp_path / "run", *more)) == 0
     assert len(losses(tmp_path / "run", "eval_a_loss")) == 1
     medmax = ["--compat", "medmax", "--bs", 5, "--warmup_ratio", 0]
-    assert train.main(words(data, tmp_path / "medmax", *medmax)) == 0
+    assert train.main(words(training_data, tmp_path / "medmax", *medmax)) == 0
 
 
 def test_a_share_of_steps_between_saves_is_counted_as_one() -> None:
@@ -403,121 +370,3 @@ def test_a_share_of_steps_between_saves_is_counted_as_one() -> None:
 
 
 # --- going on ---------------------------------------------------------------------------------
-
-
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log, "ab") as file:
-        return subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
-
-
-def run(command: list[str], log: Path) -> None:
-    assert start(command, log).wait(timeout=600) == 0, log.read_text()[-3000:]
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(data: Path, tmp_path: Path) -> None:
-    more = ["--steps", 10, "--bs", 2, "--pack", "--max_length", 256, "--save_strategy", "steps"]
-    more += ["--save_steps", 1, "--trainer", '{"save_total_limit": 2}', "--epoch", 9]
-    command = [sys.executable, "-m", "training.train"]
-    log = tmp_path / "log"
-    run([*command, *words(data, tmp_path / "whole", *more)], log)
-    killed = tmp_path / "killed"
-    wait = random.Random(os.getpid())
-    for after in (1, 4):
-        resume = ["--resume"] if saving.last_complete_checkpoint(killed) else []
-        process = start([*command, *words(data, killed, *more, *resume)], log)
-        while not (killed / f"checkpoint-{after}").exists():  # begun; the save may be halfway
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.01)
-        time.sleep(wait.random() * 0.5)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (killed / "adapter_model.safetensors").exists()
-        last = saving.last_complete_checkpoint(killed)
-        torn = killed / "checkpoint-99"  # a save that a kill cut short
-        shutil.copytree(last or killed / f"checkpoint-{after}", torn, dirs_exist_ok=True)
-        (torn / saving.COMPLETE).unlink(missing_ok=True)
-        if last is None:
-            shutil.rmtree(killed)
-    run([*command, *words(data, killed, *more, "--resume")], log)
-    whole, again = (
-        load_file(p / "adapter_model.safetensors") for p in (tmp_path / "whole", killed)
-    )
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert losses(killed) == losses(tmp_path / "whole")
-
-
-def test_rows_of_like_lengths_come_in_the_same_order_after_a_stop(
-    data: Path, tmp_path: Path
-) -> None:
-    more: list[object] = ["--group_by_length", "--epoch", 3, "--bs", 4, "--lora_dropout", 0]
-    more += ["--save_strategy", "steps", "--save_steps", 7]
-    assert train.main(words(data, tmp_path / "whole", *more)) == 0
-    stopped = tmp_path / "stopped"
-    stopped.mkdir()
-    shutil.copy(tmp_path / "whole" / saving.RUN, stopped)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-14", stopped / "checkpoint-14")
-    assert train.main(words(data, stopped, *more, "--resume")) == 0
-    assert losses(stopped) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-    # Killed after its last checkpoint and before its last save: no step more is made.
-    for name in ("manifest.json", "adapter_model.safetensors"):
-        (stopped / name).unlink()
-    assert train.main(words(data, stopped, *more, "--resume")) == 0
-    names = ("whole", "stopped")
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in names)
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
-    assert train.main(words(data, stopped, *more, "--resume")) == 0  # has finished
-    assert train.main(words(data, stopped, *more, "--resume", "--lr", "1")) == 2
-
-
-@pytest.mark.parametrize(
-    ("trainable", "stage"), [("full", 3), ("lora+image_head", 2)], ids=["full", "head"]
-)
-def test_ranks_with_blank_rows_do_not_wait_for_ever(
-    data: Path, tmp_path: Path, trainable: str, stage: int
-) -> None:
-    few = write_tokens(tmp_path / "five.jsonl", 5)
-    more: list[object] = ["--train_data", few, "--trainable", trainable, "--bs", 1, "--steps", 6]
-    more += ["--ds", ROOT / "training" / "deepspeed" / f"zero{stage}.json", "--epoch", 9]
-    more += ["--save_strategy", "no"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-    run([*ranks, "training.train", *words(data, tmp_path / "out", *more)], tmp_path / "log")
-    assert (tmp_path / "out" / "manifest.json").exists()
-    assert len(losses(tmp_path / "out")) == 6
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_under_zero_equal_one_process_and_go_on_as_one(
-    data: Path, tmp_path: Path, stage: int
-) -> None:
-    more: list[object] = ["--pack", "--max_length", 256, "--steps", 6, "--lora_dropout", 0]
-    more += ["--save_strategy", "steps", "--save_steps", 3, "--global_bs", 4, "--epoch", 9]
-    alone, two, less = (tmp_path / name for name in ("alone", "two", "less"))
-    assert train.main(words(data, alone, *more, "--bs", 4)) == 0
-    zero: list[object] = [*more, "--ds", ROOT / "training" / "deepspeed" / f"zero{stage}.json"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "-m", "training.train"]
-    log = tmp_path / "log"
-    run([*ranks[:3], "--nproc-per-node=2", *ranks[3:], *words(data, two, *zero, "--bs", 2)], log)
-    assert losses(two) == pytest.approx(losses(alone), abs=2e-3)
-    assert (
-        sum(p.stat().st_size for p in (two / "checkpoint-3").rglob("*")) < 5e6
-    )  # no frozen weight
-    less.mkdir()
-    shutil.copy(two / saving.RUN, less)
-    shutil.copytree(two / "checkpoint-3", less / "checkpoint-3")
-    going_on = words(data, less, *zero, "--bs", 4, "--resume")
-    run([*ranks[:3], "--nproc-per-node=1", *ranks[3:], *going_on], log)
-    assert losses(less) == pytest.approx(losses(two), abs=2e-3)
-    other = words(data, less, *zero[:-2], "--bs", 4, "--resume", "--global_bs", 8)
-    assert "a run that is gone on with keeps it: with 1 ranks give --global_bs 4" in refused(other)
-
-
-def refused(flags: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "training.train", *flags],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-2000:]
-    return done.stderr

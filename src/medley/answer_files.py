@@ -44,7 +44,8 @@ def model_name(ckpt: str) -> str:
     return "_".join(names[-2:]) if names[-1].startswith("checkpoint-") else names[-1]
 
 
-def row_of(question: Question, text: str, model_id: str) -> str:
+def row_of(question: Question, text: str, model_id: str, pictures: Sequence[str] = ()) -> str:
+    """A line; LLaVA's has no place for drawn pictures but its metadata."""
     return json.dumps(
         {
             "question_id": question.identifier,
@@ -52,7 +53,7 @@ def row_of(question: Question, text: str, model_id: str) -> str:
             "text": text,
             "answer_id": secrets.token_urlsafe(16),
             "model_id": model_id,
-            "metadata": {},
+            "metadata": {"pictures": list(pictures)} if pictures else {},
         },
         ensure_ascii=False,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +15,11 @@ from tqdm import tqdm
 from medley.answer_files import answers_there, in_order, keys_of, row_of
 from medley.document import Document, Picture
 from medley.errors import UserError
-from medley.files import append_line
+from medley.files import append_line, read_manifest, write_manifest
 from medley.images import ImageError, open_image, to_rgb
 from medley.loading import pick_device
 from medley.questions import Question
+from medley.responses import refuse_other_options
 
 MAX_NEW_TOKENS = 64
 
@@ -35,7 +38,7 @@ class Baseline:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 folder, local_files_only=True, dtype="auto"
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever a folder of something else leads to
             raise UserError(
                 f"--baseline {folder}: no image-text model of transformers ({error})"
             ) from error
@@ -53,7 +56,9 @@ class Baseline:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         found = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        said = found[0, inputs["input_ids"].shape[1] :]
+        # An encoder and decoder gives the new tokens alone.
+        start = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        said = found[0, start:]
         return str(self.processor.decode(said, skip_special_tokens=True)).strip()
 
     def _text(self, parts: Sequence[Any]) -> str:
@@ -79,8 +84,13 @@ def _image(picture: Picture) -> Any:
 def answer_file(folder: Path, questions: Sequence[Question], output: Path) -> list[str]:
     """Writes LLaVA's answer file; what stands in it already is not asked again.
 
-    Gives the questions that could not be answered, with why.
+    Gives the questions that could not be answered, with why. Raises UserError where the file holds
+    another model's answers, or those to other questions.
     """
+    identity = identity_of(folder, questions)
+    if output.exists():
+        refuse_other_options(read_manifest(output).get("options", {}), identity, output)
+    write_manifest(output, identity, [], None)
     keys = list(keys_of((q.identifier, q.asked) for q in questions))
     there = answers_there(output)
     left = [(key, q) for key, q in zip(keys, questions, strict=True) if key not in there]
@@ -92,9 +102,17 @@ def answer_file(folder: Path, questions: Sequence[Question], output: Path) -> li
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of a model that is not ours
                     text = model.answer(question.prompt)
-            except (UserError, ImageError) as error:
+            except (UserError, ImageError, RuntimeError, ValueError) as error:
                 failed.append(f"question {question.identifier}: {error}")
                 continue
             append_line(output, row_of(question, text, folder.name))
     in_order(output, keys)
     return failed
+
+
+def identity_of(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """What the answers depend on."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.identifier, question.asked, question.image]).encode())
+    return {"baseline": str(folder.resolve()), "questions": digest.hexdigest()}

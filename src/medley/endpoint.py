@@ -29,7 +29,8 @@ class Endpoint:
     """Where a chat model is, and how it is asked.
 
     `api_version` makes it an Azure endpoint. The key is read from the environment, by name, and
-    never written anywhere.
+    never written anywhere. `keep_cut` keeps a reply that was cut at its limit, too: what is wanted
+    of it may stand at its beginning, and it was paid for.
     """
 
     address: str
@@ -40,6 +41,7 @@ class Endpoint:
     max_tokens: int = 2048
     tries: int = 5
     timeout: float = 120.0
+    keep_cut: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -74,7 +76,13 @@ class Endpoint:
 
     def key_of(self, messages: Sequence[Message]) -> str:
         """What a reply is remembered by: all that it depends on."""
-        asked = [self.address, self.model, self.temperature, self.max_tokens, list(messages)]
+        asked = [
+            self.address.rstrip("/"),
+            self.model,
+            self.temperature,
+            self.max_tokens,
+            list(messages),
+        ]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -171,6 +179,9 @@ async def _ask_all(
                 asked = {key: task for key, task in asked.items() if task not in done}
                 for task in done:
                     yield running.pop(task), task.result()
+        except UserError:  # what is under way is paid for, and kept as it comes
+            await asyncio.gather(*running, return_exceptions=True)
+            raise
         finally:
             for task in running:
                 task.cancel()
@@ -203,8 +214,10 @@ async def _ask(
         return Failed(" ".join(str(error).split()) or type(error).__name__)
     if not isinstance(reply, str) or not reply.strip():
         return Failed("an empty reply")
-    if reason not in (None, "stop"):
-        return Failed(f"the reply is not whole ({reason}): --max_tokens, or the model's own limits")
+    if reason not in (None, "stop") and not (reason == "length" and endpoint.keep_cut):
+        return Failed(
+            f"the reply is not whole ({reason}): its limit (--max_tokens), or the model's own"
+        )
     try:
         reply.encode()
     except UnicodeEncodeError:

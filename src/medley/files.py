@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -75,6 +76,18 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
+def refuse_half_characters(place: str, value: Any) -> None:
+    """Raises UserError for a text with half of a character, which no file can hold."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{place}: a text with half of a character ({error.reason})") from error
+    elif isinstance(value, dict | list):
+        for own in value.values() if isinstance(value, dict) else value:
+            refuse_half_characters(place, own)
+
+
 def append_line(path: Path, line: str) -> None:
     """Adds a line to a log; what a killed run left half-written ends first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +101,18 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Numbers that are none, or infinite, become null: JSON has no word for them."""
     with whole_file(path) as temporary:
-        text = json.dumps(value, ensure_ascii=False, indent=1)
+        text = json.dumps(_finite(value), ensure_ascii=False, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from medley.document import Document, Picture, Turn
 from medley.errors import UserError
+from medley.files import refuse_half_characters
 from medley.formats import FORMATS, Choices, Name, RecordError
 from medley.formats.conversion import read_one
 from medley.formats.files import records_of
@@ -54,6 +56,7 @@ def read_questions(path: Path, form: Name, choices: Choices) -> list[Question]:
         if isinstance(record, RecordError):
             raise UserError(f"{place}: {record}")
         try:
+            refuse_half_characters(place, record)
             if form == "llava":
                 found.append(_of_llava(record, choices.image_folder))
             else:
@@ -128,6 +131,8 @@ def _of_sample(record: Any, form: Name, choices: Choices, number: int) -> Questi
         if any(isinstance(part, Picture) for part in turns[1].parts):
             raise RecordError("a picture in the answer: only words are compared")
         gold = "".join(str(part) for part in turns[1].parts)
+    if form == "science_qa":  # the letter alone is right, whatever a prompt format adds to it
+        gold = ascii_uppercase[sample.fields["answer"]]
     identifier = sample.fields.get("id", number)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise RecordError(f"id is {identifier!r}, expected text or a number")
@@ -137,11 +142,19 @@ def _of_sample(record: Any, form: Name, choices: Choices, number: int) -> Questi
     )
 
 
+_KINDS = {
+    OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN,
+}  # fmt: skip
+
+
 def _kind(value: Any) -> str | None:
-    """OPEN or CLOSED; None where nothing is said. Raises RecordError for anything else."""
+    """OPEN or CLOSED, also by PathVQA's names; None where nothing is said. Raises RecordError for
+    anything else."""
     if value is None:
         return None
-    kind = str(value).strip().upper()
-    if kind not in (OPEN, CLOSED):
-        raise RecordError(f"answer_type is {value!r}, expected OPEN or CLOSED")
+    kind = _KINDS.get(str(value).strip().upper())
+    if kind is None:
+        raise RecordError(
+            f"answer_type is {value!r}, expected OPEN or CLOSED (or yes/no, number, other)"
+        )
     return kind

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import itemgetter
 from pathlib import Path
@@ -230,48 +229,6 @@ def _make_cache(path: Path, cache: Path, names: Path, key: str) -> None:
                 raise UserError(f"{path}: more than {np.iinfo(np.int16).max} different tasks")
             writer.write_batch(pa.record_batch([ids, pa.array(tasks, pa.int16())], schema=schema))
         write_json(names, list(known))  # before the cache has its name: it is useless without
-
-
-@dataclass
-class ShuffledOrder(Iterator[int]):
-    """Endless places of a data set in an order shuffled by (seed, epoch), for one rank.
-
-    `state` is where all ranks together are, a small dict: a reader that is given it goes on with
-    the very next place, also on another number of ranks.
-    """
-
-    length: int
-    seed: int = 0
-    rank: int = 0
-    ranks: int = 1
-    _consumed: int = 0  # places that all ranks together have taken
-    _epoch: int = -1
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError("a data set without sequences cannot be read in any order")
-
-    def __next__(self) -> int:
-        epoch, place = divmod(self._consumed + self.rank, self.length)
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch))
-            self._order, self._epoch = generator.permutation(self.length), epoch
-        self._consumed += self.ranks
-        return int(self._order[place])
-
-    @property
-    def state(self) -> dict[str, int]:
-        return {"length": self.length, "seed": self.seed, "consumed": self._consumed}
-
-    def resume(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken. Raises UserError for one of other data or seed."""
-        own = {"length": self.length, "seed": self.seed}
-        for name, value in own.items():
-            if state[name] != value:
-                raise UserError(
-                    f"the state to resume from has {name} {state[name]}, this data has {value}"
-                )
-        self._consumed = state["consumed"]
 
 
 def _checked_rows(path: Path) -> Iterator[dict[str, Any]]:

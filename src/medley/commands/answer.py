@@ -22,6 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from medley.answer_files import (
+    Key,
     answers_there,
     chunk,
     in_order,
@@ -45,7 +46,7 @@ from medley.generation import GenerationOptions
 from medley.generation.options import Mode
 from medley.options import resolved
 from medley.questions import Question
-from medley.responses import answers, refuse_other_options, rows_there
+from medley.responses import answers, refuse_other_options
 
 PROMPTER_TOKENS = 64  # of the second answer that --answer_prompter asks for
 PROMPTER = "The answer is"
@@ -112,6 +113,9 @@ def answer(options: AnswerOptions) -> None:
     left = [number for number in own if keys[number] not in there]
     if len(left) < len(own):
         print(f"{options.output}: {len(own) - len(left)} answers are there already")
+    if not left:
+        in_order(options.output, keys)
+        return
     model = options.load(min(options.rows_at_once, max(1, len(left))))
     name = options.model_id or model_name(options.ckpt)
     ask = with_prompter if options.answer_prompter else simply
@@ -119,13 +123,25 @@ def answer(options: AnswerOptions) -> None:
     found = ask(model, prompts, left, options)
     for number, text in tqdm(found, desc="answering", unit=" answers", total=len(left)):
         if isinstance(text, Answer):
-            append_line(options.output, row_of(questions[number], text.text, name))
+            pictures = saved_pictures(options.output, number, text)
+            append_line(options.output, row_of(questions[number], text.text, name, pictures))
         else:
             failed.append(f"question {questions[number].identifier}: {text}")
     in_order(options.output, keys)
     print(f"{len(own) - len(failed)} answers in {options.output}")
     if failed:
         raise DataLost(f"{len(failed)} of {len(own)} questions were not answered: {failed[0]}")
+
+
+def saved_pictures(output: Path, number: int, answer: Answer) -> list[str]:
+    """The drawn pictures' files, beside the answer file, by their paths from its folder."""
+    folder = output.with_name(f"{output.stem}_pictures")
+    names = []
+    for place, image in enumerate(answer.images):
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number:06d}_{place}.png")
+        names.append(f"{folder.name}/{number:06d}_{place}.png")
+    return names
 
 
 def simply(
@@ -193,13 +209,16 @@ def devices_of(text: str) -> list[int]:
 def on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
     """Starts one process a device, each with its part, and gathers the answers."""
     devices = devices_of(options.devices or "")
-    parts = [part_file(options.output, len(devices), i) for i in range(len(devices))]
+    count = len(devices)
+    parts = [part_file(options.output, count, index) for index in range(count)]
+    there = gathered(options.output, questions)  # of an earlier run, on any number of devices
     with TemporaryDirectory() as folder, ExitStack() as stack:
         running = []
         for index, (device, part) in enumerate(zip(devices, parts, strict=True)):
-            own = replace(
-                options, devices=None, output=part, num_chunks=len(devices), chunk_idx=index
-            )
+            own = replace(options, devices=None, output=part, num_chunks=count, chunk_idx=index)
+            keys = chunk(list(keys_of((q.identifier, q.asked) for q in questions)), count, index)
+            write_rows(part, [there[key] for key in keys if key in there])
+            write_manifest(part, own.identity(), [options.questions], None)
             config = Path(folder) / f"{index}.yaml"
             config.write_text(yaml.safe_dump(resolved(own), allow_unicode=True), encoding="utf-8")
             command = [sys.executable, "-m", "medley.cli", "answer", "--config", str(config)]
@@ -209,19 +228,36 @@ def on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
             running.append(process)
         with ends_by_exception(signal.SIGTERM):
             failed = [d for p, d in zip(running, devices, strict=True) if p.wait()]
-    rows = [*answers_there(options.output).values()]
-    rows += [row for part in parts for row in rows_there(part, "question_id")]
-    write_rows(options.output, rows)
-    in_order(options.output, list(keys_of((q.identifier, q.asked) for q in questions)))
+    there = gathered(options.output, questions)
     if failed:
         raise DataLost(
             f"the parts of devices {', '.join(map(str, failed))} failed; what was answered is in "
             f"{options.output}, the same command goes on"
         )
+    print(f"{len(there)} answers in {options.output}")
+
+
+def gathered(output: Path, questions: Sequence[Question]) -> dict[Key, dict[str, Any]]:
+    """All answers that are there, by their keys: of the output and of its parts, which are then
+    one file, in the order of the questions."""
+    keys = list(keys_of((q.identifier, q.asked) for q in questions))
+    there = answers_there(output)
+    parts = sorted(output.parent.glob(f"{output.stem}.part-*-of-*{output.suffix}"))
+    for part in parts:
+        index, _, count = part.stem.rpartition(".part-")[2].partition("-of-")
+        if not (index.isdigit() and count.isdigit()):
+            continue
+        own = chunk(range(len(questions)), int(count), int(index))
+        # Inside of a part equal questions are counted anew.
+        local = keys_of((questions[n].identifier, questions[n].asked) for n in own)
+        names = dict(zip(local, (keys[n] for n in own), strict=True))
+        there |= {names[key]: row for key, row in answers_there(part).items() if key in names}
+    if there:
+        write_rows(output, [there[key] for key in keys if key in there])
     for part in parts:
         part.unlink()
-        manifest_path(part).unlink()
-    print(f"{len(questions)} answers in {options.output}")
+        manifest_path(part).unlink(missing_ok=True)
+    return there
 
 
 @contextmanager

@@ -22,6 +22,20 @@ from medley.quantization import Quantize
 from medley.questions import Question, read_questions
 
 
+def check_output(output: Path, *inputs: Path | None) -> None:
+    """Raises UserError for an output that is a folder, has no name, or would replace an input."""
+    if not output.name or output.is_dir():
+        raise UserError(f"--output {output}: a folder, expected the name of a file")
+    for path in inputs:
+        if path is not None and path.resolve() == output.resolve():
+            raise UserError(f"--output {output}: would replace what is read; name another file")
+
+
+def check_seed(seed: int) -> None:
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, expected 0 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """A model, and how it generates.

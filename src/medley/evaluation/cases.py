@@ -27,8 +27,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Scored:
-    """A case with its values by measure, each from 0 to 1 (a judge's: from 0 to 10); `note` says
-    why one is missing. `drawn` is the file of a picture that was the answer, or part of it."""
+    """A case with its values by measure, where 1 is 100 percent; `right` is 0 or 1. `note` says why
+    one is missing. `drawn` is the file of a picture that was the answer, or part of it."""
 
     case: Case
     scores: dict[str, float]
@@ -63,6 +63,8 @@ def read_scored(path: Path) -> list[Scored]:
             case = Case(
                 row["id"], row["question"], row["gold"], row["answer"], row["kind"], row["image"]
             )
+            if not isinstance(row["image"], str | None) or not isinstance(row["drawn"], str | None):
+                raise TypeError("a picture's name is no text")
             scores = {str(name): float(value) for name, value in row["scores"].items()}
             found.append(Scored(case, scores, row["note"], row["drawn"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -22,7 +22,7 @@ def differences(
 
     Raises UserError where the runs have no question in common.
     """
-    first, second = _by_key(a), _by_key(b)
+    first, second = by_key(a), by_key(b)
     common = [key for key in first if key in second]
     if not common:
         raise UserError("the two runs have no question in common")
@@ -41,14 +41,15 @@ def differences(
         found[name] = {
             "a": 100 * sum(one) / len(one), "b": 100 * sum(other) / len(other),
             "difference": difference.interval.percent(), "p": difference.p, "n": len(keys),
-            "left out": len(first.keys() | second.keys()) - len(common),
+            "left out": len(first.keys() | second.keys()) - len(keys),
         }  # fmt: skip
     if not found:
         raise UserError("the two runs have no measure in common: are they of the same evaluation?")
     return found
 
 
-def _by_key(cases: Iterable[Scored]) -> dict[Key, Scored]:
+def by_key(cases: Iterable[Scored]) -> dict[Key, Scored]:
+    """Kind, id, question, and how often all that stood there before."""
     seen: Counter[tuple[str, str, str]] = Counter()
     found = {}
     for one in cases:
@@ -58,6 +59,10 @@ def _by_key(cases: Iterable[Scored]) -> dict[Key, Scored]:
     return found
 
 
+def p_text(p: float) -> str:
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def comparison_table(title: str, found: dict[str, dict[str, Any]], names: tuple[str, str]) -> Table:
     rows = []
     for name, own in found.items():
@@ -65,8 +70,11 @@ def comparison_table(title: str, found: dict[str, dict[str, Any]], names: tuple[
         between = f"{value['percent']:+.1f} ({value['low']:+.1f} to {value['high']:+.1f})"
         rows.append([
             Cell(name), Cell(f"{own['a']:.1f}"), Cell(f"{own['b']:.1f}"), Cell(between),
-            Cell("below 0.001" if own["p"] < 0.001 else f"{own['p']:.3f}"), Cell(str(own["n"])),
+            Cell(p_text(own["p"])), Cell(str(own["n"])),
         ])  # fmt: skip
-    said = "In percent; 95 % intervals and p of a paired bootstrap, pictures drawn as a whole."
+    said = (
+        "In percent; 95 % intervals of a paired bootstrap, p by flipped signs; the questions about "
+        "one picture go together."
+    )
     columns = ("", *names, "difference", "p", "n")
     return Table(title, columns, rows, said)

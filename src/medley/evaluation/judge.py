@@ -56,8 +56,14 @@ class JudgeOptions:
     ask_again: bool = False
 
     def check_judge(self) -> None:
-        if self.at_once < 1 or self.tries < 1:
-            raise UserError("--at_once and --tries start at 1")
+        if min(self.at_once, self.tries, self.judge_max_tokens) < 1 or self.timeout <= 0:
+            raise UserError(
+                "--at_once, --tries and --judge_max_tokens start at 1, --timeout above 0"
+            )
+        if any(value is not None and value < 0 for value in (self.price_in, self.price_out)):
+            raise UserError("--price_in and --price_out start at 0")
+        if self.dry_run and self.endpoint is None:
+            raise UserError("--dry_run estimates what a judge costs: --endpoint and --judge")
         if (self.endpoint is None) != (self.judge is None):
             raise UserError("a judge needs both --endpoint and --judge")
         if self.max_cost is not None and None in (self.price_in, self.price_out):
@@ -70,7 +76,7 @@ class JudgeOptions:
             raise UserError("a judge is needed: --endpoint and --judge")
         return Endpoint(
             self.endpoint, self.judge, self.key_variable, self.api_version,
-            self.judge_temperature, self.judge_max_tokens, self.tries, self.timeout,
+            self.judge_temperature, self.judge_max_tokens, self.tries, self.timeout, True,
         )  # fmt: skip
 
 
@@ -82,7 +88,7 @@ def ask_judge(
     options: JudgeOptions,
     questions: Mapping[Name, Sequence[Message]],
     kept: Path,
-    readable: Callable[[str], bool],
+    readable: Callable[[Name, str], bool],
 ) -> dict[Name, str | Failed]:
     """Replies by the questions' names. They are kept in a file as they come: the same command goes
     on where it was stopped, and pays for nothing twice.
@@ -93,7 +99,7 @@ def ask_judge(
     known: dict[Name, str] = {}
     for name, messages in questions.items():
         reply = replies.get(endpoint.key_of(messages))
-        if reply is not None and (readable(reply) or not options.ask_again):
+        if reply is not None and (readable(name, reply) or not options.ask_again):
             known[name] = reply
         elif reply is not None:
             replies.forget(endpoint.key_of(messages))
@@ -110,16 +116,18 @@ def ask_judge(
 
 def _estimate(options: JudgeOptions, questions: Sequence[Sequence[Message]]) -> str:
     """What is left to ask, in words. Raises UserError where it is above the limit."""
-    letters = sum(len(message["content"]) for messages in questions for message in messages)
-    read = letters / _CHARACTERS
+    said = "".join(message["content"] for messages in questions for message in messages)
+    ascii_ones = sum(character.isascii() for character in said)
+    # A letter beyond ASCII may take a token of its own.
+    read = ascii_ones / _CHARACTERS + len(said) - ascii_ones
     written = len(questions) * options.judge_max_tokens
     told = f"{len(questions)} to ask, about {read:,.0f} tokens, and at most {written:,} in reply"
     if options.price_in is None or options.price_out is None:
         return told
     cost = (read * options.price_in + written * options.price_out) / 1e6
     if options.max_cost is not None and cost > options.max_cost:
-        raise UserError(f"{told}: at most {cost:.2f}, --max_cost is {options.max_cost}")
-    return f"{told}: at most {cost:.2f}"
+        raise UserError(f"{told}: up to about {cost:.2f}, --max_cost is {options.max_cost}")
+    return f"{told}: up to about {cost:.2f}"
 
 
 @dataclass(frozen=True)
@@ -171,12 +179,19 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
-def read_prompts(path: Path, *names: str) -> dict[str, str]:
-    """Texts of a YAML file, by name. Raises UserError for one that is missing."""
+def read_prompts(path: Path, **names: tuple[str, ...]) -> dict[str, str]:
+    """Texts of a YAML file by name, each with the `{places}` that it has to have. Raises UserError
+    for one that is missing."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {name: str(found[name]) for name in names}
+        texts = {name: found[name] for name in names}
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected {', '.join(names)} ({error})") from error
+    for name, text in texts.items():
+        lacks = [place for place in names[name] if f"{{{place}}}" not in str(text)]
+        if not isinstance(text, str) or lacks:
+            places = ", ".join(f"{{{place}}}" for place in names[name])
+            raise UserError(f"{path}: {name} is no text with {places or 'words'}")
+    return texts

@@ -12,20 +12,34 @@ from medley.errors import UserError
 
 # The first of these that is true is a question's domain, in LLaVA-Med's order.
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
-_NUMBER = re.compile(r"(?<![\w.])[+]?(\d+(?:\.\d+)?)(?:\s*/\s*10)?(?![\w.]|\s*/)")
 _HIGHEST = 10.0
+_SCORE = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
+# Two scores and nothing else, but for a word before them and marks around.
+_BARE = re.compile(
+    rf"(?:scores?|ratings?)?\s*[:=]?\s*[(\[]?\s*{_SCORE}(?:\s*[,;|&]\s*|\s+and\s+|\s+){_SCORE}"
+    r"\s*[)\]]?\s*[.!]?", re.IGNORECASE,
+)  # fmt: skip
+_LABELLED = re.compile(rf"\b[A-Za-z]+\s*([12])\s*[:=]\s*{_SCORE}(?![\w/]|\.\d)")
+_EMPHASIS = str.maketrans("", "", "*_#`>")
+_LINES = 3  # of a reply, in which the scores stand
 
 Pair = tuple[float, float]  # of the reference, and of the model
 
 
 def parse_pair(reply: str) -> Pair | None:
-    """The two scores in the first line of a reply that has words; None for any other number of
-    them, and for scores beyond 10."""
-    line = next((text for text in reply.splitlines() if text.strip()), "")
-    found = [float(number) for number in _NUMBER.findall(line)]
-    if len(found) != 2 or max(found) > _HIGHEST:
+    """The two scores at the beginning of a reply: bare in one of its first lines that hold a digit,
+    or labelled `Assistant 1: 8`, `Assistant 2: 9`. None for anything else, and beyond 10."""
+    bare = [text.translate(_EMPHASIS).strip() for text in reply.splitlines()]
+    lines = [text for text in bare if text][:_LINES]
+    labelled = dict(_LABELLED.findall("\n".join(lines)))
+    found = next((text for text in lines if re.search(r"\d", text)), "")
+    if (both := _BARE.fullmatch(found)) is not None:
+        pair = float(both[1]), float(both[2])
+    elif set(labelled) == {"1", "2"}:
+        pair = float(labelled["1"]), float(labelled["2"])
+    else:
         return None
-    return found[0], found[1]
+    return pair if max(pair) <= _HIGHEST else None
 
 
 def parse_pair_as_llava(reply: str) -> list[float]:
@@ -43,6 +57,8 @@ def parse_pair_as_llava_med(reply: str) -> Pair:
     words = reply.split("\n")[0].split(" ")
     try:
         reference, model = (float(word) for word in words)
+        if not math.isfinite(reference + model):
+            raise ValueError("no finite number")
     except ValueError as error:
         raise UserError(
             f"a judge's reply does not begin with two scores: {reply[:60]!r}"
@@ -81,7 +97,9 @@ class Summary:
 
 def domain_of(row: dict[str, Any]) -> str | None:
     """LLaVA-Med's domain of a question: the first that is true, in a fixed order."""
-    there = row.get("domain") or {}
+    there = row.get("domain")
+    if not isinstance(there, dict):
+        return None
     return next((name for name in DOMAINS if there.get(name)), None)
 
 
@@ -89,7 +107,8 @@ def by_group(rows: Iterable[tuple[dict[str, Any], Pair]], whole: str) -> dict[st
     """Summaries by type, of all (under the name `whole`) and by domain, in the order they come."""
     groups: dict[str, list[Pair]] = {}
     for row, pair in rows:
-        for name in (row.get("type"), whole, domain_of(row)):
+        kind = row.get("type")
+        for name in (kind if kind != whole else None, whole, domain_of(row)):
             if isinstance(name, str):
                 groups.setdefault(name, []).append(pair)
     return {name: Summary.of(pairs) for name, pairs in groups.items()}
@@ -101,11 +120,13 @@ def llava_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
     groups: dict[str, list[Sequence[float]]] = {"all": []}
     for row in rows:
         pair = row.get("tuple", row.get("score"))
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"a review without a pair of scores: {row}")
+        if not isinstance(pair, list) or [type(p) in (int, float) for p in pair] != [True, True]:
+            raise UserError(f"a review without a pair of scores: {row!r:.200}")
         groups["all"].append(pair)
         if "category" in row:
             groups.setdefault(str(row["category"]), []).append(pair)
+    if not groups["all"]:
+        raise UserError("no reviews to sum up")
     lines = []
     for name in sorted(groups):
         means = [round(sum(p[i] for p in groups[name]) / len(groups[name]), 3) for i in (0, 1)]

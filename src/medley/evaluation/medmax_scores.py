@@ -15,6 +15,7 @@ from medley.endpoint import Failed
 from medley.errors import UserError
 from medley.evaluation.judge import note_of
 from medley.evaluation.judging import Pair, by_group, parse_pair, parse_pair_as_llava_med
+from medley.evaluation.matching import is_yes_or_no, yes_or_no
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     CHAT,
@@ -25,20 +26,18 @@ from medley.evaluation.medmax_suite import (
     chat_reference,
 )  # fmt: skip
 from medley.evaluation.science_qa import parsed_letter
-from medley.evaluation.vqa import yes_or_no
-from medley.evaluation.words import normalise
 
 JUDGED = ("open", MIXED, CHAT)
 LIKENESS, RELATIVE = "similarity of pictures", "relative to the reference (judge)"
-_VERDICT = re.compile(r"correctness\W*([01])(?![\d.])", re.IGNORECASE)
+_VERDICT = re.compile(r"correctness\W*([01])(?!\d|\.\d*[1-9])", re.IGNORECASE)
 
 
 def closed_is_right(gold: str, given: str, as_published: bool) -> bool:
     """Published: the gold answer, letter for letter, somewhere in the given one, the other one
     nowhere ("normal" is a no). Ours: as a word."""
     if not as_published:
-        wanted = yes_or_no(normalise(gold.lower()))
-        return wanted is not None and yes_or_no(normalise(given.lower())) == wanted
+        wanted = is_yes_or_no(gold)
+        return wanted is not None and yes_or_no(given) == wanted
     said = given.lower()
     if gold not in ("yes", "no"):
         return False
@@ -130,10 +129,11 @@ class Scores:
                 found.append(row)
         return found
 
-    def readable(self, reply: str) -> bool:
-        """Whether a reply says what any of the judge's questions asks for."""
-        published = self.as_published
-        return verdict(reply, published) is not None or pair_of(reply, published) is not None
+    def readable(self, number: int, reply: str) -> bool:
+        """Whether a reply says what is asked of its row."""
+        if self._groups[number] == "open":
+            return verdict(reply, self.as_published) is not None
+        return pair_of(reply, self.as_published) is not None
 
     def take_reply(self, number: int, reply: str | Failed) -> bool:
         """Keeps what a judge says of a row; whether it could be read."""

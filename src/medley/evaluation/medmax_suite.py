@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from medley.document import Part, Picture
 from medley.errors import UserError
+from medley.evaluation.matching import is_yes_or_no
+from medley.evaluation.reviews import is_list_of
 from medley.evaluation.science_qa import LETTERS
-from medley.evaluation.vqa import yes_or_no
-from medley.evaluation.words import normalise
 from medley.formats.sample import CAPTION_PROMPT
 from medley.vocabulary import IMAGE
 
@@ -128,6 +128,11 @@ def chat_reference(answer: Any) -> dict[str, Any]:
     names = ("gpt4_answer", "fig_label", "fig_caption")
     if not isinstance(found, dict) or not all(isinstance(found.get(n), str) for n in names):
         raise UserError(f"the answer of visual_chat has no {', '.join(names)}: {answer!r:.80}")
+    mentions, domain = found.get("in_text_mention"), found.get("domain")
+    if mentions is not None and not is_list_of(mentions, str | dict):
+        raise UserError(f"in_text_mention is {mentions!r:.80}, expected a list of texts")
+    if not isinstance(domain, dict | None):
+        raise UserError(f"domain is {domain!r:.80}, expected an object")
     return found
 
 
@@ -135,9 +140,9 @@ def gold_fault(row: Row) -> str | None:
     """Why a right answer cannot be compared with; None where it can."""
     if not isinstance(row.answer, str):
         return f"its answer is {row.answer!r}, expected text"
-    if row.kind == "closed" and yes_or_no(normalise(row.answer.lower())) is None:
+    if row.kind == "closed" and is_yes_or_no(row.answer) is None:
         return f"its answer is {row.answer!r}, expected yes or no"
-    if row.kind == "mcq" and (row.answer.strip().upper() or "?") not in LETTERS:
+    if row.kind == "mcq" and row.answer.strip().upper() not in tuple(LETTERS):
         return f"its answer is {row.answer!r}, expected a letter"
     return None
 

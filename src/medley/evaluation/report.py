@@ -19,6 +19,7 @@ from medley.images import ImageError, open_image
 from medley.version import __version__
 
 GALLERY = 48  # answers that a page shows
+LONGEST = 2000  # characters of a text on a page
 THUMBNAIL = 256  # pixels of the longer side
 
 
@@ -89,10 +90,14 @@ def _card(one: Scored) -> dict[str, Any]:
     pictures += [_shown(one.drawn, "the picture that was drawn")] if one.drawn else []
     scores = {name: value for name, value in one.scores.items() if name != "right"}
     return {
-        "identifier": case.identifier, "kind": case.kind, "question": case.question,
-        "gold": case.gold, "answer": case.answer, "right": one.is_right, "scores": scores,
-        "note": one.note, "pictures": pictures,
+        "identifier": case.identifier, "kind": case.kind, "question": _cut(case.question),
+        "gold": _cut(case.gold), "answer": _cut(case.answer), "right": one.is_right,
+        "scores": scores, "note": one.note, "pictures": pictures,
     }  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text)} characters)"
 
 
 def _shown(path: str, alt: str) -> dict[str, str | None]:
@@ -123,7 +128,7 @@ def measures_table(
     """Measures with their intervals; `beside` has those of others (baselines), a column each."""
     beside = beside or {}
     rows = [
-        [Cell(name), Cell(f"{value['percent']:.1f}"), Cell(between(value), value),
+        [Cell(name), Cell(f"{value['percent']:.1f}"), Cell(between(value), _within(value)),
          Cell(between(value)), Cell(f"{value['n']}"),
          *(Cell(f"{own[name]['percent']:.1f}" if name in own else "") for own in beside.values())]
         for name, value in scores.items() if is_measure(value)
@@ -177,6 +182,11 @@ def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
     return Table("Closed questions: right and given answers", ("", *columns), rows, said)
 
 
+def _within(value: Mapping[str, float]) -> dict[str, float]:
+    """Where a bar is drawn: some measures go beyond 0 and 100."""
+    return {name: min(100.0, max(0.0, value[name])) for name in ("percent", "low", "high")}
+
+
 def is_measure(value: Any) -> bool:
     return isinstance(value, dict) and "percent" in value
 
@@ -191,7 +201,7 @@ def _short(value: Mapping[str, float] | None) -> str:
 
 def text_table(scores: Mapping[str, Any]) -> str:
     """The same for a terminal."""
-    width = max(32, *(len(name) for name in scores))
+    width = max([32, *map(len, scores)])
     lines = [f"{'':{width}}   percent   95 % interval      n"]
     for name, value in scores.items():
         if is_measure(value):

@@ -112,9 +112,13 @@ def reviews_of(
         raise UserError(f"{layout} needs --context, what is known of the pictures")
     sides = [_by_id(path, rows) for path, rows in answers]
     told = {str(row.get("image")): _context(layout, place, row) for place, row in contexts or []}
-    found = []
+    found: list[Review] = []
+    seen: set[str] = set()
     for place, row in questions:
         identifier = _value(place, row, "question_id")
+        if str(identifier) in seen:
+            raise UserError(f"{place}: a second question with the id {identifier}")
+        seen.add(str(identifier))
         own = []
         for (path, _), side in zip(answers, sides, strict=True):
             if str(identifier) not in side:
@@ -129,14 +133,19 @@ def reviews_of(
             if str(image) not in told:
                 raise UserError(f"{place}: --context has no picture {image!r}")
             context = told[str(image)]
-        category = str(_value(place, row, "category"))
+        category = _text(place, row, "category")
         found.append(Review(
             identifier, _BENCH + category if layout == "llava_bench" else category,
-            str(_value(place, row, "text")), str(own[0]["text"]), str(own[1]["text"]), context,
+            _text(place, row, "text"), str(own[0]["text"]), str(own[1]["text"]), context,
             image, row, (_answer_id(own[0]), _answer_id(own[1])),
         ))  # fmt: skip
     if not found:
         raise UserError("no questions to review")
+    for (path, _), side in zip(answers, sides, strict=True):
+        if strangers := sorted(side.keys() - seen):
+            raise UserError(
+                f"{path}: {len(strangers)} answers to no question, the first is {strangers[0]}"
+            )
     return found
 
 
@@ -147,10 +156,13 @@ def _answer_id(row: dict[str, Any]) -> Any:
 def _of_llava_med(
     place: str, row: dict[str, Any], answer: dict[str, Any], as_published: bool
 ) -> Review:
-    question = str(_value(place, row, "text"))
-    figure = {"fig_label": _value(place, row, "fig_label"),
-              "fig_caption": _value(place, row, "fig_caption"),
+    question = _text(place, row, "text")
+    figure = {"fig_label": _text(place, row, "fig_label"),
+              "fig_caption": _text(place, row, "fig_caption"),
               "in_text_mention": row.get("in_text_mention")}  # fmt: skip
+    mentions = figure["in_text_mention"]
+    if mentions is not None and not is_list_of(mentions, str | dict):
+        raise UserError(f"{place}: in_text_mention is {mentions!r:.80}, expected a list of texts")
     if as_published:
         context = (
             f"Figure Caption:\n{figure['fig_label']}: {figure['fig_caption']}\n\n"
@@ -160,7 +172,7 @@ def _of_llava_med(
         question, context = question.replace(IMAGE, "").strip(), context_of(figure, True)
     return Review(
         row["question_id"], str(row.get("type", "")), question,
-        str(_value(place, row, "gpt4_answer")), str(answer["text"]), context, row.get("image"), row,
+        _text(place, row, "gpt4_answer"), str(answer["text"]), context, row.get("image"), row,
         (None, _answer_id(answer)),
     )  # fmt: skip
 
@@ -168,9 +180,25 @@ def _of_llava_med(
 def _context(layout: Layout, place: str, row: dict[str, Any]) -> str:
     if layout == "llava_bench":
         caption = _value(place, row, "caption")
-        return "\n".join(caption) if isinstance(caption, list) else str(caption)
-    boxes = [f"{one['category']}: {one['bbox']}" for one in _value(place, row, "instances")]
-    return "\n".join(_value(place, row, "captions")) + "\n\n" + "\n".join(boxes)
+        if not isinstance(caption, str) and not is_list_of(caption, str):
+            raise UserError(
+                f"{place}: caption is {caption!r:.80}, expected text or a list of texts"
+            )
+        return "\n".join(caption) if isinstance(caption, list) else caption
+    captions, instances = _value(place, row, "captions"), _value(place, row, "instances")
+    if not is_list_of(captions, str):
+        raise UserError(f"{place}: captions is {captions!r:.80}, expected a list of texts")
+    if not is_list_of(instances, dict) or not all(
+        {"category", "bbox"} <= set(i) for i in instances
+    ):
+        raise UserError(f"{place}: instances are no list of objects with category and bbox")
+    return (
+        "\n".join(captions) + "\n\n" + "\n".join(f"{i['category']}: {i['bbox']}" for i in instances)
+    )
+
+
+def is_list_of(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
 
 
 def _by_id(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -182,6 +210,13 @@ def _by_id(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, 
         if found.setdefault(identifier, row) is not row:
             raise UserError(f"{place}: a second answer to question {identifier}")
     return found
+
+
+def _text(place: str, row: dict[str, Any], name: str) -> str:
+    value = _value(place, row, name)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} is {value!r:.80}, expected text")
+    return value
 
 
 def _value(place: str, row: dict[str, Any], name: str) -> Any:

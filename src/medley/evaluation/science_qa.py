@@ -8,9 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal
 
+from medley.errors import UserError
 from medley.evaluation.cases import Case, Scored
+from medley.formats.sample import picture_path
+from medley.formats.science_qa import folder_of
 from medley.vocabulary import IMAGE
 
 Compat = Literal["none", "llava", "llava_med"]
@@ -19,8 +23,15 @@ FAILED = "FAILED"
 LETTERS = "ABCDE"
 # As published: the period is any character, and one has to follow.
 _PUBLISHED = re.compile(r"The answer is ([A-Z]).")
-_OURS = re.compile(rf"\bthe answer is:? \(?([{LETTERS}])\b", re.IGNORECASE)
-_ALONE = re.compile(rf"\(?([{LETTERS}])\)?(?:[.,:)\n].*)?", re.DOTALL)  # "A toy" has an article
+# Ours: a letter alone, or before what sets it apart ("A toy" has an article)...
+_ALONE = re.compile(rf"\(?([{LETTERS}])\)?(?:[.,:!\uff1a\uff09\n].*)?", re.DOTALL)
+_ALONE_SMALL = re.compile(rf"\(?([{LETTERS.lower()}])\)?[.!]?")
+# ... or the one that is named, in capitals, or small at the end.
+_NAMED = re.compile(
+    rf"\b(?i:answer|option|choice)(?i:\s+is)?\s*[:\uff1a]?\s*\(?(?:([{LETTERS}])(?![\w'])"
+    rf"|([{LETTERS.lower()}])\)?[.!]?\s*$)"
+)
+_EMPHASIS = str.maketrans("", "", "*_`")
 
 
 def parsed_letter(text: str, compat: Compat = "none") -> str:
@@ -36,11 +47,29 @@ def parsed_letter(text: str, compat: Compat = "none") -> str:
             return text[0]
         found = _PUBLISHED.findall(text)
         return str(found[0]) if len(found) == 1 else FAILED
-    named = {str(letter).upper() for letter in _OURS.findall(text)}
+    bare = text.translate(_EMPHASIS).strip()
+    named = {str(capital or small).upper() for capital, small in _NAMED.findall(bare)}
     if named:
         return named.pop() if len(named) == 1 else FAILED
-    alone = _ALONE.fullmatch(text.strip())
-    return alone[1] if alone else FAILED
+    alone = _ALONE.fullmatch(bare) or _ALONE_SMALL.fullmatch(bare)
+    return alone[1].upper() if alone else FAILED
+
+
+def last_letter(text: str) -> str:
+    """The letter of the last line that names one: what stands before are reasons."""
+    found = (parsed_letter(line) for line in reversed(text.splitlines()) if line.strip())
+    return next((letter for letter in found if letter != FAILED), FAILED)
+
+
+def check_problem(place: str, problem: Any) -> None:
+    """Raises UserError for a problem without choices, or without the number of the right one."""
+    offered = problem.get("choices") if isinstance(problem, dict) else None
+    right = problem.get("answer") if isinstance(problem, dict) else None
+    most = len(ascii_uppercase)
+    if not isinstance(offered, list) or not all(isinstance(c, str) for c in offered[:most]):
+        raise UserError(f"{place}: its choices are no list of texts")
+    if type(right) is not int or not 0 <= right < min(len(offered), most):
+        raise UserError(f"{place}: its answer is {right!r}, expected 0 to {len(offered) - 1}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,8 @@ class Scores:
         }
 
     def cases(self, problems: Mapping[str, Any], folder: Path | None) -> list[Scored]:
-        """The same for a report, in the order of the results."""
+        """The same for a report, in the order of the results. Raises RecordError for a picture
+        outside of the folder."""
         right = {row["question_id"] for row in self.correct}
         by_name = {row["question_id"]: row for row in self.rows}
         found = []
@@ -88,11 +118,11 @@ class Scores:
             problem, row = problems[name], by_name[name]
             offered = "\n".join(
                 f"({letter}) {text}"
-                for letter, text in zip(LETTERS, problem["choices"])  # noqa: B905
+                for letter, text in zip(ascii_uppercase, problem["choices"])  # noqa: B905
             )
             image = None
             if problem.get("image") and folder is not None:
-                image = str(folder / name / str(problem["image"]))
+                image = picture_path(f"{name}/{problem['image']}", folder_of(folder, problem))
             case = Case(
                 name, f"{problem.get('question', '')}\n{offered}", row["ground_truth"],
                 row["pred"], str(problem.get("subject", "")), image,
@@ -119,7 +149,7 @@ def score(
     found = Scores([], [], {})
     results: dict[str, int] = {}
     outputs: dict[str, str] = {}
-    for identifier in wanted:
+    for identifier in dict.fromkeys(wanted):
         problem, answer = problems[identifier], answers.get(identifier)
         if answer is None and compat == "llava_med":
             continue
@@ -136,8 +166,8 @@ def score(
         rows = found.correct if scored == problem["answer"] else found.incorrect
         rows.append({
             "question_id": identifier, "parsed_ans": letter,
-            "ground_truth": LETTERS[problem["answer"]], "question": prompt, "pred": text,
-            "is_multimodal": IMAGE in prompt,
+            "ground_truth": ascii_uppercase[problem["answer"]], "question": prompt, "pred": text,
+            "is_multimodal": _has_picture(problem, prompt, compat),
         })  # fmt: skip
     right, count = len(found.correct), len(results)
     found.result.update(
@@ -145,3 +175,8 @@ def score(
         outputs=outputs,
     )  # fmt: skip
     return found
+
+
+def _has_picture(problem: Any, prompt: str, compat: Compat) -> bool:
+    """The published code looks into the prompt, where LLaVA-Med v1.5's files have no mark."""
+    return bool(problem.get("image")) if compat == "none" else IMAGE in prompt

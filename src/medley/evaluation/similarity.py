@@ -116,6 +116,12 @@ def _features(found: Any) -> Tensor:
     return normalize(features.float(), dim=-1).cpu()
 
 
+def require_folder(folder: Path | None) -> None:
+    """Raises UserError where a folder was named that is not there."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of a model; it is never downloaded")
+
+
 def _cosines(first: Tensor, second: Tensor) -> list[float]:
     return [float(value) for value in (first * second).sum(-1)]
 
@@ -123,9 +129,8 @@ def _cosines(first: Tensor, second: Tensor) -> list[float]:
 @contextmanager
 def _opening(folder: Path, what: str) -> Iterator[None]:
     """Turns what a folder lacks into one line. Nothing is downloaded."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of {what}; it is never downloaded")
+    require_folder(folder)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a folder of something else leads to
         raise UserError(f"{folder}: not {what} of transformers ({error})") from error

@@ -6,32 +6,20 @@ LLaVA-Med's published ones are in `published.py`.
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from medley.evaluation.cases import Case, Scored
+from medley.evaluation.matching import holds, is_yes_or_no, says_the_same, words_of, yes_or_no
 from medley.evaluation.measures import f1
 from medley.evaluation.report import measures_of
-from medley.evaluation.science_qa import LETTERS, parsed_letter
-from medley.evaluation.words import normalise
+from medley.evaluation.science_qa import FAILED, LETTERS, parsed_letter
 from medley.questions import CLOSED
 
-_YES = re.compile(r"\byes\b|是|^对|有", re.IGNORECASE)
-_NO = re.compile(r"\bno\b|不是|否|没有|^不", re.IGNORECASE)
 _MOST_VALUES = 40  # of a record's value that tells groups apart
 UNCLEAR = "neither"  # of the answers that can be right, or several
-
-
-def yes_or_no(text: str) -> str | None:
-    """`yes` or `no`, as whole words (Chinese, too); None for neither or both."""
-    without_no = _NO.sub(" ", text)
-    yes, no = _YES.search(without_no) is not None, _NO.search(text) is not None
-    if yes == no:
-        return None
-    return "yes" if yes else "no"
 
 
 def choice_of(case: Case) -> tuple[str, str] | None:
@@ -42,12 +30,9 @@ def choice_of(case: Case) -> tuple[str, str] | None:
     gold = case.gold.strip().rstrip(".")
     if len(gold) == 1 and gold in LETTERS:
         given = parsed_letter(case.answer)
-        return gold, given if given in LETTERS else UNCLEAR
-    words = normalise(gold.lower())
-    wanted = yes_or_no(words)
-    if wanted is not None and len(words.split()) == 1:
-        return wanted, yes_or_no(normalise(case.answer.lower())) or UNCLEAR
-    return None
+        return gold, given if given != FAILED else UNCLEAR
+    wanted = is_yes_or_no(gold)
+    return None if wanted is None else (wanted, yes_or_no(case.answer) or UNCLEAR)
 
 
 def is_right(case: Case) -> bool:
@@ -56,17 +41,15 @@ def is_right(case: Case) -> bool:
     gold ones."""
     if (choice := choice_of(case)) is not None:
         return choice[0] == choice[1]
-    gold, answer = normalise(case.gold.lower()), normalise(case.answer.lower())
-    if case.kind == CLOSED:
-        return bool(gold) and f" {gold} " in f" {answer} "
-    return gold == answer
+    same = holds if case.kind == CLOSED else says_the_same
+    return same(case.answer, case.gold)
 
 
 def score(case: Case) -> Scored:
     right = float(is_right(case))
     if case.kind == CLOSED:
         return Scored(case, {"right": right, "closed accuracy": right})
-    value, _, recall = f1(normalise(case.answer.lower()), normalise(case.gold.lower()))
+    value, _, recall = f1(" ".join(words_of(case.answer)), " ".join(words_of(case.gold)))
     return Scored(
         case, {"right": right, "open exact match": right, "open recall": recall, "open f1": value}
     )

@@ -78,16 +78,20 @@ def read(problem: Any, choices: Choices) -> Sample:
     question, answer = texts(problem, choices.prompt_format, choices.compat == "llava")
     parts: tuple[str | Picture, ...] = (question,)
     if problem.get("image"):
-        folder = choices.image_folder
-        name = f"{identifier}/{problem['image']}"
-        if folder is not None and (folder / str(problem.get("split"))).is_dir():
-            folder = folder / str(problem["split"])
+        name, folder = f"{identifier}/{problem['image']}", folder_of(choices.image_folder, problem)
         # Behind the words, where LLaVA's converter puts it.
         parts = (question, Picture(path=picture_path(name, folder)))
     document = Document((Turn("user", parts), Turn("assistant", (answer,))))
     fields = {"id": identifier, "source": "science_qa", "task": "VQA", "answer_type": "CLOSED"}
     taken = ("question", "hint", "lecture", "solution", "image", "split", "task")
     return Sample(document, {**fields, **others(problem, *taken)})
+
+
+def folder_of(folder: Path | None, problem: dict[str, Any]) -> Path | None:
+    """Where a problem's pictures are: in the folder of its split, where there is one."""
+    if folder is not None and (folder / str(problem.get("split"))).is_dir():
+        return folder / str(problem["split"])
+    return folder
 
 
 def texts(problem: dict[str, Any], prompt_format: str, as_published: bool) -> tuple[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from medley.commands.common import check_output, check_seed
 from medley.errors import UserError
 from medley.evaluation.cases import Scored, read_scored
-from medley.evaluation.comparison import comparison_table, differences
+from medley.evaluation.comparison import by_key, comparison_table, differences, p_text
 from medley.evaluation.report import cases_path, page_path, write_report
 from medley.files import write_manifest
 from medley.options import resolved
@@ -30,6 +31,8 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if len(self.runs) != 2:
             raise UserError(f"{len(self.runs)} runs, expected two: medley evaluate report A B")
+        check_output(self.output, *self.runs)
+        check_seed(self.seed)
 
 
 def compare(options: CompareOptions) -> None:
@@ -52,7 +55,7 @@ def compare(options: CompareOptions) -> None:
     for name, own in found.items():
         value = own["difference"]
         between = f"{value['percent']:+.1f} ({value['low']:+.1f} to {value['high']:+.1f})"
-        print(f"{name:32} {own['a']:9.1f} {own['b']:9.1f}   {between:22} {own['p']:.3f}")
+        print(f"{name:32} {own['a']:9.1f} {own['b']:9.1f}   {between:22} {p_text(own['p'])}")
     print("\n".join(notes[1:]))
     page = page_path(options.output)
     print(f"{options.output}: {len(changed)} answers became right or wrong; {page} shows some")
@@ -60,10 +63,10 @@ def compare(options: CompareOptions) -> None:
 
 def changes(a: list[Scored], b: list[Scored]) -> list[Scored]:
     """B's answers that are right where A's are wrong, or the other way."""
-    before = {(str(one.case.identifier), one.case.question): one for one in a}
+    before = by_key(a)
     found = []
-    for one in b:
-        other = before.get((str(one.case.identifier), one.case.question))
+    for key, one in by_key(b).items():
+        other = before.get(key)
         if other is None or one.is_right is None or other.is_right in (None, one.is_right):
             continue
         note = f"A answered: {other.case.answer or '(nothing)'}"

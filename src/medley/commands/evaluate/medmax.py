@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from tqdm import tqdm
 
 from medley.assistant import Answer, Model
@@ -42,19 +43,20 @@ from medley.evaluation.medmax_scores import (
 from medley.evaluation.medmax_suite import CAPTIONING, CHAT, GENERATION, MIXED, Processor, Row
 from medley.evaluation.report import kinds_table, measures_of, page_path, text_table, write_report
 from medley.evaluation.reviews import Review, Rules
-from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
+from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity, require_folder
 from medley.files import (
     append_line,
     quick_hash,
     read_json,
     read_manifest,
+    refuse_half_characters,
     write_json,
     write_manifest,
 )
 from medley.formats.files import records_of
 from medley.formats.sample import RecordError, picture_path
 from medley.generation import GenerationOptions
-from medley.images import open_image
+from medley.images import ImageError, open_image
 from medley.instructions.captions import context_of
 from medley.options import resolved
 from medley.responses import answers, refuse_other_options, rows_there
@@ -65,6 +67,7 @@ Task = Literal[
     "visual_chat",
 ]  # fmt: skip
 _TOKENS = {"closed": 16, "mcq": 16, "open": 60, MIXED: 1024}  # of the others: --max_new_tokens
+_TAKEN = ("", ".", "..", "manifest", "answers", "replies", "pictures", "results", "logs")
 _PUBLISHED_TOKENS = 1  # of a closed or multiple choice answer in MedMax's program
 _PUBLISHED_PENALTY = 1.2
 
@@ -111,6 +114,12 @@ class MedmaxOptions(BatchOptions, JudgeOptions):
         self.generation()
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}, expected 1 or more")
+        if self.name in _TAKEN or Path(self.name).name != self.name:
+            raise UserError(
+                f"--save_name {self.name!r}: expected a plain name, none of {', '.join(_TAKEN)}"
+            )
+        require_folder(self.similarity_model)
+        require_folder(self.sentence_model)
 
     @property
     def name(self) -> str:
@@ -146,7 +155,8 @@ class MedmaxOptions(BatchOptions, JudgeOptions):
 
 def medmax(options: MedmaxOptions) -> None:
     rows = list(read_rows(options))
-    told = read_prompts(options.judge_prompts, "system", "open", "mixed")
+    places = ("question", "gold", "answer")
+    told = read_prompts(options.judge_prompts, system=(), open=places, mixed=places)
     rules = Rules.read(options.rule)
     scores = Scores(rows, answered(options, rows), options.as_published)
     try:
@@ -168,8 +178,11 @@ def read_rows(options: MedmaxOptions) -> Iterator[Row]:
             row = suite.row_of(n - 1, record)
             if row.group in ("closed", "mcq", "open") and (fault := suite.gold_fault(row)):
                 raise UserError(fault)
+            refuse_half_characters(place, record)
             if row.task == CHAT:
                 suite.chat_reference(row.answer)
+            if row.image is not None:
+                image_path(options, row)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         if row.group in wanted and counts[row.group] != options.limit:
@@ -195,10 +208,7 @@ def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Given]:
         refuse_other_options(before, options.identity(), options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     write_manifest(options.output, options.identity(), [options.eval_data], None)
-    found = {
-        int(row["row"]): Given(row["text"], tuple(row["pictures"]))
-        for row in rows_there(file, "row")
-    }
+    found = dict(_kept_of(options.output, row) for row in rows_there(file, "row"))
     left = [row for row in rows if row.number not in found]
     if len(left) < len(rows):
         print(f"{file}: {len(rows) - len(left)} answers are there already")
@@ -219,10 +229,20 @@ def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Given]:
     for number, answer in tqdm(stream, desc="answering", unit=" answers", total=len(left)):
         found[number] = _kept(options.output, by_number[number], answer)
         if not found[number].error:
+            names = [Path(path).name for path in found[number].pictures]
             row = {"row": number, "task": by_number[number].name, "text": found[number].text,
-                   "pictures": list(found[number].pictures)}  # fmt: skip
+                   "pictures": names}  # fmt: skip
             append_line(file, json.dumps(row, ensure_ascii=False))
     return found
+
+
+def _kept_of(folder: Path, row: dict[str, Any]) -> tuple[int, Given]:
+    """A line of answers.jsonl. Raises UserError for one that is something else."""
+    try:
+        pictures = tuple(str(folder / "pictures" / name) for name in row["pictures"])
+        return int(row["row"]), Given(str(row["text"]), pictures)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'answers.jsonl'}: not an answer ({error})") from error
 
 
 def prompt_of(options: MedmaxOptions, row: Row) -> list[Part]:
@@ -313,23 +333,34 @@ def compare_pictures(options: MedmaxOptions, scores: Scores) -> None:
         return
     model = PictureSimilarity(options.similarity_model)
     for start in range(0, len(rows), options.batch_size):
-        batch = rows[start : start + options.batch_size]
+        images: dict[int, list[Image.Image]] = {}
+        for row in rows[start : start + options.batch_size]:
+            try:
+                images[row.number] = [open_image(path) for path in _compared(options, scores, row)]
+            except (ImageError, OSError) as error:
+                scores.notes[row.number] = f"a picture cannot be compared: {error}"
         for kind in (CAPTIONING, GENERATION, MIXED):
-            own = [row for row in batch if row.task == kind]
+            own = [r for r in rows[start:] if r.number in images and r.task == kind]
             if not own:
                 continue
-            drawn = [scores.given[row.number] for row in own]
-            named = [image_path(options, row) if row.image else "" for row in own]
-            files = named if kind == CAPTIONING else [str(given.drawn) for given in drawn]
-            images = [open_image(file) for file in files]
+            first = [images[row.number][0] for row in own]
             if kind == MIXED:
-                found = model.between(images, [open_image(file) for file in named])
-            elif kind == CAPTIONING:
-                found = model.with_texts(images, [given.text for given in drawn])
+                found = model.between(first, [images[row.number][1] for row in own])
             else:
-                found = model.with_texts(images, [row.prompt for row in own])
+                told = [
+                    scores.given[r.number].text if kind == CAPTIONING else r.prompt for r in own
+                ]
+                found = model.with_texts(first, told)
             for row, value in zip(own, found, strict=True):
                 scores.by_row[row.number][f"{LIKENESS} ({model.name})"] = value
+
+
+def _compared(options: MedmaxOptions, scores: Scores, row: Row) -> list[str]:
+    """The pictures that a row's score is about."""
+    if row.task == CAPTIONING:
+        return [image_path(options, row)]
+    drawn = str(scores.given[row.number].drawn)
+    return [drawn, image_path(options, row)] if row.task == MIXED else [drawn]
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -375,5 +406,6 @@ def case_of(options: MedmaxOptions, scores: Scores, row: Row) -> Scored:
     given = scores.given[row.number]
     image = image_path(options, row) if row.image is not None else None
     kind = row.name if row.group == row.kind else f"{row.task}: {row.kind}"
-    case = Case(row.number, row.prompt, suite.gold_text(row), given.text, kind, image)
+    shown = image if row.task not in (GENERATION, MIXED) else None  # there it is the right answer
+    case = Case(row.number, row.prompt, suite.gold_text(row), given.text, kind, shown)
     return Scored(case, scores.by_row[row.number], scores.notes[row.number], given.drawn)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medley.commands.common import check_output, check_seed
 from medley.commands.evaluate.summarize import groups_text, reviews
 from medley.endpoint import Failed
 from medley.errors import UserError
@@ -28,7 +29,7 @@ from medley.evaluation.report import (
     write_report,
 )
 from medley.evaluation.reviews import Layout, Review, Rules, review_row, reviews_of
-from medley.evaluation.similarity import SentenceSimilarity
+from medley.evaluation.similarity import SentenceSimilarity, require_folder
 from medley.files import whole_file, write_manifest
 from medley.formats.sample import RecordError, picture_path
 from medley.options import resolved
@@ -71,9 +72,13 @@ class ReviewOptions(JudgeOptions):
         self.check_judge()
         if self.endpoint is None and self.similarity_model is None:
             raise UserError("name a judge (--endpoint, --judge) or a --similarity_model")
+        check_output(self.output, self.questions, *self.answers, self.context, self.rule)
+        check_seed(self.seed)
+        require_folder(self.similarity_model)
 
     def pair_of(self, reply: str) -> tuple[float, float] | None:
-        """The two scores of a reply; None where it cannot be read."""
+        """The two scores of a reply; None where it cannot be read (where LLaVA's program writes
+        -1 for both)."""
         if self.compat == "none":
             return judging.parse_pair(reply)
         if self.layout == "llava_med":
@@ -82,7 +87,7 @@ class ReviewOptions(JudgeOptions):
             except UserError:
                 return None
         first, second = judging.parse_pair_as_llava(reply)
-        return first, second
+        return (first, second) if min(first, second) >= 0 else None
 
 
 def review(options: ReviewOptions) -> None:
@@ -96,18 +101,20 @@ def review(options: ReviewOptions) -> None:
     falls_back = options.layout in ("llava", "llava_med") or options.rule is None
     messages = {n: rules.messages(one, falls_back) for n, one in enumerate(asked)}
     replies: dict[int, str | Failed] = {}
-    similar = []
-    if options.similarity_model is not None and not options.dry_run:
-        model = SentenceSimilarity(options.similarity_model)
+    similar, folder = [], options.similarity_model
+    if folder is not None and not options.dry_run:
+        model = SentenceSimilarity(folder)
         similar = model.between([one.second for one in asked], [one.first for one in asked])
     if options.endpoint is not None:
         kept = options.output.with_name(f"{options.output.name}.replies.jsonl")
         try:
-            replies = ask_judge(options, messages, kept, lambda r: options.pair_of(r) is not None)
+            replies = ask_judge(
+                options, messages, kept, lambda _, reply: options.pair_of(reply) is not None
+            )
         except DryRun:
             return
     pairs = {n: options.pair_of(r) for n, r in replies.items() if isinstance(r, str)}
-    name = f"similarity to the reference ({options.similarity_model}; no judge's score)"
+    name = f"similarity to the reference ({folder.name if folder else ''}; no judge's score)"
     scored = [
         _scored(options, one, replies.get(n), pairs.get(n), {name: similar[n]} if similar else {})
         for n, one in enumerate(asked)
@@ -148,7 +155,7 @@ def _scored(
     similar: dict[str, float],
 ) -> Scored:
     scores = dict(similar)
-    if pair is not None and min(pair) >= 0:
+    if pair is not None:
         scores |= {"reference's points": pair[0] / POINTS, "model's points": pair[1] / POINTS}
         if pair[0]:
             scores["model relative to the reference"] = pair[1] / pair[0]
@@ -157,7 +164,7 @@ def _scored(
         try:
             image = picture_path(one.image, options.image_folder)
         except RecordError:
-            image = None  # the page says that there is none
+            image = None  # outside of --image_folder: it is not shown
     case = Case(one.identifier, one.question, one.first, one.second, one.category, image)
     note = "" if reply is None else note_of(reply, pair is not None)
     return Scored(case, scores, note)
@@ -195,5 +202,8 @@ def _write_reviews(
         for n, one in enumerate(asked):
             reply = replies[n]
             said = reply.strip() if isinstance(reply, str) else None
-            row = review_row(options.layout, n + 1, one, said, pairs.get(n))
+            pair = pairs.get(n)
+            if pair is None and said is not None and options.compat == "published":
+                pair = (-1, -1)
+            row = review_row(options.layout, n + 1, one, said, pair)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medley.commands.common import check_output, check_seed
 from medley.endpoint import Message
 from medley.errors import UserError
 from medley.evaluation import science_qa
@@ -57,6 +58,8 @@ class ScienceQaOptions:
 
 
 def score_science_qa(options: ScienceQaOptions) -> None:
+    check_output(options.output, options.pred, options.output_result)
+    check_seed(options.seed)
     problems, wanted = problems_of(options.base_dir, options.split)
     answers = by_identifier(options.pred)
     scores = science_qa.score(problems, wanted, answers, options.compat, options.seed)
@@ -65,16 +68,23 @@ def score_science_qa(options: ScienceQaOptions) -> None:
     left = "left out" if options.compat == "llava_med" else "counted as wrong"
     missing = len(missing_of(wanted, answers))
     print(f"{missing} problems have no answer ({left}), {scores.unread} answers name no letter")
+    strangers = len(answers.keys() - set(wanted))
+    if strangers:
+        print(f"{strangers} answers are to no problem of --split {options.split}: not scored")
 
 
 def problems_of(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
     """All problems, and the names of those of a split."""
     problems, splits = read_json(folder / PROBLEMS), read_json(folder / SPLITS)
-    if split not in splits:
+    if not isinstance(problems, dict) or not isinstance(splits, dict):
+        raise UserError(f"{folder}: {PROBLEMS} or {SPLITS} is no object")
+    if not isinstance(splits.get(split), list):
         raise UserError(f"--split {split}: there is {', '.join(splits)}")
     wanted = [str(identifier) for identifier in splits[split]]
     if unknown := missing_of(wanted, problems):
         raise UserError(f"{folder / PROBLEMS}: no problem {unknown[0]}")
+    for name in wanted:
+        science_qa.check_problem(f"{folder / PROBLEMS}: problem {name}", problems[name])
     return problems, wanted
 
 
@@ -141,6 +151,7 @@ class SettleOptions(JudgeOptions):
     def __post_init__(self) -> None:
         self.check_judge()
         self.asked_of()
+        check_output(self.output, self.pred, self.other, self.output_result)
 
 
 def settle(options: SettleOptions) -> None:
@@ -153,12 +164,16 @@ def settle(options: SettleOptions) -> None:
             raise UserError(
                 f"{path}: {len(absent)} problems have no answer, the first is {absent[0]}"
             )
-    told = read_prompts(options.prompts, "system", "question")
+    places = ("question", "first", "second")
+    told = read_prompts(options.prompts, system=(), question=places)
     letters = {
         name: [science_qa.parsed_letter(str(side[name]["text"])) for side in (first, second)]
         for name in wanted
     }
-    differ = [name for name in wanted if letters[name][0] != letters[name][1]]
+    # Two answers that name no letter agree on nothing.
+    differ = [
+        n for n in wanted if letters[n][0] != letters[n][1] or science_qa.FAILED in letters[n]
+    ]
 
     def messages(name: str) -> list[Message]:
         try:
@@ -169,17 +184,20 @@ def settle(options: SettleOptions) -> None:
         said = filled(told["question"], {"question": question, **both})
         return [{"role": "system", "content": told["system"]}, {"role": "user", "content": said}]
 
-    def readable(reply: str) -> bool:
-        return science_qa.parsed_letter(reply) != science_qa.FAILED
+    def readable(_: str, reply: str) -> bool:
+        return science_qa.last_letter(reply) != science_qa.FAILED
 
     kept = options.output.with_name(f"{options.output.name}.replies.jsonl")
     try:
         replies = ask_judge(options, {n: messages(n) for n in differ}, kept, readable)
     except DryRun:
         return
-    read = {name: isinstance(reply, str) and readable(reply) for name, reply in replies.items()}
+    read = {
+        name: isinstance(reply, str) and readable(name, reply) for name, reply in replies.items()
+    }
     notes = {n: note_of(reply, read[n]) or "the judge decided" for n, reply in replies.items()}
-    first |= {n: {**first[n], "text": reply} for n, reply in replies.items() if read[n]}
+    for name in [name for name in differ if read[name]]:
+        first[name] = {**first[name], "text": science_qa.last_letter(str(replies[name]))}
     scores = science_qa.score(problems, wanted, first)
     counts = Counts.of(replies, read)
     alone = science_qa.score(problems, wanted, by_identifier(options.pred))
@@ -202,6 +220,8 @@ def _outputs(path: Path) -> dict[str, Any]:
         outputs = found.get("outputs") if isinstance(found, dict) else None
         if not isinstance(outputs, dict):
             raise UserError(f"{path}: no result file, it has no outputs by problem")
+        if odd := [name for name, text in outputs.items() if not isinstance(text, str)]:
+            raise UserError(f"{path}: the output of problem {odd[0]} is no text")
         return {name: {"question_id": name, "text": text} for name, text in outputs.items()}
     return by_identifier(path)
 

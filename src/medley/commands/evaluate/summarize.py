@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from medley.commands.common import check_output
 from medley.errors import UserError
 from medley.evaluation import judging
-from medley.files import write_json
+from medley.files import refuse_half_characters, write_json
 from medley.formats.files import records_of
 from medley.formats.sample import RecordError
+
+REPLIES = ("gpt_eval", "result", "content")  # LLaVA-Med v1.5, v1.0, LLaVA
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,33 @@ class SummarizeOptions:
 
 
 def summarize(options: SummarizeOptions) -> None:
+    check_output(options.output, options.input)
     rows = list(reviews(options.input))
     if options.compat == "llava":
-        lines = judging.llava_lines(row for _, row in rows)
-        write_json(options.output, {"lines": lines})
+        scored = [(p, r) for p, r in rows if r.get("tuple", r.get("score")) is not None]
+        lines = judging.llava_lines(row for _, row in scored)
+        write_json(options.output, {"lines": lines, "without scores": len(rows) - len(scored)})
         print("\n".join(lines))
+        if len(scored) < len(rows):
+            print(f"{len(rows) - len(scored)} reviews have no scores")
         return
+    if not rows:
+        raise UserError(f"{options.input}: no reviews in it")
     read: list[tuple[dict[str, Any], judging.Pair]] = []
     unread: list[str] = []
     for place, row in rows:
-        reply = row.get("gpt_eval", row.get("result"))
-        if not isinstance(reply, str):
-            raise UserError(f"{place}: no gpt_eval or result, the judge's reply")
+        reply = next((row[name] for name in REPLIES if name in row), options)
+        if not isinstance(reply, str | None):
+            raise UserError(f"{place}: none of {', '.join(REPLIES)}, the judge's reply")
         published = options.compat == "llava_med"
-        pair = judging.parse_pair_as_llava_med(reply) if published else judging.parse_pair(reply)
+        pair = None
+        if reply is not None:
+            parse = judging.parse_pair_as_llava_med if published else judging.parse_pair
+            pair = parse(reply)
         if pair is None:
-            unread.append(f"{place}: {reply[:80]!r}")
+            unread.append(f"{place}: {'no reply' if reply is None else repr(reply[:80])}")
         else:
-            read.append((row, pair))
+            read.append(({"type": row.get("category"), **row}, pair))
     groups = judging.by_group(read, "overall")
     scores = {name: summary.published() for name, summary in groups.items()}
     write_json(options.output, {"groups": scores, "replies without two scores": unread})
@@ -72,4 +84,5 @@ def reviews(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{place}: {row}")
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object")
+        refuse_half_characters(place, row)
         yield place, row

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medley.commands.common import QuestionOptions
+from medley.commands.common import QuestionOptions, check_output, check_seed
 from medley.errors import DataLost, UserError
 from medley.evaluation.cases import Case, Scored
 from medley.evaluation.comparison import comparison_table, differences
 from medley.evaluation.pairs import answers_by, paired, read_candidates
-from medley.evaluation.published import Compat, published_scores, published_table
+from medley.evaluation.published import Compat, is_known, published_scores, published_table
 from medley.evaluation.report import (
     Cell,
     Table,
@@ -26,7 +27,7 @@ from medley.evaluation.report import (
     write_report,
 )
 from medley.evaluation.vqa import commonest, confusion, drawn, own_scores, score
-from medley.files import hash_of, write_manifest
+from medley.files import hash_of, whole_file, write_manifest
 from medley.options import resolved
 from medley.questions import Question
 
@@ -68,6 +69,9 @@ class VqaOptions(QuestionOptions):
             raise UserError("name one of --pred, an answer file, and --pred_folder")
         if self.pred_folder is not None and self.baseline is not None:
             raise UserError("--baseline answers the questions of one file: --pred")
+        check_seed(self.seed)
+        if self.pred is not None:
+            check_output(self.output, self.pred, self.gt, self.candidate)
         if "run_eval" in (self.compat or []) and self.candidate is None:
             raise UserError("--compat run_eval needs --candidate, a file of open answers")
 
@@ -89,6 +93,7 @@ def score_file(
     scored = [score(case) for case in cases]
     values = scores_of(options, cases, scored) | {"missing answers": missing}
     untold = sum(question.kind is None for question in questions)
+    unknown = sum(not is_known(case) for case in cases)
     notes = [f"{pred.name}: {len(cases)} answers to the questions of {gold.name}."]
     if missing:
         what = "left out" if options.skip_missing else "counted as wrong"
@@ -96,6 +101,10 @@ def score_file(
     if untold:
         notes.append(
             f"{untold} questions have no answer_type: yes and no count as closed, the rest as open"
+        )
+    if unknown and options.compat:
+        notes.append(
+            f"{unknown} answers are neither OPEN nor CLOSED: the published scorers skip them"
         )
     compared = []
     if options.baseline is not None:
@@ -175,20 +184,27 @@ def score_folder(options: VqaOptions, folder: Path) -> None:
     if not files:
         raise UserError(f"{folder}: no file in it whose name ends with {suffix}")
     golds = golds_of(options.gt)
-    chosen = [(file, *gold_of(file, golds)) for file in files]  # all, before the first is scored
-    questions = {name: options.questions_in(gold) for name, gold in golds.items()}
-    lines = []
-    for file, name, gold in chosen:
+    chosen = [(file, gold_of(file.relative_to(folder), golds)) for file in files]
+    questions = {name: options.questions_in(golds[name]) for name in {name for _, name in chosen}}
+    lines, failed = [], []
+    for file, name in chosen:  # all of them were found before the first is scored
         output = options.output / file.relative_to(folder).with_suffix(".json")
         print(f"\n======== {name}: {file}")
-        values = score_file(options, questions[name], gold, file, output)
+        try:
+            values = score_file(options, questions[name], golds[name], file, output)
+        except UserError as error:
+            print(error)
+            failed.append(f"{file}: {error}")
+            continue
         tables = [published_table(values[compat]) for compat in options.compat or []]
         text = "\n".join(tables) or text_table(values["scores"]["all"])
         row = {"dataset": name, "pred_file": str(file), "results": text}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / RESULTS).write_text("".join(lines), encoding="utf-8")
+    with whole_file(options.output / RESULTS) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{options.output / RESULTS}: {len(lines)} answer files")
+    if failed:
+        raise DataLost(f"{len(failed)} of {len(files)} answer files have no score: {failed[0]}")
 
 
 def golds_of(path: Path) -> dict[str, Path]:
@@ -202,21 +218,28 @@ def golds_of(path: Path) -> dict[str, Path]:
     return found
 
 
-def gold_of(file: Path, golds: dict[str, Path]) -> tuple[str, Path]:
-    """The data set whose name the answer file's path holds; the only one, if there is one.
-
-    Raises UserError where none or several fit.
-    """
+def gold_of(file: Path, golds: dict[str, Path]) -> str:
+    """The data set that an answer file's path below its folder names, as a whole word, in its own
+    name first; the only one, if there is one. Raises UserError where none or several fit."""
     if len(golds) == 1:
-        return next(iter(golds.items()))
-    named = [name for name in golds if name.lower() in str(file).lower()]
-    longest = [name for name in named if not any(name in other for other in named if other != name)]
-    if len(longest) != 1:
+        return next(iter(golds))
+    named: list[str] = []
+    for part in (file.name, *reversed(file.parent.parts)):
+        found = [name for name in golds if _names(part, name)]
+        named = [n for n in found if not any(n != m and _names(m, n) for m in found)]
+        if named:
+            break
+    if len(named) != 1:
         raise UserError(
-            f"{file}: its path names {', '.join(longest) or 'none'} of the data sets "
+            f"{file}: its path names {', '.join(named) or 'none'} of the data sets "
             f"{', '.join(golds)}, expected one"
         )
-    return longest[0], golds[longest[0]]
+    return named[0]
+
+
+def _names(text: str, name: str) -> bool:
+    word = rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])"
+    return re.search(word, text, re.IGNORECASE) is not None
 
 
 # --- another model beside it ------------------------------------------------------------------
@@ -235,12 +258,9 @@ def compare(
 
     file = output.with_name(f"{output.name}.baseline.jsonl")
     failed = answer_file(baseline, questions, file)
-    asked = {str(one.case.identifier) for one in scored}
-    given = answers_by(file)
-    if not given:
+    if not answers_by(file):
         raise UserError(f"--baseline {baseline}: not one question was answered: {failed[0]}")
-    kept = [q for q in questions if str(q.identifier) in asked and str(q.identifier) in given]
-    own = [score(case) for case in paired(kept, file)[0]]
+    own = [score(case) for case in paired(questions, file, skip_missing=True)[0]]
     values["baseline"] = {
         "path": str(baseline),
         "scores": own_scores(own, options.seed)["all"],
