@@ -196,7 +196,8 @@ def _run(app: Any, options: ServeOptions, state: Any = None) -> None:
         def handle_exit(self, sig: int, frame: Any) -> None:
             if state is not None:
                 state.draining = True  # a load balancer sees it at once
-            super().handle_exit(sig, frame)
+            self.force_exit = self.should_exit and sig == signal.SIGINT  # Ctrl-C twice
+            self.should_exit = True
 
     try:
         listening = socket.create_server((options.host, options.port), backlog=2048)
@@ -210,7 +211,6 @@ def _run(app: Any, options: ServeOptions, state: Any = None) -> None:
     )  # fmt: skip
     server = Server(config)
     asyncio.run(server.serve(sockets=[listening]))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check(address: str, token: str | None) -> None:

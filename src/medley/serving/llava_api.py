@@ -89,14 +89,15 @@ async def told(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
 
 @router.post("/worker_generate_stream", response_model=None)
 async def generate(request: Request) -> Response:
-    return StreamingResponse(_generate(request), media_type="application/octet-stream")
+    data = await request.body()  # before the answer begins, which listens for the client's end
+    stream = _generate(request.app.state.medley, data)
+    return StreamingResponse(stream, media_type="application/octet-stream")
 
 
-async def _generate(request: Request) -> AsyncIterator[bytes]:
+async def _generate(state: State, data: bytes) -> AsyncIterator[bytes]:
     """Errors are messages, too: LLaVA's clients read nothing else."""
-    state: State = request.app.state.medley
     try:
-        body = GenerateRequest.model_validate_json(await request.body())
+        body = GenerateRequest.model_validate_json(data)
         worker = state.worker(body.model)
         document = await state.in_thread(body.document, state.limits)
         stops = [body.stop] if body.stop else []

@@ -43,7 +43,7 @@ class Generation(BaseModel):
         """Raises RequestError for values that do not go together."""
         kept = {
             name: getattr(self, name)
-            for name in GenerationOptions.__dataclass_fields__.keys() & type(self).model_fields
+            for name in GenerationOptions.__dataclass_fields__.keys() & Generation.model_fields
             if name not in ("mode", "seed") and name not in more
         }
         try:
