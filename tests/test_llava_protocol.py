@@ -95,10 +95,8 @@ def session(case: dict[str, Any]) -> None:
                     assert found.status_code == 400
                     assert "Field required" in found.json()["error"]["message"]
                 elif "json" in expected:
-                    assert (found.status_code, found.json()) == (
-                        expected["status"],
-                        expected["json"],
-                    )
+                    assert found.status_code == expected["status"]
+                    assert found.json() == expected["json"]
                 elif "NETWORK ERROR" in expected["body_utf8"]:  # once, and in plain words
                     (message,) = [json.loads(m) for m in found.content.split(b"\0") if m]
                     first = json.loads(expected["body_utf8"].split("\0")[0])

@@ -232,7 +232,8 @@ def test_random_answers_are_the_same_alone_and_in_company(
         ({"messages": [{"role": "user", "content": 5}]}, "neither text nor a list"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type is 'audio'"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a character"),
-        ({"min_images": 3, "max_images": 1}, "max_images is 1"), ({"image_top_p": 2}, "image_top_p"),
+        ({"min_images": 3, "max_images": 1}, "max_images is 1"),
+        ({"image_top_p": 2}, "image_top_p"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_named_in_plain_words(
@@ -381,9 +382,8 @@ def test_a_server_that_is_stopped_lets_what_runs_end(tmp_path: Path) -> None:
         assert cli.main(["serve", "--check", address]) == 0
         body = {"model": "tiny", "messages": [{"role": "user", "content": ASKED}],
                 "mode": "image", "min_images": 6, "max_images": 6, "stream": True}  # fmt: skip
-        with httpx.stream(
-            "POST", f"{address}/v1/chat/completions", json=body, timeout=60
-        ) as answer:
+        chat = f"{address}/v1/chat/completions"
+        with httpx.stream("POST", chat, json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             os.kill(process.pid, signal.SIGTERM)

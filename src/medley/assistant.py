@@ -256,9 +256,9 @@ class Telling:
         elif token in marks.image_codes:
             self._codes.append(marks.id_to_code(token))
             preview = None
-            done = len(self._codes) / model.image_tokenizer.codes_per_image
-            if self.preview_every and len(self._codes) % self.preview_every == 0 and done < 1:
+            if self.preview_every and len(self._codes) % self.preview_every == 0:
                 preview = model.preview(self._codes)
+            done = len(self._codes) / model.image_tokenizer.codes_per_image
             yield Event(progress=done, preview=preview)
         elif token == marks.end_image:
             self._images.append(model.image_tokenizer.decode([self._codes])[0])

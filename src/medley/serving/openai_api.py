@@ -131,7 +131,7 @@ async def _chunks(
             yield chunk(index, {"content": event.text})
         elif event.image is not None:
             yield chunk(index, {"images": [image_part(event.image)]})
-        elif event.preview is not None:
+        elif event.preview is not None and (event.progress or 0) < 1:  # the whole one comes next
             shown = {"progress": round(event.progress or 0, 4), **image_part(event.preview)}
             yield chunk(index, {"preview": shown})
         if piece.finish_reason:
