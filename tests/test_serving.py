@@ -240,7 +240,10 @@ def test_bad_requests_are_named_in_plain_words(
     change: dict[str, Any], said: str, running: Running
 ) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]} | change
-    found = httpx.post(f"{running.address}/v1/chat/completions", content=json.dumps(body))
+    found = httpx.post(
+        f"{running.address}/v1/chat/completions", content=json.dumps(body),
+        headers={"Content-Type": "application/json"},
+    )  # fmt: skip
     assert found.status_code == 400, found.text
     error = found.json()["error"]
     assert said in error["message"]

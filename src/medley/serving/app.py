@@ -109,12 +109,11 @@ class Gate:
             await self.app(scope, receive, send)
             return
         start, status, name = time.monotonic(), 0, secrets.token_hex(6)
-        sent = False
 
         async def telling(message: Message) -> None:
-            nonlocal status, sent
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, sent = message["status"], True
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
             await send(message)
 
@@ -126,10 +125,6 @@ class Gate:
                 await JSONResponse(body, code, headers)(scope, receive, telling)
             else:
                 await self.app(scope, self._counted(receive), telling)
-        except RequestError as error:  # a body that grew too large on its way
-            if not sent:
-                code, body = error_body(error)
-                await JSONResponse(body, code)(scope, receive, telling)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
@@ -161,7 +156,8 @@ class Gate:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self.state.limits.body:
-                raise self._too_large()
+                refused = self._too_large()  # of a kind that FastAPI lets through
+                raise HTTPException(refused.status, str(refused))
             return message
 
         return counted

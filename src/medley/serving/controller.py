@@ -115,13 +115,15 @@ class Controller:
         fitting[name].status.queue_length += 1
         return name
 
-    def status(self) -> Status:
-        """Of all workers, as one."""
-        known = list(self.workers.values())
+    async def status(self) -> Status:
+        """Of all workers that answer, as one."""
+        asked = await asyncio.gather(*(self.ask(name) for name in self.workers))
+        found = [status for status in asked if status is not None]
         return Status.model_construct(
-            model_names=self.models(), speed=sum(k.status.speed for k in known),
-            queue_length=sum(k.status.queue_length for k in known),
-        )  # fmt: skip
+            model_names=sorted({name for status in found for name in status.model_names}),
+            speed=sum(status.speed for status in found),
+            queue_length=sum(status.queue_length for status in found),
+        )
 
 
 # --- the application --------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def make_controller_app(
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> Response:
-        return JSONResponse(controller.status().model_dump())
+        return JSONResponse((await controller.status()).model_dump())
 
     @app.post("/worker_generate_stream", response_model=None)
     async def worker_generate_stream(request: Request) -> Response:
