@@ -3,9 +3,9 @@
     python benchmarks/serving.py
 
 One process of `medley serve --ckpt tiny` on the loopback; requests of mixed modes (a question about
-a picture, a text, a picture from words). Baseline: the same requests, one after another, to the same
-server. Then the first text token with 8 clients at work beside an idle server's, and the memory
-over many requests, none of which may be lost. Ends with one JSON line.
+a picture, a text, a picture from words). Baseline: the same requests, one after another, to the
+same server. Then the first text token with 8 clients at work beside an idle server's, and the
+memory over many requests, none of which may be lost. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ async def at_once(
 
 async def first_token(client: httpx.AsyncClient, body: dict[str, Any]) -> float:
     start = time.perf_counter()
-    async with client.stream(
-        "POST", "/v1/chat/completions", json=body | {"stream": True}
-    ) as answer:
+    asked = body | {"stream": True}
+    async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
         async for line in answer.aiter_lines():
             if '"content": "' in line and '"content": ""' not in line:
                 return time.perf_counter() - start
