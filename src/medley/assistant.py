@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -185,37 +185,11 @@ class Model:
 
     def events(self, request: Request, preview_every: int = 0) -> Generator[Event, None, None]:
         """`stream`, for ids that are there already."""
-        text: list[int] = []
-        shown = ""
-        codes: list[int] = []
-        images: list[Image.Image] = []
+        telling = Telling(self, request, preview_every)
         steps = self.engine.run([request])
         with closing(steps):
             for _, token, result in steps:
-                if token in self.vocabulary.text_pieces and token not in request.options.stop:
-                    assert token is not None
-                    text.append(token)
-                    decoded = self.tokenizer.decode(text)
-                    if not decoded.endswith("\ufffd"):  # half of a character comes with the next
-                        yield Event(text=decoded[len(shown) :])
-                        shown = decoded
-                    continue
-                if text and (rest := self.tokenizer.decode(text)[len(shown) :]):
-                    yield Event(text=rest)
-                text, shown = [], ""
-                if token is None:
-                    yield Event(answer=self.answer_of(result, images))
-                elif token in self.vocabulary.image_codes:
-                    codes.append(self.vocabulary.id_to_code(token))
-                    preview = None
-                    if preview_every and len(codes) % preview_every == 0:
-                        preview = self.preview(codes)
-                    done = len(codes) / self.image_tokenizer.codes_per_image
-                    yield Event(progress=done, preview=preview)
-                elif token == self.vocabulary.end_image:
-                    images.append(self.image_tokenizer.decode([codes])[0])
-                    codes = []
-                    yield Event(image=images[-1])
+                yield from telling(token, result)
 
     def preview(self, codes: Sequence[int]) -> Image.Image:
         """A picture that is not whole yet, grey where no code has been drawn."""
@@ -251,6 +225,45 @@ class Model:
                 assert part.codes is not None
                 parts.append(next(made, None) or self.image_tokenizer.decode([part.codes])[0])
         return Answer(parts, result.finish_reason, result.note, result.ids)
+
+
+class Telling:
+    """What a request's tokens mean, as they come: called with each of them, and with None at the
+    end, it gives events."""
+
+    def __init__(self, model: Model, request: Request, preview_every: int = 0) -> None:
+        self.model, self.request, self.preview_every = model, request, preview_every
+        self._text: list[int] = []
+        self._shown = ""
+        self._codes: list[int] = []
+        self._images: list[Image.Image] = []
+
+    def __call__(self, token: int | None, result: Result) -> Iterator[Event]:
+        model, marks = self.model, self.model.vocabulary
+        if token in marks.text_pieces and token not in self.request.options.stop:
+            assert token is not None
+            self._text.append(token)
+            decoded = model.tokenizer.decode(self._text)
+            if not decoded.endswith("\ufffd"):  # half of a character comes with the next
+                yield Event(text=decoded[len(self._shown) :])
+                self._shown = decoded
+            return
+        if self._text and (rest := model.tokenizer.decode(self._text)[len(self._shown) :]):
+            yield Event(text=rest)
+        self._text, self._shown = [], ""
+        if token is None:
+            yield Event(answer=model.answer_of(result, self._images))
+        elif token in marks.image_codes:
+            self._codes.append(marks.id_to_code(token))
+            preview = None
+            if self.preview_every and len(self._codes) % self.preview_every == 0:
+                preview = model.preview(self._codes)
+            done = len(self._codes) / model.image_tokenizer.codes_per_image
+            yield Event(progress=done, preview=preview)
+        elif token == marks.end_image:
+            self._images.append(model.image_tokenizer.decode([self._codes])[0])
+            self._codes = []
+            yield Event(image=self._images[-1])
 
 
 class Chat:

@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate report": (
         "evaluate.compare", "CompareOptions", "compare", "compares two runs: report A B",
     ),
+    "serve": ("serve", "ServeOptions", "serve", "serves models to existing clients"),
     "doctor": ("doctor", "DoctorOptions", "doctor", "checks versions, devices, the embedded model"),
 }  # fmt: skip
 

@@ -1,0 +1,183 @@
+"""OpenAI's protocol: models, chat completions, pictures from words.
+
+A picture in an answer stands in `images` of its message, and in `parts`, which has words and
+pictures in their order; `content` is the words alone, as existing clients expect it.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image
+
+from medley.serving.answering import Answering
+from medley.serving.content import data_address, document_of, png_base64
+from medley.serving.limits import RequestError
+from medley.serving.schema import ChatRequest, ImageRequest
+from medley.serving.state import State, error_body, unless_gone
+from medley.serving.worker import Worker
+
+router = APIRouter()
+
+
+def state_of(request: Request) -> State:
+    found: State = request.app.state.medley
+    return found
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def model_row(worker: Worker) -> dict[str, Any]:
+    model = worker.model
+    return {
+        "id": worker.name, "object": "model", "created": worker.created, "owned_by": "medley",
+        "context": model.engine.context, "image_size": model.image_tokenizer.size,
+        "codes_per_image": model.image_tokenizer.codes_per_image,
+        "draws": model.image_tokenizer.can_draw,
+    }  # fmt: skip
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    workers = state_of(request).workers.values()
+    return {"object": "list", "data": [model_row(worker) for worker in workers]}
+
+
+@router.get("/v1/models/{name}")
+async def one_model(name: str, request: Request) -> dict[str, Any]:
+    return model_row(state_of(request).worker(name))
+
+
+# --- chat -------------------------------------------------------------------------------------
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_address(image)}}
+
+
+def message_of(parts: list[Any]) -> dict[str, Any]:
+    """An answer's words and pictures as a message."""
+    words = "".join(part for part in parts if isinstance(part, str))
+    message: dict[str, Any] = {"role": "assistant", "content": words}
+    if any(isinstance(part, Image.Image) for part in parts):
+        shown = [{"type": "text", "text": part} if isinstance(part, str) else image_part(part)
+                 for part in parts]  # fmt: skip
+        message["images"] = [part for part in shown if part["type"] == "image_url"]
+        message["parts"] = shown
+    return message
+
+
+def usage_of(answers: Answering) -> dict[str, int]:
+    read, written = answers.prompt_tokens, answers.generated_tokens
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    state = state_of(request)
+    worker = state.worker(body.model)
+    limits = state.limits
+    options = body.generation(limits)
+    # Pictures are unpacked in another thread: they would keep everybody waiting.
+    document = await state.in_thread(document_of, body.messages, limits)
+    each = worker.model.image_tokenizer.codes_per_image
+    every = max(1, each // (body.previews + 1)) if body.previews and body.stream else 0
+    answers = Answering(worker, document, options, body.n, body.stops, every)
+    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
+            "model": worker.name}  # fmt: skip
+    if body.stream:
+        chunks = _chunks(state, body, answers, {**head, "object": "chat.completion.chunk"})
+        first = await anext(chunks)  # what is refused is refused with its status
+        return StreamingResponse(_sent(first, chunks), media_type="text/event-stream",
+                                 headers={"Cache-Control": "no-store"})  # fmt: skip
+    reasons: dict[int, str] = {}
+    notes: dict[int, str] = {}
+    async for piece in unless_gone(request, state.timed(worker, answers)):
+        if piece.finish_reason:
+            reasons[piece.index] = piece.finish_reason
+            if piece.event.answer is not None and piece.event.answer.note:
+                notes[piece.index] = piece.event.answer.note
+    choices = [
+        {"index": i, "message": message_of(answers.parts[i]), "finish_reason": reasons[i],
+         "logprobs": None} | ({"note": notes[i]} if i in notes else {})
+        for i in range(body.n)
+    ]  # fmt: skip
+    return JSONResponse(
+        {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
+    )
+
+
+async def _chunks(
+    state: State, body: ChatRequest, answers: Answering, head: dict[str, Any]
+) -> AsyncIterator[str]:
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
+        return _event({**head, "choices": [choice]})
+
+    begun: set[int] = set()
+    async for piece in state.timed(answers.worker, answers):
+        event, index = piece.event, piece.index
+        if index not in begun:
+            begun.add(index)
+            yield chunk(index, {"role": "assistant", "content": ""})
+        if event.text:
+            yield chunk(index, {"content": event.text})
+        elif event.image is not None:
+            yield chunk(index, {"images": [image_part(event.image)]})
+        elif event.preview is not None and (event.progress or 0) < 1:  # the whole one comes next
+            shown = {"progress": round(event.progress or 0, 4), **image_part(event.preview)}
+            yield chunk(index, {"preview": shown})
+        if piece.finish_reason:
+            note = event.answer.note if event.answer is not None else None
+            yield chunk(index, {}, piece.finish_reason, **({"note": note} if note else {}))
+    if body.stream_options is not None and body.stream_options.include_usage:
+        yield _event({**head, "choices": [], "usage": usage_of(answers)})
+    yield "data: [DONE]\n\n"
+
+
+async def _sent(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The stream; what fails on its way ends it with an error in its place."""
+    yield first
+    try:
+        async for text in rest:
+            yield text
+    except Exception as error:
+        yield _event(error_body(error)[1])
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+@router.post("/v1/images/generations", response_model=None)
+async def images(body: ImageRequest, request: Request) -> Response:
+    state = state_of(request)
+    worker = state.worker(body.model)
+    options = body.generation(state.limits, worker.model.image_tokenizer.size)
+    try:
+        body.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("prompt: half of a character", param="prompt") from error
+    answers = Answering(worker, [body.prompt], options, body.n)
+    async for _ in unless_gone(request, state.timed(worker, answers)):
+        pass
+    drawn = [part for parts in answers.parts for part in parts if isinstance(part, Image.Image)]
+    if len(drawn) < body.n:
+        raise RequestError(
+            f"{len(drawn)} of {body.n} pictures were drawn: no room in the model's context", 500
+        )
+    data = [{"b64_json": png_base64(image)} for image in drawn]
+    return JSONResponse({"created": int(time.time()), "data": data, "usage": {
+        "input_tokens": answers.prompt_tokens, "output_tokens": answers.generated_tokens,
+        "total_tokens": answers.prompt_tokens + answers.generated_tokens,
+    }})  # fmt: skip

@@ -1,0 +1,134 @@
+"""What a request of OpenAI's protocol may hold, and generation's options made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from medley.errors import UserError
+from medley.generation import GenerationOptions
+from medley.generation.options import Mode
+from medley.serving.limits import Limits, RequestError
+
+_DEFAULTS = GenerationOptions()
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+
+
+class Generation(BaseModel):
+    """Our options of generation, which any request may carry beside OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    mode: Mode | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    text_greedy: bool = False
+    text_top_k: Annotated[int, Field(ge=0)] = _DEFAULTS.text_top_k
+    repetition_penalty: Positive = _DEFAULTS.repetition_penalty
+    image_greedy: bool = False
+    image_temperature: Positive = _DEFAULTS.image_temperature
+    image_top_p: Share = _DEFAULTS.image_top_p
+    image_top_k: Annotated[int, Field(ge=0)] = _DEFAULTS.image_top_k
+    guidance_scale_text: Annotated[float, Field(ge=0, le=100)] = _DEFAULTS.guidance_scale_text
+    guidance_scale_image: Annotated[float, Field(ge=0, le=100)] = _DEFAULTS.guidance_scale_image
+    min_images: Annotated[int, Field(ge=0)] = _DEFAULTS.min_images
+    max_images: Annotated[int, Field(ge=0)] | None = None
+    # What clients send on their own and we need not know.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    def options(self, mode: Mode, tokens: int, **more: Any) -> GenerationOptions:
+        """Raises RequestError for values that do not go together."""
+        kept = {
+            name: getattr(self, name)
+            for name in GenerationOptions.__dataclass_fields__.keys() & Generation.model_fields
+            if name not in ("mode", "seed") and name not in more
+        }
+        try:
+            return GenerationOptions(
+                mode=mode, seed=self.seed or 0, max_new_tokens=tokens, **kept, **more
+            )
+        except UserError as error:
+            raise RequestError(str(error)) from error
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`. `previews` asks for that many pictures of a growing picture."""
+
+    model: str
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    stop: str | list[str] | None = None
+    previews: Annotated[int, Field(ge=0, le=64)] = 0
+    # Of OpenAI's protocol, where only the value that changes nothing is served.
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    store: Literal[False] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    modalities: list[Literal["text", "image"]] | None = None
+
+    def generation(self, limits: Limits) -> GenerationOptions:
+        """Raises RequestError for what is beyond the limits."""
+        if self.n > limits.answers:
+            raise RequestError(f"n is {self.n}, the limit is {limits.answers}", param="n")
+        tokens = self.max_completion_tokens or self.max_tokens or limits.tokens
+        if tokens > limits.tokens:
+            raise RequestError(
+                f"max_tokens is {tokens}, the limit is {limits.tokens}", param="max_tokens"
+            )
+        mode: Mode = "any"
+        if self.modalities is not None:
+            only = set(self.modalities)
+            mode = "any" if len(only) != 1 else "text" if only == {"text"} else "image"
+        sampled: dict[str, Any] = {}
+        if self.temperature == 0:
+            sampled["text_greedy"] = True
+        elif self.temperature is not None:
+            sampled["text_temperature"] = self.temperature
+        if self.top_p is not None:
+            sampled["text_top_p"] = self.top_p
+        return self.options(self.mode or mode, tokens, **sampled)
+
+    @property
+    def stops(self) -> list[str]:
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [word for word in found if word]
+
+
+class ImageRequest(Generation):
+    """`POST /v1/images/generations`."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    size: str = "auto"
+    response_format: Literal["b64_json"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+
+    def generation(self, limits: Limits, size: int) -> GenerationOptions:
+        """Raises RequestError for what is beyond the limits, and for another size than the
+        model's."""
+        if self.n > limits.answers:
+            raise RequestError(f"n is {self.n}, the limit is {limits.answers}", param="n")
+        if self.size not in ("auto", f"{size}x{size}"):
+            raise RequestError(
+                f"size is {self.size!r}, this model draws {size}x{size} (or auto)", param="size"
+            )
+        if self.mode not in (None, "image"):
+            raise RequestError(f"mode is {self.mode!r}, here it is image", param="mode")
+        return self.options("image", limits.tokens, min_images=1, max_images=1)

@@ -1,0 +1,95 @@
+"""What the server's requests share: models by name, limits, counters, and how errors are said."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from medley.errors import UserError
+from medley.serving.answering import Answering, Piece
+from medley.serving.limits import Busy, Limits, RequestError
+from medley.serving.metrics import Metrics
+from medley.serving.worker import Worker
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class State:
+    """Of one server. `draining` says that it takes no more requests."""
+
+    def __init__(self, workers: Mapping[str, Worker], limits: Limits, token: str | None) -> None:
+        self.workers, self.limits, self.token = dict(workers), limits, token
+        self.metrics = Metrics(self.workers)
+        self.draining = False
+
+    def worker(self, name: str | None) -> Worker:
+        """Raises RequestError for a model that is not there; the first one, where none is named."""
+        if name is None:
+            return next(iter(self.workers.values()))
+        if name not in self.workers:
+            raise RequestError(
+                f"no model {name!r}, there is {', '.join(self.workers)}", 404, "model"
+            )
+        return self.workers[name]
+
+    async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.to_thread(work, *arguments)
+
+    async def timed(self, worker: Worker, answers: Answering) -> AsyncGenerator[Piece, None]:
+        """The pieces, with what they took told to the counters."""
+        start, first = time.monotonic(), True
+        async with aclosing(answers.pieces()) as pieces:
+            async for piece in pieces:
+                if first:
+                    self.metrics.first_token.labels(worker.name).observe(time.monotonic() - start)
+                    first = False
+                yield piece
+        self.metrics.whole.labels(worker.name).observe(time.monotonic() - start)
+
+
+async def unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> AsyncIterator[Item]:
+    """The items, as long as the client is there; else their source is closed, which frees rows."""
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(items))
+            await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not coming.done():
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+                raise RequestError("the client has gone", 499)
+            try:
+                item = coming.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await items.aclose()
+
+
+async def _gone(request: Request) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error, in OpenAI's form."""
+    status, param, kind = 500, None, "server_error"
+    message = f"{type(error).__name__} inside of the server"
+    if isinstance(error, RequestError):
+        status, param, message = error.status, error.param, str(error)
+    elif isinstance(error, UserError):
+        status, message = 400, str(error)
+    if status < 500:
+        kind = "rate_limit_error" if isinstance(error, Busy) else "invalid_request_error"
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}
