@@ -129,9 +129,9 @@ class Phantom:
     def later(self, rng: np.random.Generator) -> tuple[Phantom, Change]:
         """A second scan of the same organ, in which at most one finding has changed."""
         kinds: list[tuple[ChangeKind, Finding | None]] = [("none", None)]
-        for finding in self.findings:
-            kinds.append(("grown" if finding.size == "small" else "shrunk", finding))
-            kinds.append(("gone", finding))
+        for there in self.findings:
+            kinds.append(("grown" if there.size == "small" else "shrunk", there))
+            kinds.append(("gone", there))
         if (new := self._possible(rng)) is not None:
             kinds += [("new", new), ("new", new)]
         kind, finding = kinds[rng.integers(len(kinds))]
