@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from model_server import Server, running_server
@@ -82,3 +83,11 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokens(folder / "train.jsonl", 24)
     write_tokens(folder / "val.jsonl", 6, 1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sequences(tokenizer: Any) -> list[Any]:
+    """Recorded token sequences, as far as the recorded models know their ids."""
+    cases = golden("medmax_tokenization.json")["cases"]
+    chosen = [np.array(c["expected"]["tokens"]) for c in cases[:5]]
+    return [np.minimum(ids, 8799) for ids in chosen]  # the recorded model ends at 8,799

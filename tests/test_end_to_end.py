@@ -113,7 +113,8 @@ def test_training_says_what_it_did(trained: Path) -> None:
     history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
-    assert all({"text_loss", "image_loss", "trained_tokens"} <= set(row) for row in steps)
+    assert all({"text_loss", "trained_tokens"} <= set(row) for row in steps)
+    assert any("image_loss" in row for row in steps)  # not every batch has pictures to draw
     assert steps[-1]["text_loss"] < steps[0]["text_loss"]
     assert any("eval_text_loss" in row for row in history)
     assert (trained / "checkpoint-4" / COMPLETE).exists()

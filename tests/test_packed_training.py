@@ -13,26 +13,10 @@ from medley.model import ChameleonForConditionalGeneration, LossOptions, tie_hea
 from medley.packing import IGNORED, make_row, stack_rows
 
 
-def _picture() -> Any:
-    from medley.phantoms import Phantom
-
-    return Phantom("CT", "head").image(64)
-
-
 @pytest.fixture(scope="module")
 def decoder() -> ChameleonForConditionalGeneration:
     folder = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
     return open_checkpoint(folder).decoder(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def sequences(tokenizer: Any) -> list[Any]:
-    import numpy as np
-    from conftest import golden
-
-    cases = golden("medmax_tokenization.json")["cases"]
-    chosen = [np.array(c["expected"]["tokens"]) for c in cases[:5]]
-    return [np.minimum(ids, 8799) for ids in chosen]  # the recorded model ends at 8,799
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])

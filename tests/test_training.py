@@ -308,7 +308,9 @@ def test_the_saved_adapter_merged_gives_the_trained_models_logits(
     state = {n: t.float() for n, t in merged_tensors(TINY, tmp_path)}
     merged.load_state_dict(state, strict=False)
     with torch.inference_mode():
-        assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=5e-2)
+        one, other = trained(ids).logits, merged(ids).logits
+    # What is merged is rounded to bfloat16, of eight bits, once more.
+    assert (one - other).abs().max() < 2**-7 * one.abs().max()
 
 
 def test_the_tiny_recipes_losses_are_the_recorded_ones(training_data: Path, tmp_path: Path) -> None:
