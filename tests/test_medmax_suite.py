@@ -13,10 +13,10 @@ from model_server import Server
 from tiny_models import clip_folder, sentence_folder
 
 from medley import cli
-from medley.commands.evaluate.medmax import MedmaxOptions
+from medley.commands.evaluate.medmax_options import MedmaxOptions
 from medley.document import Picture
 from medley.errors import UserError
-from medley.evaluation.medmax_scores import Given, Scores, accuracy, finite, merged, verdict
+from medley.evaluation.medmax_scores import Given, Scores, accuracy, merged, verdict
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     MIXED,
@@ -26,6 +26,7 @@ from medley.evaluation.medmax_suite import (
     prompt_for,
     row_of,
 )
+from medley.files import finite
 from medley.phantoms import Phantom
 
 CASES = golden("medmax_eval.json")

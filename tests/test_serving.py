@@ -6,26 +6,19 @@ import asyncio
 import base64
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import uvicorn
-from conftest import ROOT
 from PIL import Image
 
 import medley
-from medley import cli
 from medley.phantoms import Phantom
 from medley.serving.app import make_app
 from medley.serving.content import data_address
@@ -367,45 +360,3 @@ def test_counters_tell_what_was_done(running: Running) -> None:
     assert 'medley_requests_total{path="/v1/chat/completions",status="200"}' in text
     assert 'medley_running{model="tiny"} 0.0' in text
     assert "medley_first_token_seconds_count" in text
-
-
-# --- the command ------------------------------------------------------------------------------
-
-
-def test_a_server_that_is_stopped_lets_what_runs_end(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", "0"]
-    with open(log, "wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        while "listening at" not in (text := log.read_text()):
-            assert process.poll() is None, text
-            time.sleep(0.05)
-        address = text.split("listening at ")[1].split()[0]
-        assert cli.main(["serve", "--check", address]) == 0
-        body = {"model": "tiny", "messages": [{"role": "user", "content": ASKED}],
-                "mode": "image", "min_images": 6, "max_images": 6, "stream": True}  # fmt: skip
-        chat = f"{address}/v1/chat/completions"
-        with httpx.stream("POST", chat, json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(process.pid, signal.SIGTERM)
-            text = "\n".join(lines)
-        assert text.count('"images"') == 6
-        assert "data: [DONE]" in text
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-    assert cli.main(["serve", "--check", address]) == 2
-
-
-def test_wrong_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in (
-        ([], "give one of --ckpt, --controller and --check"),
-        (["--ckpt", "tiny", "--controller"], "give one of"),
-        (["--ckpt", "tiny", "tiny"], "two models are called 'tiny'"),
-        (["--ckpt", "tiny", "--rows", "0"], "--rows is 0"),
-        (["--check", "ftp://x"], "expected an http or https address"),
-    ):
-        assert cli.main(["serve", *words]) == 2
-        assert said in capsys.readouterr().err

@@ -103,15 +103,16 @@ def append_line(path: Path, line: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Numbers that are none, or infinite, become null: JSON has no word for them."""
     with whole_file(path) as temporary:
-        text = json.dumps(_finite(value), ensure_ascii=False, indent=1)
+        text = json.dumps(finite(value), ensure_ascii=False, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with null for numbers that are none, or infinite."""
     if isinstance(value, dict):
-        return {name: _finite(own) for name, own in value.items()}
+        return {name: finite(own) for name, own in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
+        return [finite(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

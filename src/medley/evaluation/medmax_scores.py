@@ -230,15 +230,6 @@ class Scores:
 # --- result files -----------------------------------------------------------------------------
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which has no nan."""
-    return {
-        name: None if isinstance(v, float) and math.isnan(v) else
-        finite(v) if isinstance(v, dict) else v
-        for name, v in values.items()
-    }  # fmt: skip
-
-
 def merged(before: Any, new: dict[str, Any]) -> dict[str, Any]:
     """A result file's content with other tasks' results kept."""
     return {**(before if isinstance(before, dict) else {}), **new}

@@ -1,0 +1,57 @@
+"""`medley serve` as a process: its flags, its check, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import ROOT
+
+from medley import cli
+
+ASKED = "Show me a CT scan of the head."
+
+
+def test_a_server_that_is_stopped_lets_what_runs_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", "0"]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while "listening at" not in (text := log.read_text()):
+            assert process.poll() is None, text
+            time.sleep(0.05)
+        address = text.split("listening at ")[1].split()[0]
+        assert cli.main(["serve", "--check", address]) == 0
+        body = {"model": "tiny", "messages": [{"role": "user", "content": ASKED}],
+                "mode": "image", "min_images": 6, "max_images": 6, "stream": True}  # fmt: skip
+        chat = f"{address}/v1/chat/completions"
+        with httpx.stream("POST", chat, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
+            text = "\n".join(lines)
+        assert text.count('"images"') == 6
+        assert "data: [DONE]" in text
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+    assert cli.main(["serve", "--check", address]) == 2
+
+
+def test_wrong_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([], "give one of --ckpt, --controller and --check"),
+        (["--ckpt", "tiny", "--controller"], "give one of"),
+        (["--ckpt", "tiny", "tiny"], "two models are called 'tiny'"),
+        (["--ckpt", "tiny", "--rows", "0"], "--rows is 0"),
+        (["--check", "ftp://x"], "expected an http or https address"),
+    ):
+        assert cli.main(["serve", *words]) == 2
+        assert said in capsys.readouterr().err
