@@ -31,6 +31,7 @@ from medley.phantoms import Phantom
 from medley.serving.content import data_address
 
 ROOT = Path(__file__).resolve().parents[1]
+SLICES = 8  # of the many requests, behind each of which memory is read
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,15 @@ async def measure(address: str, pid: int, options: Options) -> dict[str, Any]:
         while not busy.done() and len(loaded) < 15:
             loaded.append(await first_token(client, text))
         await busy
-        before = memory(pid)
         many = (todo * (1 + options.many // len(todo)))[: options.many]
-        answers, seconds = await at_once(client, many, options.clients)
-        after = memory(pid)
+        answers: list[str] = []
+        seconds, memories = 0.0, [memory(pid)]
+        for start in range(0, len(many), len(many) // SLICES):
+            found, took = await at_once(
+                client, many[start : start + len(many) // SLICES], options.clients
+            )
+            answers, seconds = answers + found, seconds + took
+            memories.append(memory(pid))
     return {
         "benchmark": "serving", "clients": options.clients, "requests": len(todo),
         "seconds_one_after_another": seconds_alone, "seconds_together": seconds_together,
@@ -129,7 +135,7 @@ async def measure(address: str, pid: int, options: Options) -> dict[str, Any]:
         "times_the_idle_first_token": statistics.median(loaded) / idle,
         "many": len(answers), "lost": options.many - len(answers),
         "requests_per_second": len(answers) / seconds,
-        "memory_before_mb": before, "memory_after_mb": after,
+        "memory_mb": memories,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from fastapi import FastAPI
 from ray import serve
 
 from medley.commands.serve import ServeOptions, state_of
@@ -16,15 +17,20 @@ from medley.serving.app import make_app
 OPTIONS = ServeOptions(ckpt=[os.environ.get("MEDLEY_CKPT", "tiny")])
 
 
+def build() -> FastAPI:
+    """Called on each replica, where the models are loaded."""
+    return make_app(state_of(OPTIONS))
+
+
 @serve.deployment(
     num_replicas=int(os.environ.get("MEDLEY_REPLICAS", "1")),
     ray_actor_options={"num_gpus": float(os.environ.get("MEDLEY_GPUS", "0"))},
     max_ongoing_requests=OPTIONS.rows + OPTIONS.max_queue,
     graceful_shutdown_timeout_s=OPTIONS.drain_seconds,
 )
-@serve.ingress(lambda: make_app(state_of(OPTIONS)))
+@serve.ingress(build)
 class Medley:
-    """One replica: the models are loaded where it runs."""
+    """One replica."""
 
 
 application = Medley.bind()

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
 
+import medley
 from medley import cli
+from medley.commands.serve import ServeOptions, load_models
+from medley.phantoms import Phantom
 
 ASKED = "Show me a CT scan of the head."
 
@@ -55,3 +60,39 @@ def test_wrong_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert cli.main(["serve", *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_adapters_share_their_base_and_answer_as_if_loaded_alone(tmp_path: Path) -> None:
+    scan = Phantom("MR", "head", seed=4).image(64)
+    folders = {}
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        model = medley.load("tiny")
+        adapted = get_peft_model(
+            model.decoder, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        )
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folders[name] = tmp_path / name
+        adapted.save_pretrained(folders[name])
+    options = ServeOptions(
+        ckpt=["tiny"], adapter=[f"{name}={path}" for name, path in folders.items()]
+    )
+    served = load_models(options)
+    assert list(served) == ["tiny", "first", "second"]
+
+    def ask(model: medley.Model) -> list[object]:
+        return model.generate([scan, "Describe the picture."], mode="text", text_greedy=True,
+                              repetition_penalty=1.0, max_new_tokens=24)  # fmt: skip
+
+    answers = {name: ask(model) for name, model in served.items()}
+    alone = {"tiny": ask(medley.load("tiny"))}
+    alone |= {name: ask(medley.load("tiny", adapter=path)) for name, path in folders.items()}
+    assert answers == alone
+    assert len({str(answer) for answer in answers.values()}) == 3
+    places = [
+        {p.data_ptr() for n, p in model.decoder.named_parameters() if "lora_" not in n}
+        for model in served.values()
+    ]
+    assert places[0] == places[1] == places[2]

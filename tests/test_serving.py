@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
+from running_server import Running
 
 import medley
 from medley.phantoms import Phantom
-from medley.serving.app import make_app
 from medley.serving.content import data_address
 from medley.serving.limits import Limits
-from medley.serving.state import State
 from medley.serving.stops import StopWords
-from medley.serving.worker import Worker
 
 GREEDY = {"mode": "text", "repetition_penalty": 1.0}
 ASKED = "Show me a CT scan of the head."
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, limits: Limits, token: str | None = None, rows: int = 8) -> None:
-        self.model = medley.load("tiny")
-        self.worker = Worker("tiny", self.model, limits, rows)
-        self.state = State({"tiny": self.worker}, limits, token)
-        listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(make_app(self.state), log_level="critical", access_log=False)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(
-            target=lambda: asyncio.run(self.server.serve(sockets=[listening])), daemon=True
-        )
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=30)
-
-    def idle(self) -> bool:
-        """Whether every row is free, at once or a moment later."""
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            if not (self.model.engine.busy or self.worker.running or self.worker.waiting):
-                return True
-            time.sleep(0.02)
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,14 +79,31 @@ def load_checkpoint(
     if quantize is not None:
         quantize_layers(decoder, quantize, next(decoder.lm_head.parameters()).dtype)
     if adapter is not None:
-        folder = find_adapter(Path(adapter))
-        if (Path(adapter) / "manifest.json").is_file():
-            check_fingerprint(Path(adapter), checkpoint.fingerprint(), str(checkpoint.folder))
-        decoder = attach(decoder, folder)
+        decoder = _attach_checked(decoder, checkpoint, Path(adapter))
     elsewhere = None if vqgan is None else Path(vqgan)
     images = checkpoint.image_tokenizer(elsewhere, device=target)
     decoder = spread(decoder) if device == MAP else decoder.to(target)
     return Model(decoder, checkpoint.text_tokenizer(), images, fuse=True)
+
+
+def with_adapter(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
+    """A second model with an adapter over the first one's decoder, which stays as it is.
+
+    They share the base's weights and the tokenizers: an adapter takes the memory of its own
+    matrices and of its cache. `checkpoint` is what `model` was loaded from.
+    """
+    tensors = (*model.decoder.parameters(), *model.decoder.buffers())
+    twin = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
+    decoder = _attach_checked(twin, checkpoint, adapter)
+    return Model(decoder, model.tokenizer, model.image_tokenizer, fuse=True)
+
+
+def _attach_checked(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
+    """Raises UserError for an adapter that was trained on another base."""
+    folder = find_adapter(adapter)
+    if (adapter / "manifest.json").is_file():
+        check_fingerprint(adapter, checkpoint.fingerprint(), str(checkpoint.folder))
+    return attach(decoder, folder)
 
 
 def spread(decoder: Any) -> Any:

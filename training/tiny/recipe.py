@@ -46,8 +46,8 @@ class Options:
     heads: int = 6
     context: int = 4096
     decoder_steps: int = 3200
-    decoder_rows: int = 10
-    row_length: int = 384
+    decoder_rows: int = 6
+    row_length: int = 640
     decoder_lr: float = 3e-3
     matrix_lr: float = 3e-3
 

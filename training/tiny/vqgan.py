@@ -14,7 +14,7 @@ from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.training import CodebookAverage, training_step
 from training.tiny.recipe import CODES, Options, cosine
 
-FINDING_WEIGHT = 2.0  # of a pixel that a finding changes, beside 1
+FINDING_WEIGHT = 3.0  # of a pixel that a finding changes, beside 1
 
 
 def vqgan_pictures(rng: np.random.Generator, count: int, size: int) -> tuple[Tensor, Tensor]:

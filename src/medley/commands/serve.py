@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medley.assistant import Model
 from medley.commands.common import ModelOptions
 from medley.errors import DataLost, UserError
+from medley.loading import find, with_adapter
 from medley.quantization import Quantize
 
 _TOKEN = "MEDLEY_TOKEN"
@@ -163,11 +165,24 @@ def state_of(options: ServeOptions) -> Any:
         hosts=frozenset(options.image_hosts or ()),
     )  # fmt: skip
     workers = {
-        # Text alone needs no VQGAN decoder; who asks for a picture is told.
-        name: Worker(name, replace(model, mode="text").load(options.rows), limits, options.rows)
-        for name, model in options.models().items()
+        name: Worker(name, model, limits, options.rows)
+        for name, model in load_models(options).items()
     }
     return State(workers, limits, os.environ.get(options.token_variable) or None)
+
+
+def load_models(options: ServeOptions) -> dict[str, Model]:
+    """By name. Adapters lie over the first checkpoint's weights, which are in memory once."""
+    loaded: dict[str, Model] = {}
+    for name, chosen in options.models().items():
+        if chosen.adapter is None:
+            # Text alone needs no VQGAN decoder; who asks for a picture is told.
+            loaded[name] = replace(chosen, mode="text").load(options.rows)
+            continue
+        checkpoint, adapter = find(chosen.ckpt, chosen.adapter, None)
+        assert adapter is not None
+        loaded[name] = with_adapter(next(iter(loaded.values())), checkpoint, adapter)
+    return loaded
 
 
 def _register(app: Any, state: Any, options: ServeOptions) -> None:

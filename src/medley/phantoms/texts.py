@@ -21,7 +21,7 @@ from medley.phantoms.world import (
 )
 
 Pair = tuple[str, str]
-_MOST_TURNS = 9  # of a talk
+_TURNS = (8, 18)  # of a talk: the fewest and the most
 CHANGED = "What has changed?"
 
 
@@ -147,9 +147,9 @@ def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iter
 
 
 def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
-    """The picture, and four to nine questions; some of them go on from the one before."""
+    """The picture, and eight to eighteen questions; some go on from the one before."""
     pairs = _all(scan)
-    count = int(rng.integers(4, _MOST_TURNS + 1))
+    count = int(rng.integers(_TURNS[0], _TURNS[1] + 1))
     picked: list[Pair] = []
     by_kind = {f.kind: f for f in scan.findings}
     for i in rng.permutation(len(pairs)):

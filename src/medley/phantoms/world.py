@@ -34,8 +34,8 @@ _FIELD = {
     "head": (0.62, 0.70), "chest": (0.80, 0.64), "abdomen": (0.80, 0.68),
     "brain": (0.74, 0.74), "lung": (0.80, 0.68), "liver": (0.68, 0.80),
 }  # fmt: skip
-_RADIUS = {"small": 0.15, "large": 0.25}  # in units of half a picture
-_HEART = 0.58  # of an abscess's radius: how far its dark heart reaches
+_RADIUS = {"small": 0.17, "large": 0.26}  # in units of half a picture
+_HEART = 0.62  # of an abscess's radius: how far its dark heart reaches
 _STRENGTH = {"marked": 1.0, "faint": 0.5}
 _CENTRE = 0.55  # of the field's half width: how far from the middle a finding is drawn
 SHIFT, SCALE, JITTER = 0.03, 0.03, 0.05  # the most that a scan, or a finding in it, is moved

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from medley.serving import llava_api, openai_api
 from medley.serving.limits import Busy, RequestError
 from medley.serving.metrics import CONTENT_TYPE
+from medley.serving.schema import ErrorBody
 from medley.serving.state import State, error_body
 from medley.version import __version__
 
@@ -40,8 +41,10 @@ def make_app(state: State) -> FastAPI:
         for worker in state.workers.values():
             worker.stop()
 
-    app = FastAPI(title="Medley", version=__version__, lifespan=lifespan, docs_url=None,
-                  redoc_url=None)  # fmt: skip
+    app = FastAPI(
+        title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )  # fmt: skip
     app.state.medley = state
     app.include_router(openai_api.router)
     app.include_router(llava_api.router)
@@ -90,8 +93,9 @@ async def on_bad_request(request: Request, error: RequestValidationError) -> Res
 
 
 async def on_http(request: Request, error: HTTPException) -> Response:
-    found = RequestError(str(error.detail), error.status_code)
-    return await on_error(request, found)
+    answer = await on_error(request, RequestError(str(error.detail), error.status_code))
+    answer.headers.update(error.headers or {})  # of 405, what is allowed
+    return answer
 
 
 # --- the gate ---------------------------------------------------------------------------------

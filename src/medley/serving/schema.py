@@ -132,3 +132,16 @@ class ImageRequest(Generation):
         if self.mode not in (None, "image"):
             raise RequestError(f"mode is {self.mode!r}, here it is image", param="mode")
         return self.options("image", limits.tokens, min_images=1, max_images=1)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: None
+
+
+class ErrorBody(BaseModel):
+    """What every refusal and every fault is told as, whatever its status."""
+
+    error: ErrorDetail

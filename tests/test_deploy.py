@@ -1,0 +1,105 @@
+"""What stands in `deploy/`: held to the command, the package and the files it names. Neither Docker
+nor Ray runs here."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from fastapi.testclient import TestClient
+
+from medley.commands.serve import ServeOptions
+from medley.options import parse
+
+DEPLOY = ROOT / "deploy"
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """Of a Dockerfile: continued lines joined, comments left out."""
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    pairs = [line.split(maxsplit=1) for line in joined.splitlines() if line.strip()]
+    return [(word, rest) for word, rest in pairs]
+
+
+def served(words: list[str]) -> ServeOptions:
+    """The options that a command line of `medley` gives. Raises for one that is refused."""
+    assert words[0] == "serve"
+    return parse(ServeOptions, "medley serve", words[1:])
+
+
+def test_the_image_is_built_of_what_is_there() -> None:
+    found = instructions(DEPLOY / "Dockerfile")
+    assert found[0] == ("FROM", "python:3.11-slim")
+    project = (ROOT / "pyproject.toml").read_text()
+    for word, rest in found:
+        if word == "COPY":
+            *sources, _ = rest.split()
+            assert all((ROOT / source).exists() for source in sources), rest
+    (install,) = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
+    extras = re.search(r"\[(.*)\]", install)
+    assert extras is not None
+    assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in extras[1].split(","))
+    last = dict(found)
+    assert json.loads(last["ENTRYPOINT"]) == ["medley"]
+    assert '\nmedley = "medley.cli:main"\n' in project
+    options = served(json.loads(last["CMD"]))
+    assert (options.ckpt, options.host) == (["tiny"], "0.0.0.0")
+    assert int(last["EXPOSE"]) == options.port
+    assert f":{options.port}/health" in last["HEALTHCHECK"]
+    assert last["USER"] != "root"
+
+
+def test_the_composition_starts_the_same_server() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (service,) = services.values()
+    context = (DEPLOY / service["build"]["context"]).resolve()
+    assert context == ROOT.resolve()
+    assert (context / service["build"]["dockerfile"]).is_file()
+    words = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in service["command"]]
+    options = served(words)
+    assert options.ckpt == ["tiny"]
+    grace = int(service["stop_grace_period"].removesuffix("s"))
+    assert grace > options.drain_seconds  # or running requests are killed
+    assert options.token_variable in service["environment"]
+    first, last = service["ports"][0].split(":")[0].split("-")
+    assert int(last) - int(first) + 1 >= service["deploy"]["replicas"]
+    assert service["ports"][0].endswith(f":{options.port}")
+
+
+def test_each_ray_replica_builds_the_same_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for Ray, which keeps what it is told and calls the builder as a replica."""
+    told: dict[str, Any] = {}
+    stand_in = types.ModuleType("ray")
+
+    def deployment(**options: Any) -> Any:
+        told.update(options)
+
+        def wrap(kind: Any) -> Any:
+            kind.bind = classmethod(lambda cls: cls)
+            return kind
+
+        return wrap
+
+    def ingress(builder: Any) -> Any:
+        told["builder"] = builder
+        return lambda kind: kind
+
+    stand_in.serve = types.SimpleNamespace(deployment=deployment, ingress=ingress)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.setenv("MEDLEY_REPLICAS", "3")
+    module = runpy.run_path(str(DEPLOY / "ray_serve.py"))
+    assert module["application"] is module["Medley"]
+    assert told["num_replicas"] == 3
+    assert told["graceful_shutdown_timeout_s"] == ServeOptions(ckpt=["tiny"]).drain_seconds
+    with TestClient(told["builder"]()) as client:
+        assert client.get("/health").json()["status"] == "ok"
+        assert [row["id"] for row in client.get("/v1/models").json()["data"]] == ["tiny"]
