@@ -6,25 +6,29 @@ Questions go through `medley answer` and `medley evaluate vqa`; captions, follow
 and pictures through `medley generate`. Pictures are scored by what is measured in their pixels.
 Baselines of the same run: the commonest answer of each question, pictures without guidance, and
 pictures of a request that names nothing. `--layouts` asks the questions of the same model in
-Hugging Face's layout, too. Ends with one JSON line.
+Hugging Face's layout, too, and as a base with an adapter. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import medley
 from medley.options import run_program
@@ -43,6 +47,7 @@ from medley.phantoms import (
 
 SEED = 20_000_000  # far from the seeds of training
 NOTHING = "Show me a scan."
+RANK = 8  # of the adapter that is taken out of the model
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Options:
         scans: phantoms that are asked about
         pictures: pictures that are drawn, with and without guidance
         guidance: guidance scale of the words
-        layouts: also ask the questions in Hugging Face's layout
+        image_temperature: temperature of the pictures, guided or not
+        layouts: also ask the questions in Hugging Face's layout, and of base and adapter
         keep: folder to keep all files in
     """
 
@@ -62,6 +68,7 @@ class Options:
     scans: int = 1000
     pictures: int = 300
     guidance: float = 3.0
+    image_temperature: float = 1.0
     layouts: bool = False
     keep: Path | None = None
 
@@ -209,7 +216,7 @@ def draw(options: Options, folder: Path, scans: Sequence[Phantom]) -> dict[str, 
         rows = [{"text": ask_for(scan)} for scan in scans]
         found = generate(
             options.ckpt, folder, f"drawn{name}", rows, "--mode", "image", "--max_images", 1,
-            "--guidance_scale_text", scale,
+            "--guidance_scale_text", scale, "--image_temperature", options.image_temperature,
         )  # fmt: skip
         right: dict[str, list[bool]] = defaultdict(list)
         for scan, row in zip(scans, found, strict=True):
@@ -242,6 +249,40 @@ def reconstruct(ckpt: str, scans: Sequence[Phantom]) -> dict[str, float]:
     return {"psnr_db": float(np.mean(psnr)), "findings_kept_by_vqgan": 100 * float(np.mean(kept))}
 
 
+# --- layouts ----------------------------------------------------------------------------------
+
+
+def layouts(ckpt: str, folder: Path) -> Iterator[tuple[str, Path, Path | None]]:
+    """The same model in Hugging Face's layout, and as a base with an adapter: what the adapter adds
+    was taken from the base before. The base alone comes too, as the baseline of the last."""
+    whole, lesser, adapter = folder / "hf", folder / "base", folder / "adapter"
+    run("conversion.pth_to_bin", "--input_dir", ckpt, "--output_dir", whole)
+    yield "hf", whole, None
+    shutil.copytree(whole, lesser)
+    tensors = load_file(whole / "model.safetensors")
+    torch.manual_seed(SEED)
+    learned: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.float()
+        if name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight")):
+            up, down = (torch.randn(tensor.shape[0], RANK), torch.randn(RANK, tensor.shape[1]))
+            up *= tensors[name].norm() / (up @ down).norm()
+            tensors[name] = tensors[name] - up @ down
+            own = f"base_model.model.{name.removesuffix('.weight')}"
+            learned |= {f"{own}.lora_A.weight": down, f"{own}.lora_B.weight": up}
+    save_file(tensors, lesser / "model.safetensors", {"format": "pt"})
+    config = json.loads((lesser / "config.json").read_text()) | {"dtype": "float32"}
+    (lesser / "config.json").write_text(json.dumps(config))
+    adapter.mkdir()
+    save_file(learned, adapter / "adapter_model.safetensors", {"format": "pt"})
+    LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj", "down_proj"],
+        base_model_name_or_path=str(lesser), task_type="CAUSAL_LM",
+    ).save_pretrained(adapter)  # fmt: skip
+    yield "adapter", lesser, adapter
+    yield "base_without_adapter", lesser, None
+
+
 def work(options: Options) -> None:
     start = time.monotonic()
     rng = np.random.default_rng(SEED)
@@ -259,13 +300,13 @@ def work(options: Options) -> None:
             **draw(options, folder, scans[: options.pictures]),
         }
         if options.layouts:
-            base = folder / "hf"
-            run("conversion.pth_to_bin", "--input_dir", options.ckpt, "--output_dir", base)
-            other = ask(str(base), folder, "hf")["all"]
-            result["closed_hf"] = other["closed accuracy"]["percent"]
-            result["open_hf"] = other["open exact match"]["percent"]
+            for name, base, adapter in layouts(options.ckpt, folder):
+                found = ask(str(base), folder, name, adapter)["all"]
+                result[f"closed_{name}"] = found["closed accuracy"]["percent"]
+                result[f"open_{name}"] = found["open exact match"]["percent"]
     result |= {
         "scans": options.scans, "pictures": options.pictures, "guidance": options.guidance,
+        "image_temperature": options.image_temperature,
         "seconds": time.monotonic() - start, "machine": platform.machine(),
     }  # fmt: skip
     print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,9 +223,12 @@ def train_decoder(
         optimizers.load(state["optimizers"])
         step, chunk, seen = state["step"], state["chunk"], state["seen"]
         log[:] = state["log"]
+    encoder = copy.deepcopy(vqgan)  # its search leaves out the codes that are never found
+    used = vqgan.quantize.embedding.weight[: options.active_codes]
+    encoder.quantize.embedding = nn.Embedding.from_pretrained(used.detach())
     sums, began, first = torch.zeros(4, dtype=torch.float64), time.monotonic(), step
     while step < options.decoder_steps:
-        for wide in batches(options, tokenizer, vqgan, chunk):
+        for wide in batches(options, tokenizer, encoder, chunk):
             batch = narrow.batch(wide)
             seen[batch["labels"][batch["labels"] != IGNORED]] = True
             with torch.autocast("cpu", torch.bfloat16):

@@ -131,14 +131,15 @@ def facts_told(text: str) -> frozenset[str]:
 
 
 def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iterator[Document]:
-    """Documents about one scan: a talk, one question alone, a picture from text, a report.
+    """Documents about one scan: a talk, and a picture from text; with every fourth scan a question
+    alone, with every second a report, interleaved: words, the picture, words.
 
-    The report is interleaved: words, the picture, words; it comes with every second scan. One
-    picture in eight also stands alone, since guidance needs a model that knows pictures without
+    One picture in eight also stands alone, since guidance needs a model that knows pictures without
     words.
     """
     yield talk(scan, picture, rng)
-    yield alone(scan, picture, rng)
+    if rng.random() < 0.25:
+        yield alone(scan, picture, rng)
     yield Document((Turn("user", (request(scan),)), Turn("assistant", (picture,))))
     if rng.random() < 0.5:
         yield illustrated_report(scan, picture)
