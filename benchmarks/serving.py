@@ -28,7 +28,7 @@ import httpx
 
 from medley.options import run_program
 from medley.phantoms import Phantom
-from medley.serving.content import data_address
+from medley.serving.pictures import data_address
 
 ROOT = Path(__file__).resolve().parents[1]
 SLICES = 8  # of the many requests, behind each of which memory is read

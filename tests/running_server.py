@@ -6,8 +6,10 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import uvicorn
+from fastapi import FastAPI
 
 import medley
 from medley.serving.app import make_app
@@ -19,19 +21,28 @@ from medley.serving.worker import Worker
 class Running:
     """Its model, its worker and its address."""
 
-    def __init__(self, limits: Limits, token: str | None = None, rows: int = 8) -> None:
-        self.model = medley.load("tiny")
-        self.worker = Worker("tiny", self.model, limits, rows)
-        self.state = State({"tiny": self.worker}, limits, token)
+    def __init__(
+        self, limits: Limits, token: str | None = None, rows: int = 8,
+        change: Callable[[FastAPI, State], None] | None = None, names: Sequence[str] = ("tiny",),
+    ) -> None:  # fmt: skip
+        workers = {name: Worker(name, medley.load("tiny"), limits, rows) for name in names}
+        self.worker = workers[names[0]]
+        self.model = self.worker.model
+        self.state = State(workers, limits, token)
+        app = make_app(self.state)
+        if change is not None:
+            change(app, self.state)
         listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(make_app(self.state), log_level="critical", access_log=False)
+        config = uvicorn.Config(app, log_level="critical", access_log=False)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(
             target=lambda: asyncio.run(self.server.serve(sockets=[listening])), daemon=True
         )
         self.thread.start()
+        until = time.monotonic() + 60
         while not self.server.started:
+            assert self.thread.is_alive() and time.monotonic() < until, "it did not start"
             time.sleep(0.01)
 
     def stop(self) -> None:

@@ -45,9 +45,10 @@ def test_the_image_is_built_of_what_is_there() -> None:
             *sources, _ = rest.split()
             assert all((ROOT / source).exists() for source in sources), rest
     (install,) = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
-    extras = re.search(r"\[(.*)\]", install)
+    extras = re.search(r'"\.\[(.*)\]"', install)
     assert extras is not None
     assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in extras[1].split(","))
+    assert "-c requirements.txt" in install  # what was tried together
     last = dict(found)
     assert json.loads(last["ENTRYPOINT"]) == ["medley"]
     assert '\nmedley = "medley.cli:main"\n' in project

@@ -11,12 +11,18 @@ import httpx
 import pytest
 from conftest import golden
 
+import medley
 from medley.serving.controller import Controller, Known, Status, make_controller_app
 from medley.serving.limits import Limits, RequestError
 from medley.serving.llava_api import GenerateRequest, told
+from medley.serving.pictures import Reader
 from medley.serving.stops import StopWords
 
 CASES = golden("serve_protocol.json")
+
+
+def reader() -> Reader:
+    return Reader(Limits(), medley.ImageTokenizer.from_checkpoint("tiny"), 100_000)
 
 
 # --- the worker -------------------------------------------------------------------------------
@@ -31,7 +37,7 @@ def test_messages_are_the_recorded_ones(
     body = {k: v for k, v in given["json_body"].items() if k != "images"}
     if expected["generate_kwargs"] is None:  # an error, which ours puts into words
         with pytest.raises((RequestError, ValueError)):
-            GenerateRequest.model_validate(given["json_body"]).document(Limits())
+            GenerateRequest.model_validate(given["json_body"]).document(reader())
         return
     asked = GenerateRequest.model_validate(body)
     options, wanted = asked.options(), expected["generate_kwargs"]
@@ -127,7 +133,11 @@ def test_workers_elsewhere_are_not_taken() -> None:
     async def register(name: str) -> bool:
         return await Controller(lambda n: None).register(name, True, Status(model_names=["m"]))
 
-    for name in ("http://example.org", "http://10.0.0.1:80", "file:///x", "gopher://127.0.0.1"):
+    for name in (
+        "http://example.org", "http://10.0.0.1:80", "file:///x", "gopher://127.0.0.1",
+        "http://127.0.0.1:9200/any/path?x=", "http://127.0.0.1:99999999", "http://[",
+        "http://a@127.0.0.1:80", "http://127.0.0.1:80#", "",
+    ):  # fmt: skip
         with pytest.raises(RequestError, match="not on one of this controller's hosts"):
             asyncio.run(register(name))
     assert asyncio.run(register("http://127.0.0.1:21002"))

@@ -29,8 +29,9 @@ def test_a_server_that_is_stopped_lets_what_runs_end(tmp_path: Path) -> None:
     with open(log, "wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     try:
+        until = time.monotonic() + 120
         while "listening at" not in (text := log.read_text()):
-            assert process.poll() is None, text
+            assert process.poll() is None and time.monotonic() < until, text
             time.sleep(0.05)
         address = text.split("listening at ")[1].split()[0]
         assert cli.main(["serve", "--check", address]) == 0
@@ -41,6 +42,12 @@ def test_a_server_that_is_stopped_lets_what_runs_end(tmp_path: Path) -> None:
             lines = answer.iter_lines()
             next(lines)
             os.kill(process.pid, signal.SIGTERM)
+            until = time.monotonic() + 10
+            while (health := httpx.get(f"{address}/health")).status_code == 200:
+                assert time.monotonic() < until
+            assert health.json()["status"] == "draining"
+            refused = httpx.post(chat, json=body)
+            assert (refused.status_code, "shutting down" in refused.text) == (503, True)
             text = "\n".join(lines)
         assert text.count('"images"') == 6
         assert "data: [DONE]" in text

@@ -17,8 +17,8 @@ from running_server import Running
 
 import medley
 from medley.phantoms import Phantom
-from medley.serving.content import data_address
 from medley.serving.limits import Limits
+from medley.serving.pictures import data_address
 from medley.serving.stops import StopWords
 
 GREEDY = {"mode": "text", "repetition_penalty": 1.0}
@@ -188,7 +188,10 @@ def test_random_answers_are_the_same_alone_and_in_company(
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type is 'audio'"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a character"),
         ({"min_images": 3, "max_images": 1}, "max_images is 1"),
-        ({"image_top_p": 2}, "image_top_p"),
+        ({"image_top_p": 2}, "image_top_p"), ({"text_top_k": 2**63 - 1}, "text_top_k"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"), ({"stop": ["x"] * 17}, "stop"),
+        ({"image_temperature": 1e-40}, "image_temperature"),
+        ({"messages": [{"role": "user", "content": "x" * 200_000}]}, "has no room for"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_named_in_plain_words(
@@ -232,7 +235,7 @@ def test_pictures_that_are_none_or_elsewhere_are_refused(
 def test_limits_of_body_and_pictures(running: Running, picture: str) -> None:
     address = f"{running.address}/v1/chat/completions"
     body = {"model": "tiny", "messages": question(picture) * 3}
-    assert "more than 2 pictures" in httpx.post(address, json=body).json()["error"]["message"]
+    assert "3 pictures, the limit is 2" in httpx.post(address, json=body).json()["error"]["message"]
     large = b"x" * ((1 << 20) + 1)
     assert httpx.post(address, content=large).status_code == 413
 
@@ -249,12 +252,14 @@ def test_limits_of_body_and_pictures(running: Running, picture: str) -> None:
 def test_who_vanishes_frees_a_row_at_once(running: Running) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Write a report."}],
             "max_tokens": 512, "mode": "image", "min_images": 7, "max_images": 7}  # fmt: skip
+    before = running.worker.tokens
     for stream in (True, False):
         for _ in range(4):
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{running.address}/v1/chat/completions", json=body | {"stream": stream},
-                           timeout=httpx.Timeout(5, read=0.05))  # fmt: skip
+                           timeout=httpx.Timeout(5, read=0.01))  # fmt: skip
     assert running.idle()
+    assert running.worker.tokens - before < 8 * 7 * 66 / 2  # of what would have been drawn
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:

@@ -114,7 +114,7 @@ def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None
 ) -> Tensor:
     parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
-    return torch.cat([_sdpa_document(*part, scale) for part in parts], dim=2)
+    return torch.cat([_sdpa_document(q, k, v, scale) for q, k, v in parts], dim=2)
 
 
 def _sdpa_document(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

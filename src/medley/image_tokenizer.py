@@ -23,6 +23,7 @@ from medley.images import (
     from_pixels,
     to_bytes,
     to_pixels,
+    to_square,
 )
 from medley.vqgan.model import VQGAN, Encoder
 from medley.vqgan.winograd import Conv3x3
@@ -70,6 +71,10 @@ class ImageTokenizer:
     @property
     def codes_per_image(self) -> int:
         return self.vqgan.config.codes_per_image
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """An RGB picture as small as it is read: the same codes, however large it was."""
+        return to_square(image, self.size, self.fit)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """A picture -> float32 (3, size, size) in [-1, 1]."""

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from medley.adapters import attach, base_of, find_adapter
+from medley.adapters import attach, base_of, find_adapter, read_adapter
 from medley.assistant import Model
 from medley.checkpoints import Checkpoint, is_adapter, open_checkpoint
 from medley.errors import UserError
@@ -92,6 +92,13 @@ def with_adapter(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
     They share the base's weights and the tokenizers: an adapter takes the memory of its own
     matrices and of its cache. `checkpoint` is what `model` was loaded from.
     """
+    config, _ = read_adapter(find_adapter(adapter))
+    started = config.get("init_lora_weights", True)
+    if started not in (True, False, None, "gaussian") or config.get("bias", "none") != "none":
+        raise UserError(
+            f"{adapter}: it changes its base's own weights (init_lora_weights {started!r}, bias "
+            f"{config.get('bias')!r}), which other models share; merge it first"
+        )
     tensors = (*model.decoder.parameters(), *model.decoder.buffers())
     twin = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
     decoder = _attach_checked(twin, checkpoint, adapter)

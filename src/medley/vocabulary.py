@@ -185,6 +185,12 @@ class TextTokenizer:
     def marked(self) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(self.parsed))
 
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the longest text piece, and so the most characters that a token can be."""
+        names = self.parsed["model"]["vocab"].items()
+        return max(len(name) for name, id_ in names if id_ in self.vocabulary.text_pieces)
+
     def encode(self, text: str) -> list[int]:
         """Text -> ids, no marks parsed or added. Raises UserError for text that is no Unicode."""
         if not text.isascii():

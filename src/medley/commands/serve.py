@@ -13,12 +13,15 @@ import logging
 import os
 import signal
 import socket
+import time
 import urllib.parse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from medley.assistant import Model
 from medley.commands.common import ModelOptions
@@ -27,6 +30,9 @@ from medley.loading import find, with_adapter
 from medley.quantization import Quantize
 
 _TOKEN = "MEDLEY_TOKEN"
+_ANY_HOST = ("0.0.0.0", "::")
+SEEN = 1.0  # seconds that a server which was told to end still answers, if only to refuse
+CLOSING = 10  # seconds that last words have to reach slow readers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,9 @@ class ServeOptions:
         worker_hosts: hosts that a controller's workers may be on; this machine unless named
         drain_seconds: time that running requests have to end when the server is stopped
         check: address of a running server to send a test message to
+        page: the page at /, to talk to the models in a browser
+        votes: folder to keep the page's votes in, with their talks and pictures; none unless named
+        examples: documents file (JSON lines) whose questions the page offers, beside its own
     """
 
     ckpt: list[str] | None = None
@@ -84,6 +93,9 @@ class ServeOptions:
     worker_hosts: list[str] | None = None
     drain_seconds: int = 30
     check: str | None = None
+    page: bool = True
+    votes: Path | None = None
+    examples: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.ckpt is not None) + self.controller + (self.check is not None) != 1:
@@ -97,6 +109,12 @@ class ServeOptions:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected {value} or more")
         if self.max_seconds <= 0:
             raise UserError(f"--max_seconds is {self.max_seconds}, expected above 0")
+        unknown = self.port == 0 or self.host in _ANY_HOST
+        if self.register is not None and self.own_address is None and unknown:
+            raise UserError(
+                f"--register with --host {self.host} --port {self.port} needs --own_address, by "
+                "which the controller reaches this server"
+            )
         for address in (self.register, self.own_address, self.check):
             scheme = urllib.parse.urlsplit(address or "http:").scheme
             if scheme not in ("http", "https"):
@@ -135,35 +153,56 @@ def serve(options: ServeOptions) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if options.controller:
         from medley.serving.controller import LOCAL, make_controller_app
+        from medley.serving.state import State
 
         hosts = frozenset(options.worker_hosts or LOCAL)
-        _run(make_controller_app(options.dispatch, hosts), options)  # type: ignore[arg-type]
+        nothing = State({}, _limits(options), os.environ.get(options.token_variable) or None)
+        _warn_of_strangers(nothing, options)
+        _run(make_controller_app(options.dispatch, hosts, state=nothing), options, nothing)  # type: ignore[arg-type]
         return
     from medley.serving.app import make_app
 
     state = state_of(options)
     app = make_app(state)
+    if options.page:
+        from medley.serving.page.examples import read_examples
+        from medley.serving.page.mount import add_page
+
+        own = read_examples(options.examples) if options.examples is not None else []
+        add_page(app, state, options.votes, own)
     if options.register is not None:
         _register(app, state, options)
+    _warn_of_strangers(state, options)
+    _run(app, options, state)
+
+
+def _warn_of_strangers(state: Any, options: ServeOptions) -> None:
     if state.token is None and options.host not in ("127.0.0.1", "localhost", "::1"):
         print(
             f"whoever reaches {options.host} may use this server; {options.token_variable} in the "
             "environment asks for a token"
         )
-    _run(app, options, state)
 
 
-def state_of(options: ServeOptions) -> Any:
-    """The models, loaded, and what is shared."""
+def _limits(options: ServeOptions) -> Any:
     from medley.serving.limits import Limits
-    from medley.serving.state import State
-    from medley.serving.worker import Worker
 
-    limits = Limits(
+    return Limits(
         body=options.max_body << 20, pixels=options.max_pixels, pictures=options.max_pictures,
         queue=options.max_queue, seconds=options.max_seconds, tokens=options.max_tokens,
         hosts=frozenset(options.image_hosts or ()),
     )  # fmt: skip
+
+
+def state_of(options: ServeOptions) -> Any:
+    """The models, loaded, and what is shared."""
+    from medley.serving.state import State
+    from medley.serving.worker import Worker
+
+    limits = _limits(options)
+    # Of the whole process: each encoding switches it off for itself, and the last one on again
+    # while another thread's still runs.
+    torch.backends.cudnn.allow_tf32 = False
     workers = {
         name: Worker(name, model, limits, options.rows)
         for name, model in load_models(options).items()
@@ -203,26 +242,47 @@ def _register(app: Any, state: Any, options: ServeOptions) -> None:
     app.router.lifespan_context = lifespan
 
 
-def _run(app: Any, options: ServeOptions, state: Any = None) -> None:
-    """Listens until it is told to stop, then lets what runs end."""
+def _run(app: Any, options: ServeOptions, state: Any) -> None:
+    """Listens until it is told to stop, then lets what runs end.
+
+    SIGTERM: who is new is answered 503, for a second at least, so that a load balancer's look at
+    /health sees it before the door is shut. Ctrl-C needs no such second, and twice ends at once.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            if state is not None:
-                state.draining = True  # a load balancer sees it at once
-            self.force_exit = self.should_exit and sig == signal.SIGINT  # Ctrl-C twice
-            self.should_exit = True
+        told: float | None = None
+        least = 0.0
 
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.told is not None:
+                if sig == signal.SIGINT:
+                    self.force_exit = self.should_exit = True
+                return
+            self.told, state.draining = time.monotonic(), True
+            self.least = SEEN if sig == signal.SIGTERM else 0.0
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.told is not None:
+                passed = time.monotonic() - self.told
+                late = passed > options.drain_seconds
+                self.should_exit |= passed >= self.least and (state.idle or late)
+                if late:  # what still runs is told so, as its last word
+                    await asyncio.gather(
+                        *(asyncio.to_thread(worker.stop) for worker in state.workers.values())
+                    )
+            return await super().on_tick(counter)
+
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listening = socket.create_server((options.host, options.port), backlog=2048)
+        listening = socket.create_server((options.host, options.port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}") from error
-    address = f"http://{options.host}:{listening.getsockname()[1]}"
-    print(f"listening at {address}", flush=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"listening at http://{host}:{listening.getsockname()[1]}", flush=True)
     config = uvicorn.Config(
         app, access_log=False, log_level="warning", timeout_keep_alive=30,
-        timeout_graceful_shutdown=options.drain_seconds,
+        timeout_graceful_shutdown=CLOSING,
     )  # fmt: skip
     server = Server(config)
     asyncio.run(server.serve(sockets=[listening]))

@@ -6,6 +6,7 @@ Shapes: R streams, B rows, N steps, C image codes, L longest stream.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ NO_NUMBERS = (
     "the model's logits are no finite numbers: its weights are broken, or too large for float16 "
     "(take bfloat16 or float32)"
 )
+
+_CAPTURE = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
 class Burst:
@@ -106,7 +109,8 @@ class Burst:
                 self._step()
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and does not run
+            # Records, and does not run. One at a time, and other models' threads may go on.
+            with _CAPTURE, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._step()
         else:
             self.graph.replay()

@@ -69,6 +69,10 @@ class Engine:
         self._tickets = 0
         self._inbox: dict[int, deque[Step]] = {}
 
+    def set_capacity(self, rows: int) -> None:
+        """So many requests are worked on at once from now on."""
+        self.capacity, self._cache.most = rows, STREAMS * rows
+
     @property
     def device(self) -> torch.device:
         return self._passes.device
@@ -133,8 +137,7 @@ class Engine:
         Requests are taken as there is room for them. Closing the iterator cancels what has not
         ended.
         """
-        self.capacity = max(self.capacity, batch_size)
-        self._cache.most = STREAMS * self.capacity
+        self.set_capacity(max(self.capacity, batch_size))
         left = enumerate(requests)
         own: dict[int, int] = {}
         try:

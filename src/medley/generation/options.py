@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,11 @@ from typing import Literal
 from medley.errors import UserError
 
 Mode = Literal["any", "text", "image"]
+COLDEST = 0.001  # a temperature below would overflow; what it means is greedy
+
+
+def _divides(temperature: float) -> bool:
+    return COLDEST <= temperature < math.inf
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,23 @@ class GenerationOptions:
             ("mode", self.mode in ("any", "text", "image"), "any, text or image"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
-            ("text_temperature", self.text_temperature > 0, "above 0 (or text_greedy)"),
-            ("image_temperature", self.image_temperature > 0, "above 0 (or image_greedy)"),
+            (
+                "text_temperature",
+                _divides(self.text_temperature),
+                f"{COLDEST} or more, finite (or text_greedy)",
+            ),
+            (
+                "image_temperature",
+                _divides(self.image_temperature),
+                f"{COLDEST} or more, finite (or image_greedy)",
+            ),
             ("text_top_p", 0 < self.text_top_p <= 1, "above 0, at most 1"),
             ("image_top_p", 0 < self.image_top_p <= 1, "above 0, at most 1"),
-            ("text_top_k", self.text_top_k >= 0, "0 (all) or more"),
-            ("image_top_k", self.image_top_k >= 0, "0 (all) or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("text_top_k", 0 <= self.text_top_k < 2**31, "0 (all) or more, below 2**31"),
+            ("image_top_k", 0 <= self.image_top_k < 2**31, "0 (all) or more, below 2**31"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("guidance_scale_text", math.isfinite(self.guidance_scale_text), "a finite number"),
+            ("guidance_scale_image", math.isfinite(self.guidance_scale_image), "a finite number"),
             ("min_images", self.min_images >= 0, "0 or more"),
             (
                 "max_images",

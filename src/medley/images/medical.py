@@ -21,6 +21,7 @@ Kind = Literal["dicom", "nifti", "nifti.gz"]
 SUFFIXES = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
 LARGEST_VOLUME = 4 << 30  # bytes of a NIfTI volume once unpacked
 _DICOM_MARK_AT = 128
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax's name (PS3.5, A.5)
 
 
 def kind_of(data: BinaryIO, name: str) -> Kind | None:
@@ -50,6 +51,18 @@ def count_frames(data: BinaryIO, kind: Kind) -> int:
         return math.prod(turned[2:])
     finally:
         data.seek(start)
+
+
+def pixels_of_dicom(data: bytes) -> int:
+    """Rows x columns x frames, as the header has them; nothing is unpacked for it.
+
+    Raises UserError for a deflated file, whose header cannot be read without unpacking all of it.
+    """
+    if _DEFLATED in data:
+        raise UserError("a deflated DICOM file, which may unpack to any size: save it plain")
+    header = _dicom(io.BytesIO(data), header_only=True)
+    sizes = (header.get(name, 1) or 1 for name in ("Rows", "Columns", "NumberOfFrames"))
+    return math.prod(int(size) for size in sizes)
 
 
 def read_frame(data: BinaryIO, kind: Kind, frame: int, name: str) -> Image.Image:

@@ -7,7 +7,9 @@ import io
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable, Collection
 from typing import Any
 
 from PIL import Image
@@ -25,7 +27,10 @@ def is_address(name: str) -> bool:
 
 
 class OnlyHttp(urllib.request.HTTPRedirectHandler):
-    """Follows no address to another kind of one (ftp, file)."""
+    """Follows no address to another kind of one (ftp, file), nor to one that is not allowed."""
+
+    def __init__(self, allowed: Callable[[str], bool] = is_address) -> None:
+        self.allowed = allowed
 
     def redirect_request(self, *arguments: Any) -> Any:
         request, *_, url = arguments
@@ -33,23 +38,51 @@ class OnlyHttp(urllib.request.HTTPRedirectHandler):
             raise ImageError(
                 f"{request.full_url}: leads to {url}, which is no http or https address"
             )
+        if not self.allowed(url):
+            raise ImageError(f"{request.full_url}: leads to {url}, which is not allowed")
         return super().redirect_request(*arguments)
+
+
+def on_hosts(address: str, hosts: Collection[str]) -> bool:
+    """Whether an address is on one of some hosts: `name` for its usual ports, or `name:port`."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    if host is None or usual is None or parts.username is not None:
+        return False
+    known = {name.lower() for name in hosts}
+    return f"{host}:{port or usual}" in known or (port in (None, usual) and host in known)
 
 
 def fetch_image(
     address: str, largest: int = LARGEST, whole_time: float = WHOLE_TIME
 ) -> Image.Image:
-    """The picture at an http or https address, as RGB.
+    """The picture at an http or https address, as RGB. Raises ImageError as `fetch_bytes` does,
+    and for what is no picture."""
+    data = fetch_bytes(address, largest, whole_time)
+    return read_image(io.BytesIO(data), address.partition("?")[0])
 
-    Raises ImageError for one that cannot be had, is larger than `largest` bytes, takes longer than
-    `whole_time` seconds, or is none.
+
+def fetch_bytes(
+    address: str,
+    largest: int = LARGEST,
+    whole_time: float = WHOLE_TIME,
+    allowed: Callable[[str], bool] = is_address,
+) -> bytes:
+    """What lies at an http or https address; `allowed` is asked of each address it leads to.
+
+    Raises ImageError for what cannot be had, is larger than `largest` bytes, takes longer than
+    `whole_time` seconds, or is a volume.
     """
     if not is_address(address):
         raise ImageError(f"{address}: not an http or https address")
     name = address.partition("?")[0]
     if name.lower().endswith((".nii", ".nii.gz")):  # unpacks to gigabytes
         raise ImageError(f"{address}: a volume; fetch it yourself and name the file")
-    opener = urllib.request.build_opener(OnlyHttp)
+    opener = urllib.request.build_opener(OnlyHttp(allowed))
     until = time.monotonic() + whole_time
     data = bytearray()
     try:
@@ -66,4 +99,4 @@ def fetch_image(
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{address}: cannot be fetched ({error})") from error
-    return read_image(io.BytesIO(bytes(data)), name)
+    return bytes(data)

@@ -12,7 +12,20 @@ from medley.assistant import Event, Prompt
 from medley.document import Document
 from medley.generation import GenerationOptions
 from medley.serving.stops import StopWords
-from medley.serving.worker import Job, Worker
+from medley.serving.worker import Job, Tell, Worker
+
+Events = asyncio.Queue[tuple[int, Event | Exception]]
+
+
+def _teller(events: Events, index: int) -> Tell:
+    """Puts a job's events into a queue of this loop, from any thread. It knows the queue alone:
+    what held more would be garbage in a circle, with the job's pictures in it."""
+    loop = asyncio.get_running_loop()
+
+    def tell(event: Event | Exception) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+    return tell
 
 
 @dataclass(frozen=True)
@@ -37,18 +50,10 @@ class Answering:
         preview_every: int = 0,
     ) -> None:
         self.worker, self.stops = worker, [StopWords(stops) for _ in range(count)]
-        self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def teller(index: int) -> Any:
-            def tell(event: Event | Exception) -> None:
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-            return tell
-
+        self._events: Events = asyncio.Queue()
         until = time.monotonic() + worker.limits.seconds
         self.jobs = [
-            Job(prompt, options, teller(index), index, preview_every, until=until)
+            Job(prompt, options, _teller(self._events, index), index, preview_every, until=until)
             for index in range(count)
         ]
         self.parts: list[list[Any]] = [[] for _ in range(count)]  # str and pictures, as told

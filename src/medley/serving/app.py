@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import secrets
@@ -23,6 +24,9 @@ from medley.serving.state import State, error_body
 from medley.version import __version__
 
 log = logging.getLogger("medley.serving")
+GRACE = 30.0  # seconds that a client has beside what the model takes, to send and to read
+ONCE = {"x-should-retry": "false"}  # OpenAI's client would ask again for the whole work
+PROTOCOLS = ("/v1/", "/worker_", "/metrics", "/openapi.json")
 OPEN = ("/health",)  # without a token: what a load balancer asks
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,8 +42,8 @@ def make_app(state: State) -> FastAPI:
             worker.start()
         yield
         state.draining = True
-        for worker in state.workers.values():
-            worker.stop()
+        # In another thread: what runs is told its end through this loop.
+        await asyncio.gather(*(asyncio.to_thread(w.stop) for w in state.workers.values()))
 
     app = FastAPI(
         title="Medley", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -55,7 +59,7 @@ def make_app(state: State) -> FastAPI:
         (HTTPException, on_http), (Exception, on_error),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # narrower than Exception
-    app.add_middleware(Gate, state=state)
+    app.add_middleware(Gate, state=state, seconds=state.limits.seconds + GRACE)
     return app
 
 
@@ -66,7 +70,7 @@ async def health(request: Request) -> Response:
     status = "draining" if state.draining else f"dead: {', '.join(dead)}" if dead else "ok"
     rows = {name: {"running": worker.running, "waiting": worker.waiting}
             for name, worker in state.workers.items()}  # fmt: skip
-    body = {"status": status, "models": rows, "version": __version__}
+    body = {"status": status, "models": rows, "version": __version__, "instance": state.instance}
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
@@ -81,8 +85,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     status, body = error_body(error)
     if status >= 500 and not isinstance(error, RequestError):
         log.error("%s %s", request.method, request.url.path, exc_info=error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else None
-    return JSONResponse(body, status, headers)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    return JSONResponse(body, status, headers | (ONCE if status == 408 else {}))
 
 
 async def on_bad_request(request: Request, error: RequestValidationError) -> Response:
@@ -103,10 +107,12 @@ async def on_http(request: Request, error: HTTPException) -> Response:
 
 class Gate:
     """Before every request: a token where one is wanted, a body within its limit, no new work
-    while the server drains; after it a line for the log, without what was asked or said."""
+    while the server drains; after it a line for the log, without what was asked or said. A request
+    that takes longer than it may ends, whatever it waits for."""
 
-    def __init__(self, app: Any, state: State) -> None:
+    def __init__(self, app: Any, state: State, seconds: float | None = None) -> None:
         self.app, self.state = app, state
+        self.seconds = seconds  # of a whole request, the client's part of it too
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,7 +134,13 @@ class Gate:
                 headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
                 await JSONResponse(body, code, headers)(scope, receive, telling)
             else:
-                await self.app(scope, self._counted(receive), telling)
+                working = self.app(scope, self._counted(receive), telling)
+                await asyncio.wait_for(working, self.seconds)
+        except asyncio.TimeoutError:
+            if status:
+                raise  # the connection is cut: its answer cannot be taken back
+            late = RequestError(f"not done after {self.seconds:.0f} s, which is the limit", 408)
+            await JSONResponse(error_body(late)[1], 408, ONCE)(scope, receive, telling)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
@@ -138,7 +150,10 @@ class Gate:
 
     def _refused(self, scope: MutableMapping[str, Any]) -> RequestError | None:
         headers = {key.lower(): value for key, value in scope["headers"]}
-        if self.state.token is not None and scope["path"] not in OPEN:
+        path = scope["path"]
+        # The page has a login of its own.
+        asked = path.startswith(PROTOCOLS) if self.state.page else path not in OPEN
+        if self.state.token is not None and asked:
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
             if not hmac.compare_digest(given, self.state.token.encode()):
                 return RequestError("a bearer token is needed, and this is not it", 401)

@@ -20,10 +20,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
+from medley.serving.app import Gate
 from medley.serving.limits import RequestError
 from medley.serving.llava_api import message
-from medley.serving.state import error_body
+from medley.serving.pictures import shown
+from medley.serving.state import State, error_body
 
 EXPIRES = 30.0  # seconds without a heart beat, after which a worker is forgotten
 ASKS = 5.0  # seconds that a worker has to tell its status
@@ -65,10 +68,10 @@ class Controller:
 
     async def register(self, name: str, check: bool, status: Status | None) -> bool:
         """Raises RequestError for a worker on a host that was not named."""
-        parts = urllib.parse.urlsplit(name)
-        if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
+        if not self._takes(name):
             raise RequestError(
-                f"{name}: not on one of this controller's hosts ({', '.join(sorted(self.hosts))}); "
+                f"{shown(name)}: not on one of this controller's hosts "
+                f"({', '.join(sorted(self.hosts))}), or more than scheme://host:port; "
                 "--worker_hosts names others",
                 403,
             )
@@ -79,11 +82,32 @@ class Controller:
         self.workers[name] = Known(status, check, time.monotonic())
         return True
 
+    def _takes(self, name: str) -> bool:
+        """A worker's own address and nothing behind it: we send there what we are sent."""
+        try:
+            parts = urllib.parse.urlsplit(name)
+            port = parts.port
+        except ValueError:
+            return False
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        plain = f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
+        known = parts.scheme in ("http", "https") and parts.hostname in self.hosts
+        return known and name.lower() == plain.lower()
+
     async def refresh(self) -> None:
-        """Asks every worker anew; those that do not answer are forgotten."""
-        before, self.workers = self.workers, {}
-        for name, known in before.items():
-            await self.register(name, known.check, None)
+        """Asks every worker anew; those that do not answer are forgotten. Until all have answered,
+        or not, the others are there."""
+        names = list(self.workers)
+        for name, status in zip(
+            names, await asyncio.gather(*(self.ask(n) for n in names)), strict=True
+        ):
+            known = self.workers.get(name)
+            if known is None:
+                continue
+            if status is None:
+                del self.workers[name]
+            else:
+                self.workers[name] = Known(status, known.check, time.monotonic())
 
     def forget_silent(self, now: float) -> None:
         self.workers = {
@@ -148,15 +172,19 @@ def make_controller_app(
     dispatch: Dispatch = "shortest_queue",
     hosts: frozenset[str] = LOCAL,
     client: httpx.AsyncClient | None = None,
+    state: State | None = None,
 ) -> FastAPI:
-    """The controller as an application; `client` talks to the workers."""
-    own = client or httpx.AsyncClient(timeout=None, follow_redirects=False)
+    """The controller as an application; `client` talks to the workers. `state` has the token that
+    it asks for, and sends to the workers, and the largest body."""
+    limits = httpx.Limits(max_connections=None)  # streams must not keep questions waiting
+    own = client or httpx.AsyncClient(timeout=None, follow_redirects=False, limits=limits)
+    headers = {"Authorization": f"Bearer {state.token}"} if state and state.token else {}
 
     async def ask(name: str) -> Status | None:
         try:
-            found = await own.post(f"{name}/worker_get_status", timeout=ASKS)
+            found = await own.post(f"{name}/worker_get_status", timeout=ASKS, headers=headers)
             return Status.model_validate(found.json()) if found.status_code == 200 else None
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             return None
 
     controller = Controller(ask, dispatch, hosts)
@@ -202,8 +230,11 @@ def make_controller_app(
 
     @app.post("/worker_generate_stream", response_model=None)
     async def worker_generate_stream(request: Request) -> Response:
-        data = await request.body()
-        return StreamingResponse(_through(controller, own, data),
+        try:
+            data = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        return StreamingResponse(_through(controller, own, data, headers),
                                  media_type="application/octet-stream")  # fmt: skip
 
     @app.exception_handler(RequestError)
@@ -217,11 +248,13 @@ def make_controller_app(
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
         return await refused(request, RequestError(f"{place}: {first['msg']}", 400, place))
 
+    if state is not None:
+        app.add_middleware(Gate, state=state)
     return app
 
 
 async def _through(
-    controller: Controller, client: httpx.AsyncClient, data: bytes
+    controller: Controller, client: httpx.AsyncClient, data: bytes, headers: dict[str, str]
 ) -> AsyncIterator[bytes]:
     """A request given on to a worker, and its answer back. One error, and then no more."""
     try:
@@ -232,14 +265,18 @@ async def _through(
     address = controller.address(wanted)
     if not address:
         known = ", ".join(controller.models()) or "none"
-        yield message(f"no worker has the model {wanted!r}; there is {known}", NO_WORKER)
+        yield message(f"no worker has the model {shown(wanted)}; there is {known}", NO_WORKER)
         return
     try:
         async with client.stream(
             "POST", f"{address}/worker_generate_stream", content=data,
-            headers={"Content-Type": "application/json"}, timeout=httpx.Timeout(None, connect=ASKS),
+            headers=headers | {"Content-Type": "application/json"},
+            timeout=httpx.Timeout(None, connect=ASKS),
         ) as answer:  # fmt: skip
+            if answer.status_code != 200:  # it drains, or wants another token
+                yield message(f"the worker {address} says {answer.status_code}", NOT_REACHED)
+                return
             async for piece in answer.aiter_bytes():
                 yield piece
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield message(f"the worker {address} is not reached ({error})", NOT_REACHED)

@@ -10,7 +10,7 @@ from medley.errors import UserError
 @dataclass(frozen=True)
 class Limits:
     """Bytes of a body, pixels and number of pictures, requests that wait, seconds and tokens of
-    one, answers to one; `hosts` are those whose pictures may be fetched, none unless named."""
+    one, answers to one; `hosts` (`name` or `name:port`) are those whose pictures may be fetched."""
 
     body: int = 64 << 20
     pixels: int = 50_000_000

@@ -8,23 +8,27 @@ place for pictures in answers: words alone are generated.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
 from medley.document import Document, Part, Picture, Turn
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.images import ImageError
 from medley.serving.answering import Answering
-from medley.serving.content import decoded, read_small
-from medley.serving.limits import Limits, RequestError
+from medley.serving.limits import RequestError
+from medley.serving.pictures import Reader
+from medley.serving.schema import StopWord, any_seed
 from medley.serving.state import State, error_body
 from medley.vocabulary import IMAGE
 
+log = logging.getLogger("medley.serving")
 router = APIRouter()
 MOST_TOKENS = 1024  # that LLaVA's worker gives
 GREEDY = 0.001  # temperatures up to this are none
@@ -40,37 +44,34 @@ class GenerateRequest(BaseModel):
     model: str | None = None
     prompt: str
     temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
-    stop: str | None = None
+    top_p: float = Field(1.0, ge=0, le=1)
+    max_new_tokens: int = Field(256, ge=0)  # its sliders reach down to 0, and its top-p as well
+    stop: StopWord | None = None
     images: list[str] | None = None
 
     @property
     def tokens(self) -> int:
-        return min(self.max_new_tokens, MOST_TOKENS)
+        return max(1, min(self.max_new_tokens, MOST_TOKENS))
 
     def options(self) -> GenerationOptions:
-        greedy = self.temperature <= GREEDY
+        greedy = self.temperature <= GREEDY or self.top_p == 0
         return GenerationOptions(
-            mode="text", text_greedy=greedy, text_top_p=self.top_p, max_new_tokens=self.tokens,
-            text_temperature=1.0 if greedy else self.temperature, repetition_penalty=1.0,
+            mode="text", text_greedy=greedy, text_top_p=self.top_p or 1.0,
+            max_new_tokens=self.tokens, text_temperature=1.0 if greedy else self.temperature,
+            repetition_penalty=1.0, seed=any_seed(),
         )  # fmt: skip
 
-    def document(self, limits: Limits) -> Document:
+    def document(self, reader: Reader) -> Document:
         """Raises RequestError where pictures and marks are not as many, or one is none."""
         own = self.images or []
         texts = self.prompt.split(IMAGE) if own else [self.prompt]
         if len(texts) - 1 != len(own):
             raise RequestError(f"{len(own)} pictures for {len(texts) - 1} {IMAGE} in the prompt")
-        if len(own) > limits.pictures:
-            raise RequestError(f"{len(own)} pictures, the limit is {limits.pictures}")
+        reader.refuse_many(len(own))
+        reader.text(self.prompt, "prompt")
         parts: list[Part] = [texts[0]] if texts[0] else []
         for number, (text, image) in enumerate(zip(texts[1:], own, strict=True)):
-            place = f"images[{number}]"
-            try:
-                picture = read_small(decoded(image, place), place, limits)
-            except ImageError as error:
-                raise RequestError(str(error)) from error
+            picture = reader.base64(image, f"images[{number}]")
             parts += [Picture(image=picture), text] if text else [Picture(image=picture)]
         return Document((Turn("user", tuple(parts)),))
 
@@ -87,9 +88,15 @@ async def told(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
         yield message(prompt + said)
 
 
-@router.post("/worker_generate_stream", response_model=None)
+@router.post(
+    "/worker_generate_stream", response_model=None, response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)  # fmt: skip
 async def generate(request: Request) -> Response:
-    data = await request.body()  # before the answer begins, which listens for the client's end
+    try:
+        data = await request.body()  # before the answer begins, which listens for the client's end
+    except ClientDisconnect:
+        return Response(status_code=499)
     stream = _generate(request.app.state.medley, data)
     return StreamingResponse(stream, media_type="application/octet-stream")
 
@@ -99,23 +106,27 @@ async def _generate(state: State, data: bytes) -> AsyncIterator[bytes]:
     try:
         body = GenerateRequest.model_validate_json(data)
         worker = state.worker(body.model)
-        document = await state.in_thread(body.document, state.limits)
+        reader = Reader(state.limits, worker.model.image_tokenizer, worker.most_characters)
+        async with state.reading:
+            document = await state.in_thread(body.document, reader)
         stops = [body.stop] if body.stop else []
         answers = Answering(worker, document, body.options(), 1, stops)
 
         async def texts() -> AsyncIterator[str]:
-            async for piece in state.timed(worker, answers):
+            async for piece in pieces:
                 if piece.event.text:
                     yield piece.event.text
 
-        async for part in told(body.prompt, texts()):
-            yield part
+        async with aclosing(state.timed(worker, answers)) as pieces:
+            async for part in told(body.prompt, texts()):
+                yield part
         yield message(body.prompt + "".join(p for p in answers.parts[0] if isinstance(p, str)))
     except UserError as error:
         yield message(str(error), OWN_ERROR)
     except ValueError as error:  # not as the protocol has it
         yield message(f"not a request of this protocol: {_first_line(error)}", OWN_ERROR)
     except Exception as error:
+        log.exception("an answer to LLaVA's client has failed")
         yield message(error_body(error)[1]["error"]["message"], OWN_ERROR)
 
 

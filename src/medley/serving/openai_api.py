@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,10 +18,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
 from medley.serving.answering import Answering
-from medley.serving.content import data_address, document_of, png_base64
+from medley.serving.content import document_of
 from medley.serving.limits import RequestError
+from medley.serving.pictures import Reader, data_address, png_base64
 from medley.serving.schema import ChatRequest, ImageRequest
-from medley.serving.state import State, error_body, unless_gone
+from medley.serving.state import State, error_body, first_unless_gone, unless_gone
 from medley.serving.worker import Worker
 
 router = APIRouter()
@@ -79,22 +81,28 @@ def usage_of(answers: Answering) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post(
+    "/v1/chat/completions", response_model=None, response_class=Response,
+    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
+)  # fmt: skip
 async def chat(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     worker = state.worker(body.model)
     limits = state.limits
     options = body.generation(limits)
     # Pictures are unpacked in another thread: they would keep everybody waiting.
-    document = await state.in_thread(document_of, body.messages, limits)
+    reader = Reader(limits, worker.model.image_tokenizer, worker.most_characters)
+    async with state.reading:
+        document = await state.in_thread(document_of, body.messages, reader)
     each = worker.model.image_tokenizer.codes_per_image
     every = max(1, each // (body.previews + 1)) if body.previews and body.stream else 0
-    answers = Answering(worker, document, options, body.n, body.stops, every)
+    answers = Answering(worker, document, options, body.answers, body.stops, every)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
-            "model": worker.name}  # fmt: skip
+            "model": worker.name, "seed": options.seed}  # fmt: skip
     if body.stream:
         chunks = _chunks(state, body, answers, {**head, "object": "chat.completion.chunk"})
-        first = await anext(chunks)  # what is refused is refused with its status
+        # What is refused is refused with its status.
+        first = await first_unless_gone(request, chunks)
         return StreamingResponse(_sent(first, chunks), media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store"})  # fmt: skip
     reasons: dict[int, str] = {}
@@ -107,7 +115,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     choices = [
         {"index": i, "message": message_of(answers.parts[i]), "finish_reason": reasons[i],
          "logprobs": None} | ({"note": notes[i]} if i in notes else {})
-        for i in range(body.n)
+        for i in range(body.answers)
     ]  # fmt: skip
     return JSONResponse(
         {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
@@ -116,44 +124,47 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 async def _chunks(
     state: State, body: ChatRequest, answers: Answering, head: dict[str, Any]
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
         return _event({**head, "choices": [choice]})
 
     begun: set[int] = set()
-    async for piece in state.timed(answers.worker, answers):
-        event, index = piece.event, piece.index
-        if index not in begun:
-            begun.add(index)
-            yield chunk(index, {"role": "assistant", "content": ""})
-        if event.text:
-            yield chunk(index, {"content": event.text})
-        elif event.image is not None:
-            yield chunk(index, {"images": [image_part(event.image)]})
-        elif event.preview is not None and (event.progress or 0) < 1:  # the whole one comes next
-            shown = {"progress": round(event.progress or 0, 4), **image_part(event.preview)}
-            yield chunk(index, {"preview": shown})
-        if piece.finish_reason:
-            note = event.answer.note if event.answer is not None else None
-            yield chunk(index, {}, piece.finish_reason, **({"note": note} if note else {}))
+    async with aclosing(state.timed(answers.worker, answers)) as pieces:
+        async for piece in pieces:
+            event, index = piece.event, piece.index
+            if index not in begun:
+                begun.add(index)
+                yield chunk(index, {"role": "assistant", "content": ""})
+            if event.text:
+                yield chunk(index, {"content": event.text})
+            elif event.image is not None:
+                yield chunk(index, {"images": [image_part(event.image)]})
+            elif event.preview is not None and (event.progress or 0) < 1:  # else the whole is next
+                shown = {"progress": round(event.progress or 0, 4), **image_part(event.preview)}
+                yield chunk(index, {"preview": shown})
+            if piece.finish_reason:
+                note = event.answer.note if event.answer is not None else None
+                yield chunk(index, {}, piece.finish_reason, **({"note": note} if note else {}))
     if body.stream_options is not None and body.stream_options.include_usage:
         yield _event({**head, "choices": [], "usage": usage_of(answers)})
     yield "data: [DONE]\n\n"
 
 
-async def _sent(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _sent(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
     """The stream; what fails on its way ends it with an error in its place."""
-    yield first
-    try:
-        async for text in rest:
-            yield text
-    except Exception as error:
-        yield _event(error_body(error)[1])
+    async with aclosing(rest):
+        try:
+            yield first
+            async for text in rest:
+                yield text
+        except Exception as error:
+            yield _event(error_body(error)[1])
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    # In ASCII: some clients take U+2028 for the end of a line.
+    return f"data: {json.dumps(value)}\n\n"
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -164,20 +175,17 @@ async def images(body: ImageRequest, request: Request) -> Response:
     state = state_of(request)
     worker = state.worker(body.model)
     options = body.generation(state.limits, worker.model.image_tokenizer.size)
-    try:
-        body.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError("prompt: half of a character", param="prompt") from error
-    answers = Answering(worker, [body.prompt], options, body.n)
+    reader = Reader(state.limits, worker.model.image_tokenizer, worker.most_characters)
+    answers = Answering(worker, [reader.text(body.prompt, "prompt")], options, body.answers)
     async for _ in unless_gone(request, state.timed(worker, answers)):
         pass
     drawn = [part for parts in answers.parts for part in parts if isinstance(part, Image.Image)]
-    if len(drawn) < body.n:
+    if len(drawn) < body.answers:
         raise RequestError(
-            f"{len(drawn)} of {body.n} pictures were drawn: no room in the model's context", 500
+            f"{len(drawn)} of {body.answers} pictures were drawn: no room in the model's context"
         )
     data = [{"b64_json": png_base64(image)} for image in drawn]
-    return JSONResponse({"created": int(time.time()), "data": data, "usage": {
+    return JSONResponse({"created": int(time.time()), "data": data, "seed": options.seed, "usage": {
         "input_tokens": answers.prompt_tokens, "output_tokens": answers.generated_tokens,
         "total_tokens": answers.prompt_tokens + answers.generated_tokens,
     }})  # fmt: skip

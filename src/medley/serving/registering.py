@@ -17,11 +17,12 @@ log = logging.getLogger("medley.serving")
 async def keep_registered(
     state: State, controller: str, own: str, every: float = HEART_BEAT
 ) -> None:
-    """Registers, and again whenever the controller does not know us any more. Never ends; a
-    controller that is away is asked again at the next beat."""
+    """Registers, and again whenever the controller does not know us any more, until the server
+    drains. A controller that is away is asked again at the next beat."""
     known = False
-    async with httpx.AsyncClient(timeout=10, follow_redirects=False) as client:
-        while True:
+    headers = {"Authorization": f"Bearer {state.token}"} if state.token else {}
+    async with httpx.AsyncClient(timeout=10, follow_redirects=False, headers=headers) as client:
+        while not state.draining:  # a controller forgets who is silent
             status = status_of(state)
             try:
                 if known:
@@ -34,7 +35,7 @@ async def keep_registered(
                     found.raise_for_status()
                     known = True
                     log.info("registered with %s as %s", controller, own)
-            except (httpx.HTTPError, ValueError) as error:
+            except Exception as error:  # whatever it answers, or cannot be reached for
                 known = False
                 log.warning("the controller %s: %s", controller, error)
             await asyncio.sleep(every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -18,6 +19,9 @@ from medley.serving.worker import Worker
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+_END: Any = object()
+READERS = 4  # requests whose pictures are unpacked at once: each may take gigabytes
+LONGEST = 1000  # characters of a message: a request's own words come back in some
 
 
 class State:
@@ -27,6 +31,13 @@ class State:
         self.workers, self.limits, self.token = dict(workers), limits, token
         self.metrics = Metrics(self.workers)
         self.draining = False
+        self.page = False  # whether there is one
+        self.reading = asyncio.Semaphore(READERS)
+        self.instance = secrets.token_hex(6)  # another one after each start
+
+    @property
+    def idle(self) -> bool:
+        return not any(worker.running or worker.waiting for worker in self.workers.values())
 
     def worker(self, name: str | None) -> Worker:
         """Raises RequestError for a model that is not there; the first one, where none is named."""
@@ -56,23 +67,43 @@ class State:
 async def unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> AsyncIterator[Item]:
     """The items, as long as the client is there; else their source is closed, which frees rows."""
     gone = asyncio.ensure_future(_gone(request))
+    coming: asyncio.Future[Any] | None = None
     try:
         while True:
-            coming = asyncio.ensure_future(anext(items))
+            coming = asyncio.ensure_future(anext(items, _END))
             await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not coming.done():
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+            if not coming.done():
                 raise RequestError("the client has gone", 499)
-            try:
-                item = coming.result()
-            except StopAsyncIteration:
+            item, coming = coming.result(), None
+            if item is _END:
                 return
             yield item
     finally:
+        for task in (gone, coming):  # a generator that runs cannot be closed
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await items.aclose()
+
+
+async def first_unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> Item:
+    """The first item, with the client watched until then; whoever streams the rest watches it
+    from there on."""
+    gone = asyncio.ensure_future(_gone(request))
+    coming = asyncio.ensure_future(anext(items))
+    try:
+        await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            raise RequestError("the client has gone", 499)
+        return coming.result()
+    except BaseException:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        await items.aclose()
+        raise
+    finally:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
-        await items.aclose()
 
 
 async def _gone(request: Request) -> None:
@@ -92,4 +123,6 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
         status, message = 400, str(error)
     if status < 500:
         kind = "rate_limit_error" if isinstance(error, Busy) else "invalid_request_error"
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]}…"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}

@@ -1,0 +1,252 @@
+"""What stands where on the page, and what each thing does."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from medley.errors import UserError
+from medley.generation import GenerationOptions
+from medley.serving.page import export
+from medley.serving.page.asking import answers
+from medley.serving.page.examples import Example, phantom_examples
+from medley.serving.page.status import Status
+from medley.serving.page.talk import Gallery, Talk, line_of, messages_of, parts_of
+from medley.serving.page.votes import Votes
+from medley.serving.state import State
+
+_D = GenerationOptions()
+SIDES = ("left", "right")
+TAKE = """() => setTimeout(() => {
+  const file = document.querySelector("#file");
+  (file.querySelector("a, button") || file).click();
+}, 200)"""
+HEAD = f"""<header><h1>Medley</h1><p role="note"><strong>{export.DISCLAIMER}</strong>
+Words and pictures from a token model; a drawn picture shows nobody.</p></header>
+<p id="gone" role="alert" hidden></p>"""
+
+
+@dataclass
+class Side:
+    """One talk on the page: its model, where what was said is shown, a line below it, and the
+    talk itself."""
+
+    column: Any
+    model: Any
+    chat: Any
+    line: Any
+    talk: Any
+
+    @property
+    def shown(self) -> list[Any]:
+        return [self.talk, self.chat, self.line]
+
+
+class Page:
+    """Of one server. `files` is where its pictures lie; it goes with the process."""
+
+    def __init__(
+        self, state: State, votes: Path | None = None, examples: Sequence[Example] = ()
+    ) -> None:
+        self.state = state
+        self.votes = Votes(votes) if votes is not None else None
+        self.status = Status(state.workers)
+        self._temporary = tempfile.TemporaryDirectory(prefix="medley-page-")
+        self.files = Path(self._temporary.name)
+        self.gallery = Gallery(self.files)
+        self.examples = [*examples, *phantom_examples(self.files)]
+
+    # --- what happens ---------------------------------------------------------------------
+
+    async def take(self, message: dict[str, Any], left: Talk, right: Talk) -> tuple[Any, ...]:
+        """The user's message into both talks; what cannot be taken stays in the box."""
+        try:
+            parts = await self.state.in_thread(
+                parts_of, message.get("text") or "", message.get("files") or [], self.state.limits
+            )
+        except UserError as error:
+            gr.Warning(str(error), title="Not sent", duration=None)
+            return (gr.skip(),) * 7
+        empty = {"text": "", "files": []}
+        return (empty, *self.shown(left.asked(parts)), *self.shown(right.asked(parts)))
+
+    async def answer(
+        self, model: str, talk: Talk, on: bool, *values: Any
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """The answer of one side, as it grows."""
+        if not (on and talk.waits):
+            yield talk, gr.skip(), gr.skip()
+            return
+        growing = answers(self.state, model, talk, dict(zip(SETTINGS, values, strict=True)))
+        async with aclosing(growing) as talks:
+            async for said in talks:
+                yield self.shown(said)
+
+    def again(self, left: Talk, right: Talk) -> tuple[Any, ...]:
+        return (*self.shown(left.again()), *self.shown(right.again()))
+
+    def stopped(self, talk: Talk) -> tuple[Any, ...]:
+        """What there is of an answer that was under way."""
+        last = talk.said[-1] if talk.said else None
+        if last is None or last.standing != "under way":
+            return talk, gr.skip(), gr.skip()
+        return self.shown(talk.answer(replace(last, note="stopped", standing="stopped")))
+
+    def shown(self, talk: Talk) -> tuple[Talk, list[dict[str, Any]], str]:
+        """Of a side: the talk, its messages, and the line below them."""
+        return talk, messages_of(talk, self.gallery), line_of(talk)
+
+    def exported(
+        self, kind: str, two: bool, left: str, first: Talk, right: str, second: Talk, *values: Any
+    ) -> str:
+        """The file of what is on the page."""
+        settings = dict(zip(SETTINGS, values, strict=True))
+        talks = [(left, first), (right, second)] if two else [(left, first)]
+        make = export.as_json if kind == "json" else export.as_html
+        path = self.files / f"talk-{time.strftime('%Y%m%d-%H%M%S')}.{kind}"
+        path.write_text(make(talks, settings), encoding="utf-8")
+        return str(path)
+
+    def vote(self, like: gr.LikeData, model: str, talk: Talk, *values: Any) -> None:
+        assert self.votes is not None
+        index = like.index if isinstance(like.index, int) else like.index[0]
+        settings = dict(zip(SETTINGS, values, strict=True))
+        self.votes.keep(Talk(talk.said[: index + 1]), bool(like.liked), model, settings)
+        gr.Info("Thank you: the vote is kept.", duration=3)
+
+    # --- where it stands ------------------------------------------------------------------
+
+    def build(self) -> gr.Blocks:
+        names = list(self.state.workers)
+        with gr.Blocks(
+            title="Medley", analytics_enabled=False, fill_width=True, delete_cache=(600, 7200)
+        ) as blocks:
+            gr.HTML(HEAD)
+            settings = self._settings()
+            with gr.Row():
+                sides = [self._side(names, number) for number in range(2)]
+            box = gr.MultimodalTextbox(
+                label="Your message", file_count="multiple", max_plain_text_length=100_000,
+                placeholder="Ask, or say what to draw. Drop pictures anywhere; <image> says where "
+                "one stands in the text.", elem_id="box", lines=1, max_lines=12,
+            )  # fmt: skip
+            with gr.Row(elem_id="actions"):
+                stop = gr.Button("Stop", elem_id="stop")
+                again = gr.Button("Regenerate", elem_id="again")
+                clear = gr.Button("Clear", elem_id="clear")
+                two = gr.Checkbox(False, label="Two models side by side", elem_id="two",
+                                  interactive=len(names) > 0)  # fmt: skip
+                as_page = gr.Button("Save as HTML", elem_id="save-html")
+                as_rows = gr.Button("Save as JSON", elem_id="save-json")
+                # Gives what it has when it is clicked; it is, once there is something.
+                file = gr.DownloadButton("File", elem_id="file", visible="hidden")
+            gr.Examples(
+                [[{"text": e.text, "files": list(e.files)}] for e in self.examples],
+                [box], label="Try one of these", elem_id="examples", cache_examples=False,
+            )  # fmt: skip
+            line = gr.HTML(self.status.html(), elem_id="status")
+            gr.Timer(2).tick(
+                self.status.html, outputs=line, show_progress="hidden", api_visibility="private",
+                queue=False,
+            )  # fmt: skip
+            self._wire(
+                blocks, sides, settings, box, stop, again, clear, two, as_page, as_rows, file
+            )
+        return blocks
+
+    def _side(self, names: list[str], number: int) -> Side:
+        with gr.Column(visible=number == 0, min_width=300) as column:
+            model = gr.Dropdown(
+                names, value=names[min(number, len(names) - 1)], label="Model",
+                elem_id=f"model-{SIDES[number]}",
+            )  # fmt: skip
+            chat = gr.Chatbot(
+                label="The talk", elem_id=f"chat-{SIDES[number]}", height="50vh",
+                render_markdown=False, latex_delimiters=[], buttons=["copy"],
+                group_consecutive_messages=False, feedback_options=("Like", "Dislike"),
+                placeholder="Ask about a picture, or ask for one.",
+            )  # fmt: skip
+            line = gr.HTML(line_of(Talk()), elem_id=f"line-{SIDES[number]}")
+        return Side(column, model, chat, line, gr.State(Talk()))
+
+    def _settings(self) -> list[Any]:
+        with gr.Sidebar(label="How to answer", position="right", open=False):
+            return [make(self.state.limits.tokens) for make in SETTINGS.values()]
+
+    def _wire(
+        self, blocks: gr.Blocks, sides: list[Side], settings: list[Any], box: Any, stop: Any,
+        again: Any, clear: Any, two: Any, as_page: Any, as_rows: Any, file: Any,
+    ) -> None:  # fmt: skip
+        left, right = sides
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        talks, shown = [left.talk, right.talk], [*left.shown, *right.shown]
+        always = gr.State(True)
+        running = []
+        starts = [
+            box.submit(self.take, [box, *talks], [box, *shown], **quiet),
+            again.click(self.again, talks, shown, **quiet),
+            left.chat.retry(self.again, talks, shown, **quiet),
+            right.chat.retry(self.again, talks, shown, **quiet),
+        ]
+        for start in starts:
+            for side, on in ((left, always), (right, two)):
+                running.append(start.success(
+                    self.answer, [side.model, side.talk, on, *settings], side.shown,
+                    concurrency_limit=None, **quiet,
+                ))  # fmt: skip
+        # First what runs is cancelled, then what there is of it is kept.
+        stopping = stop.click(None, cancels=running, **quiet)
+        for side in sides:
+            stopping.then(self.stopped, side.talk, side.shown, queue=False, **quiet)
+            side.chat.clear(lambda: self.shown(Talk()), None, side.shown, cancels=running, **quiet)
+        clear.click(
+            lambda: (*self.shown(Talk()), *self.shown(Talk())), None, shown, cancels=running,
+            **quiet,
+        )  # fmt: skip
+        two.change(lambda on: gr.update(visible=on), two, right.column, **quiet)
+        for button, kind in ((as_page, "html"), (as_rows, "json")):
+            made = button.click(
+                partial(self.exported, kind),
+                [two, left.model, left.talk, right.model, right.talk, *settings], file, **quiet,
+            )  # fmt: skip
+            made.success(None, js=TAKE, **quiet)
+        names = list(self.state.workers)
+        blocks.load(
+            lambda: [gr.update(choices=names)] * 2, None, [left.model, right.model], **quiet
+        )
+        if self.votes is not None:
+            for side in sides:
+                side.chat.like(self.vote, [side.model, side.talk, *settings], None, **quiet)
+
+
+def _slider(name: str, label: str, low: float, high: float, step: float) -> Any:
+    return lambda _: gr.Slider(low, high, value=getattr(_D, name), step=step, label=label)
+
+
+# Fields of GenerationOptions in the order of the page, each made for the most tokens of an answer.
+SETTINGS: dict[str, Any] = {
+    "mode": lambda _: gr.Radio(["any", "text", "image"], value=_D.mode, label="Answer with"),
+    "seed": lambda _: gr.Number(-1, label="Seed (-1: another one each time)", precision=0,
+                              minimum=-1),
+    "min_images": _slider("min_images", "Pictures, at least", 0, 8, 1),
+    "max_images": lambda _: gr.Slider(0, 8, 0, step=1, label="Pictures, at most (0: any)"),
+    "max_new_tokens": lambda most: gr.Slider(1, most, min(most, _D.max_new_tokens), step=1,
+                                             label="Tokens, at most"),
+    "text_greedy": lambda _: gr.Checkbox(_D.text_greedy, label="Likeliest word only (greedy)"),
+    "text_temperature": _slider("text_temperature", "Temperature of words", 0.05, 2, 0.05),
+    "text_top_p": _slider("text_top_p", "Top-p of words", 0.05, 1, 0.05),
+    "repetition_penalty": _slider("repetition_penalty", "Repetition penalty", 1, 2, 0.05),
+    "guidance_scale_text": _slider("guidance_scale_text", "Guidance by words", 0, 10, 0.1),
+    "guidance_scale_image": _slider("guidance_scale_image", "Guidance by pictures", 0, 10, 0.1),
+    "image_greedy": lambda _: gr.Checkbox(_D.image_greedy, label="Likeliest code only (greedy)"),
+    "image_temperature": _slider("image_temperature", "Temperature of pictures", 0.05, 2, 0.05),
+    "image_top_p": _slider("image_top_p", "Top-p of pictures", 0.05, 1, 0.05),
+}  # fmt: skip

@@ -1,0 +1,405 @@
+"""The page, driven in a real browser. MEDLEY_SCREENSHOTS names a folder to keep what it saw in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from running_server import Running
+
+from medley.phantoms import Phantom
+from medley.phantoms.world import Finding
+from medley.serving.limits import Limits
+from medley.serving.page.mount import add_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
+)
+DRAW = "Show me a CT scan of the head with a large marked cyst in the upper left."
+REPORT = "Write an illustrated report of a CT scan of the head with a large marked cyst in the "
+SCAN = Phantom("CT", "head", (Finding("cyst", "large", "left", "upper"),), 5)
+LEFT, RIGHT = "#chat-left", "#chat-right"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("votes")
+
+
+@pytest.fixture(scope="module")
+def running(votes: Path) -> Iterator[Running]:
+    found = Running(
+        Limits(seconds=60, pixels=1_000_000), names=("tiny", "second"),
+        change=lambda app, state: add_page(app, state, votes) and None,
+    )  # fmt: skip
+    yield found
+    assert found.idle()
+    found.stop()
+
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser: Browser, running: Running) -> Iterator[Opened]:
+    """Opens the page; at the end nothing has been asked of another host, and no script failed."""
+    contexts, elsewhere, faults = [], [], []
+
+    def watch(page: Page) -> None:
+        def request(made: Any) -> None:
+            local = re.match(r"(data|blob):|https?://(127\.0\.0\.1|localhost)[:/]", made.url)
+            if local is None:
+                elsewhere.append(made.url)
+
+        page.on("request", request)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+
+    def open_page(address: str = running.address, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        watch(page)
+        page.goto(address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert elsewhere == []
+    assert faults == []
+
+
+def send(page: Page, text: str, *files: Path) -> None:
+    if files:
+        page.set_input_files("#box input[type=file]", [str(file) for file in files])
+        expect(page.locator("#box .thumbnail-item, #box .thumbnail-image")).not_to_have_count(0)
+    page.fill("#box textarea", text)
+    page.press("#box textarea", "Enter")
+
+
+def wait_answer(page: Page, side: str = "left") -> str:
+    """The line below the talk, once the answer is whole."""
+    line = page.locator(f"#line-{side} .status")
+    expect(line).to_have_text(re.compile(r"tokens in|Not answered|stopped"), timeout=60_000)
+    return line.inner_text()
+
+
+def keep(page: Page, name: str, **options: Any) -> None:
+    folder = os.environ.get("MEDLEY_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=str(Path(folder) / f"page-{name}.png"), **options)
+
+
+def picture(folder: Path, scan: Phantom = SCAN) -> Path:
+    path = folder / "scan.png"
+    scan.image(256).save(path)
+    return path
+
+
+def setting(page: Page, label: str, value: str) -> None:
+    if not page.get_by_label("Seed").first.is_visible():
+        page.get_by_label("Toggle Sidebar").click()
+    field = page.get_by_label(label).first
+    field.fill(value)
+    field.press("Tab")
+
+
+# --- talks ------------------------------------------------------------------------------------
+
+
+def test_a_question_about_a_picture_and_one_that_goes_on(opened: Opened, tmp_path: Path) -> None:
+    page = opened()
+    send(page, "Which organ is shown?", picture(tmp_path))
+    wait_answer(page)
+    expect(page.locator(f"{LEFT} .bot")).to_contain_text("head")
+    expect(page.locator(f"{LEFT} .user img")).to_have_attribute("alt", "Picture that you sent")
+    expect(page.locator("#box textarea")).to_have_value("")
+    send(page, "What modality is this?")
+    expect(page.locator(f"{LEFT} .bot").last).to_contain_text("CT", timeout=60_000)
+    keep(page, "question")
+
+
+def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> None:
+    page = opened()
+    step = running.model.engine.step
+    running.model.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]
+    try:
+        send(page, DRAW)
+        line = page.locator("#line-left .status")
+        expect(line).to_have_text(re.compile(r"drawing, \d+ %"), timeout=60_000)
+        expect(page.locator(f"{LEFT} .bot img")).to_be_visible()
+        keep(page, "growing")
+    finally:
+        running.model.engine.step = step  # type: ignore[method-assign]
+    assert "tiny, seed" in wait_answer(page)
+    drawn = page.locator(f"{LEFT} .bot img")
+    expect(drawn).to_have_count(1)
+    expect(drawn).to_have_attribute("alt", "Picture drawn by the model")
+    keep(page, "picture")
+
+
+def test_a_report_has_words_and_a_picture_in_their_order(opened: Opened) -> None:
+    page = opened()
+    send(page, f"{REPORT}upper left.")
+    wait_answer(page)
+    shown = page.locator(f"{LEFT} .bot")
+    expect(shown.locator("img")).to_have_count(1)
+    text = page.locator(LEFT).inner_text()
+    assert "Technique: CT. Region: head." in text
+    assert text.index("Technique") < text.index("Seen")
+    keep(page, "report")
+
+
+def test_two_models_answer_side_by_side(opened: Opened, tmp_path: Path) -> None:
+    page = opened()
+    page.get_by_label("Two models side by side").check()
+    expect(page.locator(RIGHT)).to_be_visible()
+    send(page, "Describe the picture.", picture(tmp_path))
+    assert wait_answer(page).startswith("tiny, seed")
+    assert wait_answer(page, "right").startswith("second, seed")
+    for side in (LEFT, RIGHT):
+        expect(page.locator(f"{side} .bot")).to_contain_text("This is a CT scan of the head")
+    keep(page, "two")
+
+
+def test_pictures_stand_where_the_text_says(opened: Opened, tmp_path: Path) -> None:
+    page = opened()
+    first, second = picture(tmp_path), tmp_path / "later.png"
+    Phantom("CT", "head", (), 9).image(256).save(second)
+    send(page, "Before: <image> After: <image> What has changed?", first, second)
+    wait_answer(page)
+    expect(page.locator(f"{LEFT} .user img")).to_have_count(2)
+    expect(page.locator(f"{LEFT} .bot")).to_contain_text(re.compile(r"\w{4}"))
+
+
+def test_dicom_is_dropped_in_like_any_picture(opened: Opened, tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    import numpy as np
+
+    grey = np.asarray(SCAN.image(128).convert("L")).astype(np.uint16) * 16
+    file = pydicom.Dataset()
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    file.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file.SOPClassUID, file.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
+    file.Rows, file.Columns, file.SamplesPerPixel = 128, 128, 1
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 12, 11, 0
+    file.WindowCenter, file.WindowWidth = 2048, 4096
+    file.PixelData = grey.tobytes()
+    path = tmp_path / "scan.dcm"
+    file.save_as(path, enforce_file_format=True)
+    page = opened()
+    send(page, "Which organ is shown?", path)
+    wait_answer(page)
+    expect(page.locator(f"{LEFT} .bot")).to_contain_text("head")
+    expect(page.locator(f"{LEFT} .user img")).to_be_visible()
+
+
+# --- what can be done with a talk -------------------------------------------------------------
+
+
+def test_stop_regenerate_clear_and_settings(opened: Opened, running: Running) -> None:
+    page = opened()
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_label("image", exact=True).check()
+    setting(page, "Seed", "11")
+    setting(page, "number input for Pictures, at least", "6")
+    setting(page, "number input for Pictures, at most", "6")
+    send(page, DRAW)
+    expect(page.locator(f"{LEFT} .bot img").first).to_be_visible(timeout=60_000)
+    page.locator("#stop").click()
+    assert wait_answer(page) == "stopped"
+    assert running.idle()
+    setting(page, "number input for Pictures, at least", "1")
+    setting(page, "number input for Pictures, at most", "1")
+    page.locator("#again").click()
+    expect(page.locator("#line-left .status")).to_contain_text("seed 12", timeout=60_000)
+    wait_answer(page)
+    page.locator("#clear").click()
+    expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
+    send(page, DRAW)
+    assert "seed 11," in wait_answer(page)
+
+
+def test_a_talk_is_saved_and_voted_on(opened: Opened, votes: Path, tmp_path: Path) -> None:
+    page = opened()
+    send(page, "Describe the picture.", picture(tmp_path))
+    wait_answer(page)
+    for button, kind in (("#save-json", "json"), ("#save-html", "html")):
+        with page.expect_download() as coming:
+            page.locator(button).click()
+        path = tmp_path / f"talk.{kind}"
+        coming.value.save_as(path)
+        text = path.read_text()
+        assert "This is a CT scan of the head" in text
+        assert "data:image/png;base64," in text
+        assert "Not for clinical decisions" in text
+    (talk,) = json.loads((tmp_path / "talk.json").read_text())["talks"]
+    assert [row["role"] for row in talk["messages"]] == ["user", "assistant"]
+    page.locator(LEFT).get_by_label("Like", exact=True).last.click()
+    expect(page.get_by_text("the vote is kept")).to_be_visible()
+    (file,) = votes.glob("*-conv.json")
+    row = json.loads(file.read_text().splitlines()[-1])
+    assert (row["type"], row["model"]) == ("upvote", "tiny")
+    assert row["state"]["messages"][0] == ["user", "<image>Describe the picture."]
+    assert (votes / row["state"]["images"][0]).is_file()
+
+
+def test_examples_fill_the_box(opened: Opened) -> None:
+    page = opened()
+    page.get_by_text("Where is the cyst?").click()
+    expect(page.locator("#box textarea")).to_have_value("Where is the cyst?")
+    page.press("#box textarea", "Enter")
+    wait_answer(page)
+    expect(page.locator(f"{LEFT} .bot")).to_contain_text("upper left")
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+def test_what_cannot_be_sent_stays_in_the_box_with_the_reason(
+    opened: Opened, tmp_path: Path
+) -> None:
+    page = opened()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture at all")
+    send(page, "What is this?", broken)
+    expect(page.get_by_text("not a picture in a format that is known")).to_be_visible()
+    expect(page.locator("#box textarea")).to_have_value("What is this?")
+    keep(page, "error")
+    page = opened()
+    large = tmp_path / "large.png"
+    Image.new("L", (2000, 2000)).save(large)
+    send(page, "What is this?", large)
+    expect(page.get_by_text("4000000 pixels, the limit is 1000000")).to_be_visible()
+
+
+def test_an_answer_that_fails_says_why_and_can_be_asked_again(
+    opened: Opened, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = opened()
+    with monkeypatch.context() as patched:
+        patched.setattr(running.model.engine, "step", lambda: 1 / 0)
+        send(page, "Which organ is shown?")
+        assert "Not answered: ZeroDivisionError inside of the server" in wait_answer(page)
+        expect(page.locator(f"{LEFT} .bot")).to_contain_text("Not answered")
+    page.locator("#again").click()
+    expect(page.locator("#line-left .status")).to_contain_text("tokens in", timeout=60_000)
+
+
+def test_a_phone_shows_all_of_it(opened: Opened) -> None:
+    page = opened(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 740})
+    send(page, DRAW)
+    wait_answer(page)
+    wide = page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
+    assert wide <= 0
+    keep(page, "phone", full_page=True)
+
+
+def test_everything_has_a_name_and_the_keyboard_reaches_it(opened: Opened) -> None:
+    page = opened()
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll("button, input:not([type=file]), textarea, select")]
+           .filter(e => e.offsetParent && !(e.ariaLabel || e.title || e.innerText.trim()
+               || e.getAttribute("aria-labelledby") || (e.labels && e.labels.length)))
+           .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert unnamed == []
+    page.locator("#box textarea").focus()
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel")
+        )
+    for name in ("Stop", "Regenerate", "Clear", "Save as HTML", "Save as JSON"):
+        assert name in reached
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_a_token_is_the_password_of_a_login(browser: Browser) -> None:
+    guarded = Running(
+        Limits(), token="secret", change=lambda app, state: add_page(app, state) and None
+    )
+    try:
+        page = browser.new_context().new_page()
+        page.goto(guarded.address)
+        for password, let_in in (("other", False), ("secret", True)):
+            page.get_by_label("username").fill("me")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            if let_in:
+                expect(page.locator("#box textarea")).to_be_visible(timeout=30_000)
+            else:
+                expect(page.get_by_text("Incorrect")).to_be_visible()
+        page.context.close()
+    finally:
+        guarded.stop()
+
+
+# --- a server that goes -----------------------------------------------------------------------
+
+
+def started(log: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
+    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", str(port)]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 120
+    while "listening at" not in (text := log.read_text()):
+        assert process.poll() is None and time.monotonic() < until, text
+        time.sleep(0.05)
+    return process, text.split("listening at ")[1].split()[0]
+
+
+def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
+    process, address = started(tmp_path / "log", 0)
+    try:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        send(page, "Which organ is shown?")
+        wait_answer(page)
+        page.fill("#box textarea", "half of a question")
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
+        gone = page.locator("#gone")
+        expect(gone).to_contain_text("The server does not answer", timeout=30_000)
+        expect(page.locator("#box textarea")).to_have_value("half of a question")
+        keep(page, "vanished")
+        process, _ = started(tmp_path / "log2", int(address.rsplit(":", 1)[1]))
+        expect(gone).to_contain_text("started anew", timeout=30_000)
+        page.reload()
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        expect(gone).to_be_hidden()
+        send(page, "Which organ is shown?")
+        wait_answer(page)
+        page.context.close()
+    finally:
+        process.kill()
+        process.wait(timeout=30)
