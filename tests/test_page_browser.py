@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -367,7 +368,8 @@ def test_a_token_is_the_password_of_a_login(browser: Browser) -> None:
 
 
 def started(log: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
-    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", str(port)]
+    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--page",
+               "--port", str(port)]  # fmt: skip
     with open(log, "wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     until = time.monotonic() + 120
@@ -403,3 +405,31 @@ def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path)
     finally:
         process.kill()
         process.wait(timeout=30)
+
+
+def test_nothing_but_what_was_sent_is_read_or_fetched(
+    opened: Opened, running: Running, tmp_path: Path
+) -> None:
+    """A request made by hand: a file of this machine, and an address, in the place of a picture."""
+    page = opened()
+    secret = picture(tmp_path)
+    config = httpx.get(f"{running.address}/config").json()
+    (take,) = [d for d in config["dependencies"] if d["targets"][0][1] == "submit"]
+    for path in (str(secret), "/etc/hostname", f"{running.address}/health"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [{"text": "x", "files": [file]}, None, None], "fn_index": take["id"],
+                "session_hash": "mine"}  # fmt: skip
+        assert httpx.post(f"{running.address}/gradio_api/queue/join", json=body).status_code == 200
+        with httpx.stream(
+            "GET", f"{running.address}/gradio_api/queue/data?session_hash=mine", timeout=60
+        ) as told:
+            lines = [json.loads(line[6:]) for line in told.iter_lines() if line.startswith("data")]
+        (ended,) = [line for line in lines if line["msg"] == "process_completed"]
+        assert ended["success"] is False, ended
+    for path in (
+        f"file={secret}", "file=/etc/hostname", f"file={running.address}/health", "openapi.json",
+        "deep_link?session_hash=mine", "proxy=http://127.0.0.1", "process_recording", "runs",
+    ):  # fmt: skip
+        assert httpx.get(f"{running.address}/gradio_api/{path}").status_code in (403, 404), path
+    assert httpx.get(f"{running.address}/config?deep_link=x").status_code == 404
+    expect(page.locator(f"{LEFT} .bot")).to_have_count(0)

@@ -31,7 +31,7 @@ from training.tiny.recipe import Options, cosine
 
 SCANS = 384  # that are drawn at a time
 _CHANGED = 3  # every third scan has a later one
-UNSEEN_LOGIT = -40.0  # of ids that no document wants; the others' lie between -20 and 20
+UNUSED_LOGIT = -40.0  # the others' lie between -20 and 20
 LAST_CHUNK = 10**6  # the number of a chunk that no training reaches
 IMAGE_WEIGHT = 0.5  # of a picture's token in the loss: there are two for each of an answer
 
@@ -103,22 +103,20 @@ def widened(
     vqgan: VQGAN,
     narrow: Narrow,
     trained: ChameleonForConditionalGeneration,
-    seen: Tensor,
 ) -> ChameleonForConditionalGeneration:
     """The trained decoder over the whole vocabulary.
 
-    Ids that training never wanted must not be drawn, under guidance neither, which multiplies what
-    two passes differ by: their logit is about `UNSEEN_LOGIT` at every place. One row of the head
-    does that for all of them, the least-squares answer to `states @ row = UNSEEN_LOGIT`. `seen`
-    bool (N,) are the narrow ids that were wanted.
+    Codes that the VQGAN never gives must not be drawn, under guidance neither, which multiplies
+    what two passes differ by: their logit is about `UNUSED_LOGIT` at every place. One row of the
+    head does that for all of them, the least-squares answer to `states @ row = UNUSED_LOGIT`.
     """
     batch = narrow.batch(next(batches(options, tokenizer, vqgan, LAST_CHUNK)))
     places = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     states = trained.model(**places, use_cache=False).last_hidden_state.flatten(0, 1).float()
-    wanted = torch.full((len(states), 1), UNSEEN_LOGIT)
+    wanted = torch.full((len(states), 1), UNUSED_LOGIT)
     quiet = torch.linalg.lstsq(states, wanted).solution[:, 0]
     logits = states @ quiet
-    print(f"unseen ids: logits {logits.min():.1f} to {logits.max():.1f}", flush=True)
+    print(f"unused codes: logits {logits.min():.1f} to {logits.max():.1f}", flush=True)
     whole = empty_decoder(options, tokenizer, vqgan, tokenizer.marked.get_vocab()).eval()
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     others = {n: t for n, t in trained.state_dict().items() if n not in tables}
@@ -127,7 +125,7 @@ def widened(
     embeddings[:] = trained.model.embed_tokens.weight.mean(0)
     embeddings[narrow.kept] = trained.model.embed_tokens.weight
     head[:] = quiet
-    head[narrow.kept[seen]] = trained.lm_head.weight[seen]
+    head[narrow.kept] = trained.lm_head.weight
     return whole
 
 
@@ -215,13 +213,12 @@ def train_decoder(
     tie_head_norms(decoder)
     set_attention(decoder, "sdpa", torch.bfloat16)  # document by document
     optimizers = Optimizers(decoder, options)
-    seen = torch.zeros(len(narrow.kept), dtype=torch.bool)
     step = chunk = 0
     if save.exists():
         state = torch.load(save, weights_only=True)
         decoder.load_state_dict(state["decoder"])
         optimizers.load(state["optimizers"])
-        step, chunk, seen = state["step"], state["chunk"], state["seen"]
+        step, chunk = state["step"], state["chunk"]
         log[:] = state["log"]
     encoder = copy.deepcopy(vqgan)  # its search leaves out the codes that are never found
     used = vqgan.quantize.embedding.weight[: options.active_codes]
@@ -230,7 +227,6 @@ def train_decoder(
     while step < options.decoder_steps:
         for wide in batches(options, tokenizer, encoder, chunk):
             batch = narrow.batch(wide)
-            seen[batch["labels"][batch["labels"] != IGNORED]] = True
             with torch.autocast("cpu", torch.bfloat16):
                 loss = decoder(**batch).loss
             loss.backward()
@@ -253,6 +249,6 @@ def train_decoder(
         chunk += 1
         with whole_file(save) as temporary:
             state = {"decoder": decoder.state_dict(), "optimizers": optimizers.state(),
-                     "step": step, "chunk": chunk, "seen": seen, "log": log}  # fmt: skip
+                     "step": step, "chunk": chunk, "log": log}  # fmt: skip
             torch.save(state, temporary)
-    return widened(options, tokenizer, vqgan, narrow, decoder.eval(), seen)
+    return widened(options, tokenizer, vqgan, narrow, decoder.eval())

@@ -64,7 +64,7 @@ class ServeOptions:
         worker_hosts: hosts that a controller's workers may be on; this machine unless named
         drain_seconds: time that running requests have to end when the server is stopped
         check: address of a running server to send a test message to
-        page: the page at /, to talk to the models in a browser
+        page: also serve a page at /, to talk to the models in a browser
         votes: folder to keep the page's votes in, with their talks and pictures; none unless named
         examples: documents file (JSON lines) whose questions the page offers, beside its own
     """
@@ -93,7 +93,7 @@ class ServeOptions:
     worker_hosts: list[str] | None = None
     drain_seconds: int = 30
     check: str | None = None
-    page: bool = True
+    page: bool = False
     votes: Path | None = None
     examples: Path | None = None
 

@@ -134,8 +134,13 @@ class Gate:
                 headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
                 await JSONResponse(body, code, headers)(scope, receive, telling)
             else:
-                working = self.app(scope, self._counted(receive), telling)
-                await asyncio.wait_for(working, self.seconds)
+                protocol = scope["method"] == "POST" and scope["path"].startswith(PROTOCOLS)
+                self.state.asked += protocol
+                try:
+                    working = self.app(scope, self._counted(receive), telling)
+                    await asyncio.wait_for(working, self.seconds if protocol else None)
+                finally:
+                    self.state.asked -= protocol
         except asyncio.TimeoutError:
             if status:
                 raise  # the connection is cut: its answer cannot be taken back

@@ -32,12 +32,14 @@ class State:
         self.metrics = Metrics(self.workers)
         self.draining = False
         self.page = False  # whether there is one
+        self.asked = 0  # requests for answers that are under way
         self.reading = asyncio.Semaphore(READERS)
         self.instance = secrets.token_hex(6)  # another one after each start
 
     @property
     def idle(self) -> bool:
-        return not any(worker.running or worker.waiting for worker in self.workers.values())
+        at_work = any(worker.running or worker.waiting for worker in self.workers.values())
+        return not (at_work or self.asked)
 
     def worker(self, name: str | None) -> Worker:
         """Raises RequestError for a model that is not there; the first one, where none is named."""

@@ -88,8 +88,8 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Raises Busy where too many wait already, RequestError where the thread has ended."""
         with self._wake:
-            if self._ending is not None:
-                raise self._ending
+            if self._ending is not None:  # a new one each time: it would gather traces
+                raise RequestError(str(self._ending), 503)
             capacity = self.model.engine.capacity
             ahead = len(self._new) + len(self._at_work)
             if ahead >= capacity + self.limits.queue:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,24 @@ class Side:
         return [self.talk, self.chat, self.line]
 
 
+@cache
+def private_folder() -> Path:
+    """Where the pages of this process keep pictures, those of Gradio too: nobody else on the
+    machine may look into it, and it goes with the process."""
+    folder = tempfile.mkdtemp(prefix="medley-page-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+async def _no_address(path: str | Path | None) -> str | None:
+    """In the place of what would fetch an address that a request names as its file."""
+    if "://" in str(path):
+        raise gr.Error("a picture is sent, not named by its address", print_exception=False)
+    return None if path is None else str(path)
+
+
 class Page:
-    """Of one server. `files` is where its pictures lie; it goes with the process."""
+    """Of one server. `files` is where its pictures lie."""
 
     def __init__(
         self, state: State, votes: Path | None = None, examples: Sequence[Example] = ()
@@ -59,8 +77,8 @@ class Page:
         self.state = state
         self.votes = Votes(votes) if votes is not None else None
         self.status = Status(state.workers)
-        self._temporary = tempfile.TemporaryDirectory(prefix="medley-page-")
-        self.files = Path(self._temporary.name)
+        self.files = private_folder() / "talks"
+        self.files.mkdir(exist_ok=True)
         self.gallery = Gallery(self.files)
         self.examples = [*examples, *phantom_examples(self.files)]
 
@@ -68,6 +86,8 @@ class Page:
 
     async def take(self, message: dict[str, Any], left: Talk, right: Talk) -> tuple[Any, ...]:
         """The user's message into both talks; what cannot be taken stays in the box."""
+        if under_way(left, right):
+            return (gr.skip(),) * 7
         try:
             parts = await self.state.in_thread(
                 parts_of, message.get("text") or "", message.get("files") or [], self.state.limits
@@ -91,6 +111,8 @@ class Page:
                 yield self.shown(said)
 
     def again(self, left: Talk, right: Talk) -> tuple[Any, ...]:
+        if under_way(left, right):
+            return (gr.skip(),) * 6
         return (*self.shown(left.again()), *self.shown(right.again()))
 
     def stopped(self, talk: Talk) -> tuple[Any, ...]:
@@ -118,8 +140,11 @@ class Page:
     def vote(self, like: gr.LikeData, model: str, talk: Talk, *values: Any) -> None:
         assert self.votes is not None
         index = like.index if isinstance(like.index, int) else like.index[0]
+        if not isinstance(like.liked, bool):  # taken back
+            return
         settings = dict(zip(SETTINGS, values, strict=True))
-        self.votes.keep(Talk(talk.said[: index + 1]), bool(like.liked), model, settings)
+        said = Talk(talk.said[: index + 1])
+        self.votes.keep(said, like.liked, said.said[-1].model or model, settings)
         gr.Info("Thank you: the vote is kept.", duration=3)
 
     # --- where it stands ------------------------------------------------------------------
@@ -138,6 +163,7 @@ class Page:
                 placeholder="Ask, or say what to draw. Drop pictures anywhere; <image> says where "
                 "one stands in the text.", elem_id="box", lines=1, max_lines=12,
             )  # fmt: skip
+            box.async_move_resource_to_block_cache = _no_address  # type: ignore[method-assign]
             with gr.Row(elem_id="actions"):
                 stop = gr.Button("Stop", elem_id="stop")
                 again = gr.Button("Regenerate", elem_id="again")
@@ -225,6 +251,14 @@ class Page:
         if self.votes is not None:
             for side in sides:
                 side.chat.like(self.vote, [side.model, side.talk, *settings], None, **quiet)
+
+
+def under_way(*talks: Talk) -> bool:
+    """Whether an answer is still being written; the reader is told so."""
+    busy = any(talk.said and talk.said[-1].standing == "under way" for talk in talks)
+    if busy:
+        gr.Warning("An answer is still being written: wait for it, or press Stop.", title="Not now")
+    return busy
 
 
 def _slider(name: str, label: str, low: float, high: float, step: float) -> Any:

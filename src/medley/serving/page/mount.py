@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
 
+from medley.serving.page.door import Door
 from medley.serving.page.examples import Example
-from medley.serving.page.layout import Page
+from medley.serving.page.layout import Page, private_folder
 from medley.serving.state import State
 
 _HERE = Path(__file__).parent
+SESSIONS = 500  # of browsers, that are remembered
 FONTS = ("system-ui", "sans-serif")  # of the reader's own machine: nothing is fetched
 
 
@@ -23,7 +26,12 @@ def add_page(
 ) -> Page:  # fmt: skip
     """Serves the page at `/`, behind all other routes. Where the server has a token it is the
     password of a login, whatever the name."""
+    os.environ["GRADIO_TEMP_DIR"] = str(private_folder())
     page = Page(state, votes, examples)
+    blocks = page.build()
+    # Only a launch sets it, and without it Gradio takes files from anywhere for uploaded ones.
+    blocks.has_launched = True
+    blocks.state_session_capacity = SESSIONS
     state.page = True
     token = state.token
 
@@ -32,12 +40,13 @@ def add_page(
         return hmac.compare_digest(password.encode(), token.encode())
 
     gr.mount_gradio_app(
-        app, page.build(), "/", footer_links=[], run_history=False, pwa=False, mcp_server=False,
+        app, blocks, "/", footer_links=[], run_history=False, pwa=False, mcp_server=False,
         ssr_mode=False, enable_monitoring=False, max_file_size=state.limits.body,
-        allowed_paths=[str(page.files), *(file for e in page.examples for file in e.files)],
+        allowed_paths=[file for example in page.examples for file in example.files],
         auth=knows if token is not None else None,
         auth_message="Any name, and the server's token as the password.",
         theme=gr.themes.Base(font=FONTS, font_mono=("ui-monospace", "monospace")),
         css_paths=_HERE / "page.css", js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )  # fmt: skip
+    app.add_middleware(Door)
     return page
