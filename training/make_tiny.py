@@ -23,6 +23,7 @@ from medley.doctor import SELF_TEST, self_test_values
 from medley.files import whole_file, write_json
 from medley.model import ChameleonForConditionalGeneration
 from medley.options import resolved, run_program
+from medley.process_memory import keep_freed_memory
 from medley.vocabulary import TextTokenizer
 from training.tiny.decoder import train_decoder
 from training.tiny.recipe import Options
@@ -49,6 +50,7 @@ def save_decoder(options: Options, decoder: ChameleonForConditionalGeneration) -
 
 def work(options: Options) -> None:
     """Each part is kept as soon as it is made; a second start goes on behind the last one."""
+    keep_freed_memory()
     tokenizer_folder = options.output / "tokenizer"
     log_file = options.output / "training_log.json"
     log: dict[str, Any] = {"options": resolved(options), "vqgan": [], "decoder": []}

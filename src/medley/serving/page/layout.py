@@ -61,11 +61,11 @@ def private_folder() -> Path:
     return Path(folder)
 
 
-async def _no_address(path: str | Path | None) -> str | None:
+async def _no_address(url_or_file_path: str | Path | None) -> str | None:
     """In the place of what would fetch an address that a request names as its file."""
-    if "://" in str(path):
+    if "://" in str(url_or_file_path):
         raise gr.Error("a picture is sent, not named by its address", print_exception=False)
-    return None if path is None else str(path)
+    return None if url_or_file_path is None else str(url_or_file_path)
 
 
 class Page:
