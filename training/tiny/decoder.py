@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from training.tiny.recipe import Options, cosine
 
 SCANS = 384  # that are drawn at a time
 _CHANGED = 3  # every third scan has a later one
-UNUSED_LOGIT = -40.0  # the others' lie between -20 and 20
+BELOW = 20.0  # the log-partition: where the logits of codes that are never given lie, about
+QUIET_BATCHES = 24  # from which that is learned
 LAST_CHUNK = 10**6  # the number of a chunk that no training reaches
 IMAGE_WEIGHT = 0.5  # of a picture's token in the loss: there are two for each of an answer
 
@@ -41,7 +43,7 @@ class Narrow:
 
     Training does without their rows: the head over 1,700 ids costs a fifth of what it costs over
     9,300. `to_narrow` int64 (V,) holds the narrow id of each id, `kept` (N,) the id of each narrow
-    one, both in order.
+    one, both in order; `codes` (active codes,) are the ids of image codes that are kept.
     """
 
     def __init__(self, tokenizer: TextTokenizer, active_codes: int) -> None:
@@ -51,6 +53,7 @@ class Narrow:
         self.kept = ids[~unused]
         self.to_narrow = torch.full_like(ids, -1)
         self.to_narrow[self.kept] = torch.arange(len(self.kept))
+        self.codes = torch.arange(codes.start, codes.start + active_codes)
         names = tokenizer.marked.get_vocab()
         self.names = {n: int(self.to_narrow[i]) for n, i in names.items() if not unused[i]}
 
@@ -107,25 +110,32 @@ def widened(
     """The trained decoder over the whole vocabulary.
 
     Codes that the VQGAN never gives must not be drawn, under guidance neither, which multiplies
-    what two passes differ by: their logit is about `UNUSED_LOGIT` at every place. One row of the
-    head does that for all of them, the least-squares answer to `states @ row = UNUSED_LOGIT`.
+    what two passes differ by: one row of the head serves all of them, the least-squares answer to
+    `states @ row = log-partition - BELOW` over places where a code comes next.
     """
-    batch = narrow.batch(next(batches(options, tokenizer, vqgan, LAST_CHUNK)))
-    places = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    states = trained.model(**places, use_cache=False).last_hidden_state.flatten(0, 1).float()
-    wanted = torch.full((len(states), 1), UNUSED_LOGIT)
-    quiet = torch.linalg.lstsq(states, wanted).solution[:, 0]
-    logits = states @ quiet
-    print(f"unused codes: logits {logits.min():.1f} to {logits.max():.1f}", flush=True)
+    states, targets = [], []
+    head = trained.lm_head.weight
+    trained.set_attn_implementation("sdpa")  # keeps packed documents apart without labels, too
+    for wide in islice(batches(options, tokenizer, vqgan, LAST_CHUNK), QUIET_BATCHES):
+        batch = narrow.batch(wide)
+        places = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        found = trained.model(**places, use_cache=False).last_hidden_state[:, :-1]
+        before_codes = torch.isin(wide["input_ids"][:, 1:], narrow.codes)
+        states.append(found[before_codes].float())
+        targets.append((states[-1] @ head.T).logsumexp(-1, keepdim=True) - BELOW)
+    wanted = torch.cat(targets)
+    quiet = torch.linalg.lstsq(torch.cat(states), wanted).solution[:, 0]
+    above = (torch.cat(states) @ quiet[:, None] - wanted).max() - BELOW
+    print(f"unused codes: at most {-above:.1f} below the log-partition", flush=True)
     whole = empty_decoder(options, tokenizer, vqgan, tokenizer.marked.get_vocab()).eval()
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     others = {n: t for n, t in trained.state_dict().items() if n not in tables}
     whole.load_state_dict(others, strict=False)
-    embeddings, head = whole.model.embed_tokens.weight, whole.lm_head.weight
+    embeddings = whole.model.embed_tokens.weight
     embeddings[:] = trained.model.embed_tokens.weight.mean(0)
     embeddings[narrow.kept] = trained.model.embed_tokens.weight
-    head[:] = quiet
-    head[narrow.kept] = trained.lm_head.weight
+    whole.lm_head.weight[:] = quiet
+    whole.lm_head.weight[narrow.kept] = head
     return whole
 
 
