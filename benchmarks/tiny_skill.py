@@ -67,8 +67,8 @@ class Options:
     ckpt: str = "tiny"
     scans: int = 1000
     pictures: int = 300
-    guidance: float = 3.0
-    image_temperature: float = 1.0
+    guidance: float = 2.0
+    image_temperature: float = 0.4
     layouts: bool = False
     keep: Path | None = None
 
