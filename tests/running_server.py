@@ -1,14 +1,18 @@
-"""A server of `tiny` in a thread of the tests' process."""
+"""A server of `tiny`, in a thread of the tests' process or in one of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import uvicorn
+from conftest import ROOT
 from fastapi import FastAPI
 
 import medley
@@ -57,3 +61,15 @@ class Running:
                 return True
             time.sleep(0.02)
         return False
+
+
+def started(log: Path, port: int, *more: str) -> tuple[subprocess.Popen[bytes], str]:
+    """`medley serve` as a process, and its address; what it prints goes to `log`."""
+    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", str(port)]
+    with open(log, "wb") as out:
+        process = subprocess.Popen([*command, *more], cwd=ROOT, stdout=out, stderr=out)
+    until = time.monotonic() + 120
+    while "listening at" not in (text := log.read_text()):
+        assert process.poll() is None and time.monotonic() < until, text
+        time.sleep(0.05)
+    return process, text.split("listening at ")[1].split()[0]

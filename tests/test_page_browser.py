@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import pydicom
 import pytest
-from conftest import ROOT
+from page_in_browser import NEEDS_CHROMIUM, browser, keep, send, wait_answer
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from running_server import Running
 
 from medley.phantoms import Phantom
@@ -26,22 +23,12 @@ from medley.phantoms.world import Finding
 from medley.serving.limits import Limits
 from medley.serving.page.mount import add_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
-)
+__all__ = ["browser"]  # the fixture
+pytestmark = NEEDS_CHROMIUM
 DRAW = "Show me a CT scan of the head with a large marked cyst in the upper left."
 REPORT = "Write an illustrated report of a CT scan of the head with a large marked cyst in the "
 SCAN = Phantom("CT", "head", (Finding("cyst", "large", "left", "upper"),), 5)
 LEFT, RIGHT = "#chat-left", "#chat-right"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -91,27 +78,6 @@ def opened(browser: Browser, running: Running) -> Iterator[Opened]:
         context.close()
     assert elsewhere == []
     assert faults == []
-
-
-def send(page: Page, text: str, *files: Path) -> None:
-    if files:
-        page.set_input_files("#box input[type=file]", [str(file) for file in files])
-        expect(page.locator("#box .thumbnail-item, #box .thumbnail-image")).not_to_have_count(0)
-    page.fill("#box textarea", text)
-    page.press("#box textarea", "Enter")
-
-
-def wait_answer(page: Page, side: str = "left") -> str:
-    """The line below the talk, once the answer is whole."""
-    line = page.locator(f"#line-{side} .status")
-    expect(line).to_have_text(re.compile(r"tokens in|Not answered|stopped"), timeout=60_000)
-    return line.inner_text()
-
-
-def keep(page: Page, name: str, **options: Any) -> None:
-    folder = os.environ.get("MEDLEY_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=str(Path(folder) / f"page-{name}.png"), **options)
 
 
 def picture(folder: Path, scan: Phantom = SCAN) -> Path:
@@ -197,9 +163,6 @@ def test_pictures_stand_where_the_text_says(opened: Opened, tmp_path: Path) -> N
 
 
 def test_dicom_is_dropped_in_like_any_picture(opened: Opened, tmp_path: Path) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    import numpy as np
-
     grey = np.asarray(SCAN.image(128).convert("L")).astype(np.uint16) * 16
     file = pydicom.Dataset()
     file.file_meta = pydicom.dataset.FileMetaDataset()
@@ -342,69 +305,6 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(opened: Opened) -> No
     for name in ("Stop", "Regenerate", "Clear", "Save as HTML", "Save as JSON"):
         assert name in reached
     assert page.evaluate("document.documentElement.lang") == "en"
-
-
-def test_a_token_is_the_password_of_a_login(browser: Browser) -> None:
-    guarded = Running(
-        Limits(), token="secret", change=lambda app, state: add_page(app, state) and None
-    )
-    try:
-        page = browser.new_context().new_page()
-        page.goto(guarded.address)
-        for password, let_in in (("other", False), ("secret", True)):
-            page.get_by_label("username").fill("me")
-            page.get_by_label("password").fill(password)
-            page.get_by_role("button", name="Login").click()
-            if let_in:
-                expect(page.locator("#box textarea")).to_be_visible(timeout=30_000)
-            else:
-                expect(page.get_by_text("Incorrect")).to_be_visible()
-        page.context.close()
-    finally:
-        guarded.stop()
-
-
-# --- a server that goes -----------------------------------------------------------------------
-
-
-def started(log: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
-    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--page",
-               "--port", str(port)]  # fmt: skip
-    with open(log, "wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    until = time.monotonic() + 120
-    while "listening at" not in (text := log.read_text()):
-        assert process.poll() is None and time.monotonic() < until, text
-        time.sleep(0.05)
-    return process, text.split("listening at ")[1].split()[0]
-
-
-def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
-    process, address = started(tmp_path / "log", 0)
-    try:
-        page = browser.new_context().new_page()
-        page.goto(address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        send(page, "Which organ is shown?")
-        wait_answer(page)
-        page.fill("#box textarea", "half of a question")
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-        gone = page.locator("#gone")
-        expect(gone).to_contain_text("The server does not answer", timeout=30_000)
-        expect(page.locator("#box textarea")).to_have_value("half of a question")
-        keep(page, "vanished")
-        process, _ = started(tmp_path / "log2", int(address.rsplit(":", 1)[1]))
-        page.wait_for_timeout(6000)  # the library reloads the page by itself, or does not
-        page.goto(address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        expect(gone).to_be_hidden()
-        send(page, "Which organ is shown?")
-        wait_answer(page)
-        page.context.close()
-    finally:
-        process.kill()
-        process.wait(timeout=30)
 
 
 def test_nothing_but_what_was_sent_is_read_or_fetched(

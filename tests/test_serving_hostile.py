@@ -7,9 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +15,9 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from running_server import Running
+from running_server import Running, started
 from schemathesis import GenerationMode, checks
 
 from medley.serving.limits import Limits
@@ -124,17 +120,6 @@ def test_a_thousand_connections_at_once_are_all_answered(running: Running) -> No
 
 
 # --- killed -----------------------------------------------------------------------------------
-
-
-def started(log: Path, port: int) -> tuple[subprocess.Popen[bytes], str]:
-    command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", str(port)]
-    with open(log, "wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    until = time.monotonic() + 120
-    while "listening at" not in (text := log.read_text()):
-        assert process.poll() is None and time.monotonic() < until, text
-        time.sleep(0.05)
-    return process, text.split("listening at ")[1].split()[0]
 
 
 def test_a_killed_server_starts_again_at_its_port_and_answers_the_same(tmp_path: Path) -> None:
