@@ -168,8 +168,7 @@ class Page:
                 stop = gr.Button("Stop", elem_id="stop")
                 again = gr.Button("Regenerate", elem_id="again")
                 clear = gr.Button("Clear", elem_id="clear")
-                two = gr.Checkbox(False, label="Two models side by side", elem_id="two",
-                                  interactive=len(names) > 0)  # fmt: skip
+                two = gr.Checkbox(False, label="Two models side by side", elem_id="two")
                 as_page = gr.Button("Save as HTML", elem_id="save-html")
                 as_rows = gr.Button("Save as JSON", elem_id="save-json")
                 # Gives what it has when it is clicked; it is, once there is something.

@@ -6,7 +6,7 @@ import hashlib
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +122,6 @@ class Gallery:
     """Pictures of the talks as files in one folder, each once, for the browser to load."""
 
     folder: Path
-    known: dict[str, Path] = field(default_factory=dict)
 
     def keep(self, image: Image.Image) -> str:
         buffer = io.BytesIO()
