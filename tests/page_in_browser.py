@@ -31,7 +31,11 @@ def send(page: Page, text: str, *files: Path) -> None:
         page.set_input_files("#box input[type=file]", [str(file) for file in files])
         expect(page.locator("#box .thumbnail-item, #box .thumbnail-image")).not_to_have_count(0)
     page.fill("#box textarea", text)
+    line = page.locator("#line-left .status")
+    before = line.inner_text()
     page.press("#box textarea", "Enter")
+    if before:  # of the answer before, which must not be taken for the new one's
+        expect(line).not_to_have_text(before, timeout=60_000)
 
 
 def wait_answer(page: Page, side: str = "left") -> str:

@@ -57,7 +57,11 @@ class Running:
         """Whether every row is free, at once or a moment later."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
-            if not (self.model.engine.busy or self.worker.running or self.worker.waiting):
+            at_work = [
+                worker.model.engine.busy or worker.running or worker.waiting
+                for worker in self.state.workers.values()
+            ]
+            if not any(at_work):
                 return True
             time.sleep(0.02)
         return False

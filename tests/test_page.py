@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,18 @@ from medley.serving.limits import Limits, RequestError
 from medley.serving.page.asking import options_of
 from medley.serving.page.examples import read_examples
 from medley.serving.page.export import as_html, as_json
+from medley.serving.page.gallery import KEPT, Gallery
 from medley.serving.page.layout import SETTINGS
-from medley.serving.page.talk import Gallery, Said, Talk, messages_of, parts_of
+from medley.serving.page.talk import Said, Talk, messages_of, parts_of
 from medley.serving.page.votes import Votes
 
 SETTING = {
     "mode": "any", "seed": 3, "min_images": 0, "max_images": 0, "max_new_tokens": 9,
-    "text_greedy": True, "text_temperature": 1.0, "text_top_p": 1.0, "repetition_penalty": 1.0,
-    "guidance_scale_text": 3.0, "guidance_scale_image": 1.0, "image_greedy": False,
+    "text_greedy": True, "text_temperature": 1.0, "text_top_p": 1.0, "text_top_k": 0,
+    "repetition_penalty": 1.0, "guidance_scale_text": 3.0, "guidance_scale_image": 1.0,
+    "image_greedy": False,
     "image_temperature": 1.0, "image_top_p": 1.0,
+    "image_top_k": 0,
 }  # fmt: skip
 
 
@@ -38,7 +43,7 @@ def files(folder: Path, *colours: str) -> list[str]:
 
 
 def colours(parts: Any) -> list[Any]:
-    return [part if isinstance(part, str) else part.getpixel((0, 0)) for part in parts]
+    return [part if isinstance(part, str) else part.image.getpixel((0, 0)) for part in parts]
 
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -56,7 +61,8 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 def test_pictures_stand_where_they_are_said_to(
     text: str, shown: list[str], expected: list[Any], tmp_path: Path
 ) -> None:
-    assert colours(parts_of(text, files(tmp_path, *shown), Limits())) == expected
+    gallery = Gallery(tmp_path / "kept")
+    assert colours(parts_of(text, files(tmp_path, *shown), Limits(), gallery)) == expected
 
 
 def test_messages_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -66,19 +72,19 @@ def test_messages_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ("x", two * 17, "34 pictures, the limit of a message is 32"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=said):
-            parts_of(text, shown, Limits())
+            parts_of(text, shown, Limits(), Gallery(tmp_path / "kept"))
 
 
 def test_a_talk_asks_what_was_answered_and_the_last_question() -> None:
     def turns(talk: Talk) -> list[tuple[str, Any]]:
-        document: Document = talk.document()
+        document: Document = talk.document(lambda part, place: str(part))
         return [(turn.role, turn.parts[0]) for turn in document.turns]
 
     talk = Talk().asked(["one"])
     assert turns(talk) == [("user", "one")]
     failed = talk.answer(Said("assistant", (), "Not answered", "m", "failed"))
     with pytest.raises(RequestError, match="nothing has been asked"):
-        failed.document()
+        turns(failed)
     assert turns(failed.asked(["two"])) == [("user", "two")]
     assert turns(failed.again()) == [("user", "one")]
     assert (failed.again().tries, failed.again().again().tries) == (1, 1)
@@ -100,57 +106,93 @@ def test_settings_are_those_of_generation() -> None:
     seeds = {options_of(SETTING | {"seed": -1}, 0).seed for _ in range(8)}
     assert len(seeds) > 1
     for change, said in (
-        ({"seed": None}, "seed is empty"), ({"min_images": 3, "max_images": 2}, "max_images is 2"),
+        ({"seed": None}, "seed is empty"), ({"text_top_p": None}, "text_top_p is empty"),
+        ({"min_images": 3, "max_images": 2}, "max_images is 2"),
         ({"mode": "text", "min_images": 1}, "mode text draws no pictures"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             options_of(SETTING | change, 0)
 
 
-def a_talk() -> Talk:
-    picture = Image.new("RGB", (8, 8), "red")
+def a_talk(folder: Path) -> Talk:
+    picture = Gallery(folder / "gallery").drawn(Image.new("RGB", (8, 8), "red"))
     talk = Talk().asked([picture, "<b>what</b> & why?"])
-    return talk.answer(Said("assistant", ("a picture: ", picture), "m, seed 1", "m"))
+    said = Said("assistant", ("a picture: ", picture), "m, seed 1", "m", settings=SETTING)
+    return talk.answer(said)
 
 
 def test_messages_are_shown_and_each_picture_is_kept_once(tmp_path: Path) -> None:
-    shown = messages_of(a_talk(), Gallery(tmp_path))
+    shown = messages_of(a_talk(tmp_path))
+    assert messages_of(a_talk(tmp_path)) == shown
     assert [row["role"] for row in shown] == ["user", "assistant"]
     assert shown[0]["content"][1] == "<b>what</b> & why?"
     assert shown[0]["content"][0] == shown[1]["content"][1]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list((tmp_path / "gallery").iterdir())) == 1
 
 
-def test_a_talk_is_exported_whole_and_harmless() -> None:
-    row = json.loads(as_json([("m", a_talk())], SETTING))
+def test_a_picture_is_read_as_it_was_sent_and_shown_smaller(tmp_path: Path) -> None:
+    sent = tmp_path / "scan.png"
+    Image.new("L", (3000, 20), 77).save(sent)
+    gallery = Gallery(tmp_path / "gallery")
+    kept = gallery.sent(str(sent), Limits())
+    assert kept.read() == sent.read_bytes()
+    assert kept.image.size == (1024, 7)
+    with pytest.raises(RequestError, match=r"gone\.png: No such file"):
+        gallery.sent(str(tmp_path / "gone.png"), Limits())
+
+
+def test_pictures_go_a_day_after_they_were_last_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = Gallery(tmp_path)
+    old, used = (gallery.drawn(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+    monkeypatch.setattr("medley.serving.page.gallery.SWEEP", 0.0)
+    for kept in (old, used):
+        os.utime(kept.file, (time.time() - KEPT - 9,) * 2)
+    used.read()
+    gallery.drawn(Image.new("RGB", (8, 8), "green"))
+    assert (old.file.exists(), used.file.exists()) == (False, True)
+    with pytest.raises(RequestError, match="not kept any more"):
+        old.read()
+
+
+def test_a_talk_is_exported_whole_and_harmless(tmp_path: Path) -> None:
+    talk = a_talk(tmp_path)
+    failed = talk.asked(["again"]).answer(Said("assistant", (), "Not answered", "m", "failed"))
+    row = json.loads(as_json([failed]))
     (told,) = row["talks"]
-    assert told["model"] == "m"
+    assert [message["role"] for message in told["messages"]] == ["user", "assistant", "user"]
     assert told["messages"][0]["content"][1] == {"type": "text", "text": "<b>what</b> & why?"}
     assert told["messages"][1]["content"][1]["type"] == "image_url"
-    assert row["settings"] == SETTING
+    assert told["answers"] == [
+        {"message": 1, "model": "m", "settings": SETTING, "note": "m, seed 1"}
+    ]
     tags = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attributes: Any) -> None:
             tags.append(tag)
 
-    page = as_html([("m", a_talk()), ("<script>", a_talk())], SETTING)
+    worse = talk.answer(Said("assistant", ("<script>",), "<script>", "<script>"))
+    page = as_html([talk, worse])
     Reader().feed(page)
-    assert tags.count("img") == 4
+    assert tags.count("img") == 3
     assert "b" not in tags
     assert "script" not in tags
     assert "http" not in page
 
 
 def test_votes_are_lines_as_llava_keeps_them(tmp_path: Path) -> None:
-    votes = Votes(tmp_path)
-    file = votes.keep(a_talk(), True, "m", SETTING)
-    assert votes.keep(a_talk(), False, "m", SETTING) == file
+    votes = Votes(tmp_path / "votes")
+    file = votes.keep(a_talk(tmp_path), True)
+    assert votes.keep(a_talk(tmp_path), False) == file
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["type"] for row in rows] == ["upvote", "downvote"]
+    assert [row["model"] for row in rows] == ["m", "m"]
+    assert rows[0]["state"]["settings"] == SETTING
     assert rows[0]["state"]["messages"][1] == ["assistant", "a picture: <image>"]
     assert len(set(rows[0]["state"]["images"])) == 1
-    assert (tmp_path / rows[0]["state"]["images"][0]).is_file()
+    assert (votes.folder / rows[0]["state"]["images"][0]).is_file()
 
 
 def test_own_examples_are_read_and_bad_ones_named(tmp_path: Path) -> None:

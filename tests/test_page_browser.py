@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def picture(folder: Path, scan: Phantom = SCAN) -> Path:
     return path
 
 
+@contextmanager
+def slowly(running: Running, seconds: float) -> Iterator[None]:
+    """The first model takes so long for each token."""
+    step = running.model.engine.step
+    running.model.engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        running.model.engine.step = step  # type: ignore[method-assign]
+
+
 def setting(page: Page, label: str, value: str) -> None:
     if not page.get_by_label("Seed").first.is_visible():
         page.get_by_label("Toggle Sidebar").click()
@@ -111,16 +123,12 @@ def test_a_question_about_a_picture_and_one_that_goes_on(opened: Opened, tmp_pat
 
 def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> None:
     page = opened()
-    step = running.model.engine.step
-    running.model.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]
-    try:
+    with slowly(running, 0.1):
         send(page, DRAW)
         line = page.locator("#line-left .status")
         expect(line).to_have_text(re.compile(r"drawing, \d+ %"), timeout=60_000)
         expect(page.locator(f"{LEFT} .bot img")).to_be_visible()
         keep(page, "growing")
-    finally:
-        running.model.engine.step = step  # type: ignore[method-assign]
     assert "tiny, seed" in wait_answer(page)
     drawn = page.locator(f"{LEFT} .bot img")
     expect(drawn).to_have_count(1)
@@ -210,6 +218,69 @@ def test_stop_regenerate_clear_and_settings(opened: Opened, running: Running) ->
     assert "seed 11," in wait_answer(page)
 
 
+def long_drawing(page: Page) -> None:
+    """Asked for, and its first picture is growing."""
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_label("image", exact=True).check()
+    setting(page, "number input for Pictures, at least", "8")
+    setting(page, "number input for Pictures, at most", "8")
+    send(page, DRAW)
+    expect(page.locator(f"{LEFT} .bot img").first).to_be_visible(timeout=60_000)
+
+
+def test_what_comes_during_an_answer_waits_and_clear_ends_it(
+    opened: Opened, running: Running
+) -> None:
+    page = opened()
+    with slowly(running, 0.02):
+        long_drawing(page)
+        page.fill("#box textarea", "And now?")
+        page.press("#box textarea", "Enter")
+        expect(page.get_by_text("An answer is still being written").first).to_be_visible()
+        expect(page.locator("#box textarea")).to_have_value("And now?")
+        page.locator("#again").click()
+        expect(page.locator(f"{LEFT} .bot img").first).to_be_visible()
+        page.locator("#clear").click()
+        expect(page.locator(f"{LEFT} .bot")).to_have_count(0, timeout=30_000)
+        assert running.idle()
+    page.wait_for_timeout(1500)  # nothing comes back
+    expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
+    expect(page.locator(f"{LEFT} .user")).to_have_count(0)
+    page.get_by_label("text", exact=True).check()
+    setting(page, "number input for Pictures, at least", "0")
+    send(page, "Which organ is shown?")
+    assert "tokens in" in wait_answer(page)
+    expect(page.locator(f"{LEFT} .user")).to_have_count(1)
+
+
+def test_stop_keeps_what_both_sides_have(opened: Opened, running: Running) -> None:
+    page = opened()
+    page.get_by_label("Two models side by side").check()
+    expect(page.locator(RIGHT)).to_be_visible()
+    long_drawing(page)
+    expect(page.locator(f"{RIGHT} .bot img").first).to_be_visible(timeout=60_000)
+    page.locator("#stop").click()
+    for side, shown in (("left", LEFT), ("right", RIGHT)):
+        assert wait_answer(page, side) == "stopped"
+        expect(page.locator(f"{shown} .bot img").first).to_be_visible()
+    assert running.idle()
+    page.get_by_label("Two models side by side").uncheck()
+    page.get_by_label("text", exact=True).check()
+    setting(page, "number input for Pictures, at least", "0")
+    send(page, "Which organ is shown?")
+    wait_answer(page)
+    page.get_by_label("Two models side by side").check()
+    expect(page.locator(f"{RIGHT} .user")).to_have_count(1)  # was not asked while it was hidden
+
+
+def test_a_browser_that_goes_frees_its_row(opened: Opened, running: Running) -> None:
+    page = opened()
+    with slowly(running, 0.05):
+        long_drawing(page)
+        page.context.close()
+        assert running.idle()
+
+
 def test_a_talk_is_saved_and_voted_on(opened: Opened, votes: Path, tmp_path: Path) -> None:
     page = opened()
     send(page, "Describe the picture.", picture(tmp_path))
@@ -288,13 +359,12 @@ def test_a_phone_shows_all_of_it(opened: Opened) -> None:
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(opened: Opened) -> None:
     page = opened()
-    unnamed = page.evaluate(
-        """[...document.querySelectorAll("button, input:not([type=file]), textarea, select")]
+    page.wait_for_function(
+        """() => [...document.querySelectorAll("button, input:not([type=file]), textarea, select")]
            .filter(e => e.offsetParent && !(e.ariaLabel || e.title || e.innerText.trim()
                || e.getAttribute("aria-labelledby") || (e.labels && e.labels.length)))
-           .map(e => e.outerHTML.slice(0, 200))"""
+           .length === 0"""
     )
-    assert unnamed == []
     page.locator("#box textarea").focus()
     reached = []
     for _ in range(12):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 from page_in_browser import NEEDS_CHROMIUM, browser, keep, send, wait_answer
@@ -36,6 +37,60 @@ def test_a_token_is_the_password_of_a_login(browser: Browser) -> None:
         guarded.stop()
 
 
+def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
+    browser: Browser, tmp_path: Path
+) -> None:
+    running = Running(Limits(), change=lambda app, state: add_page(app, state) and None)
+    try:
+        page = browser.new_context().new_page()
+        page.goto(running.address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        send(page, "Which organ is shown?")
+        wait_answer(page)
+        page.context.set_offline(True)
+        expect(page.locator("#gone")).to_contain_text("does not answer", timeout=30_000)
+        page.fill("#box textarea", "What modality is this?")
+        page.press("#box textarea", "Enter")
+        page.wait_for_timeout(4000)
+        page.context.set_offline(False)
+        expect(page.locator("#chat-left .bot")).to_have_count(2, timeout=30_000)
+        expect(page.locator("#gone")).to_be_hidden()
+        assert "tokens in" in wait_answer(page)
+        # In the middle of an answer: what there is stays, and the reader decides when to reload.
+        step = running.model.engine.step
+        running.model.engine.step = lambda: (time.sleep(0.1), step())[1]  # type: ignore[method-assign]
+        send(page, "Show me a CT scan of the head with no finding.")
+        expect(page.locator("#chat-left .bot img")).to_be_visible(timeout=30_000)
+        running.stop()
+        expect(page.locator("#gone")).to_be_visible(timeout=30_000)
+        page.wait_for_timeout(5000)
+        expect(page.locator("#chat-left .bot")).to_have_count(3)
+        page.context.close()
+    finally:
+        running.stop()
+
+
+def test_an_open_tab_does_not_hold_up_a_server_that_closes(
+    browser: Browser, tmp_path: Path
+) -> None:
+    process, address = started(tmp_path / "log", 0, "--page")
+    try:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        send(page, "Which organ is shown?")
+        wait_answer(page)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        log = (tmp_path / "log").read_text()
+        assert "graceful shutdown exceeded" not in log  # it would have waited for the tab
+        assert "Traceback" not in log
+        page.context.close()
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
 def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
     process, address = started(tmp_path / "log", 0, "--page")
     try:
@@ -52,8 +107,11 @@ def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path)
         expect(page.locator("#box textarea")).to_have_value("half of a question")
         keep(page, "vanished")
         process, _ = started(tmp_path / "log2", int(address.rsplit(":", 1)[1]), "--page")
-        page.wait_for_timeout(6000)  # the library reloads the page by itself, or does not
-        page.goto(address)
+        expect(gone).to_contain_text("started anew", timeout=30_000)
+        expect(page.locator("#chat-left .bot")).to_have_count(1)  # the talk is still there
+        expect(page.locator("#box textarea")).to_have_value("half of a question")
+        page.get_by_role("button", name="Reload the page").click()
+        expect(page.locator("#chat-left .bot")).to_have_count(0, timeout=30_000)
         expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
         expect(gone).to_be_hidden()
         send(page, "Which organ is shown?")

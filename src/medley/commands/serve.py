@@ -267,6 +267,9 @@ def _run(app: Any, options: ServeOptions, state: Any) -> None:
                 passed = time.monotonic() - self.told
                 late = passed > options.drain_seconds
                 self.should_exit |= passed >= self.least and (state.idle or late)
+                if self.should_exit:
+                    for close in state.closing:
+                        close()
                 if late:  # what still runs is told so, as its last word
                     await asyncio.gather(
                         *(asyncio.to_thread(worker.stop) for worker in state.workers.values())

@@ -151,7 +151,9 @@ class Gate:
             path = getattr(route, "path", None) or "other"
             self.state.metrics.requests.labels(path, str(status)).inc()
             took = time.monotonic() - start
-            log.info("%s %s %s %d %.3f s", name, scope["method"], path, status, took)
+            # Balancers ask for health, and browsers for the page's files, all the time.
+            level = logging.INFO if status >= 400 or path.startswith(PROTOCOLS) else logging.DEBUG
+            log.log(level, "%s %s %s %d %.3f s", name, scope["method"], path, status, took)
 
     def _refused(self, scope: MutableMapping[str, Any]) -> RequestError | None:
         headers = {key.lower(): value for key, value in scope["headers"]}
@@ -162,7 +164,9 @@ class Gate:
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
             if not hmac.compare_digest(given, self.state.token.encode()):
                 return RequestError("a bearer token is needed, and this is not it", 401)
-        if self.state.draining and scope["method"] == "POST":
+        # What the page's browsers send to end something is taken to the end.
+        new = scope["method"] == "POST" and path.startswith(PROTOCOLS)
+        if self.state.draining and new:
             return RequestError("the server is shutting down: ask another one", 503)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.state.limits.body:

@@ -90,9 +90,9 @@ class Reader:
             raise RequestError(f"{place}: not base64 ({error})", param=place) from error
         return self.picture(data, place)
 
-    def picture(self, data: bytes, place: str) -> Image.Image:
+    def picture(self, data: bytes, place: str, name: str = "the picture") -> Image.Image:
         try:
-            return self.tokenizer.square(read_unknown(data, "the picture", self.limits))
+            return self.tokenizer.square(read_unknown(data, name, self.limits))
         except ImageError as error:
             raise RequestError(f"{place}: {error}", param=place) from error
 
@@ -112,6 +112,8 @@ def read_unknown(data: bytes, name: str, limits: Limits) -> Image.Image:
     try:
         if kind == "dicom":
             _refuse_large(medical.pixels_of_dicom(data), name, limits)
+            if (frames := medical.count_frames(io.BytesIO(data), kind)) > 1:
+                raise ImageError(f"{name}: holds {frames} frames; send the one that is meant")
             return read_image(io.BytesIO(data), name)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_large(image.width * image.height, name, limits)

@@ -33,6 +33,7 @@ class State:
         self.draining = False
         self.page = False  # whether there is one
         self.asked = 0  # requests for answers that are under way
+        self.closing: list[Callable[[], None]] = []  # called before connections are waited for
         self.reading = asyncio.Semaphore(READERS)
         self.instance = secrets.token_hex(6)  # another one after each start
 

@@ -98,6 +98,11 @@ class Worker:
             self._new.append(job)
             self._wake.notify()
 
+    def before(self, job: Job) -> int | None:
+        """How many wait before it; None for a job that waits no more."""
+        with self._wake:
+            return self._new.index(job) if job in self._new else None
+
     def cancel(self, job: Job) -> None:
         """Frees the job's row before the next step. Nothing happens for one that has ended."""
         with self._wake:

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from PIL import Image
-
+from medley.assistant import Event
+from medley.document import Document, Part, Picture
 from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.serving.answering import Answering
-from medley.serving.page.talk import Said, Talk
+from medley.serving.page.gallery import Gallery
+from medley.serving.page.talk import Halt, Said, Shown, Talk
+from medley.serving.pictures import Reader
 from medley.serving.state import State, error_body
+from medley.serving.worker import Worker
 
+log = logging.getLogger("medley.serving")
+Item = TypeVar("Item")
 PREVIEWS = 8  # of a picture, while it is drawn
 EVERY = 0.1  # seconds between two looks at an answer that grows
+PULSE = 1.0  # seconds of silence after which the page is told something all the same
+_END: Any = object()
+_COUNTS = ("seed", "min_images", "max_images", "max_new_tokens", "text_top_k", "image_top_k")
 
 
 def options_of(settings: Mapping[str, Any], tries: int) -> GenerationOptions:
     """`seed` is -1 for another one each time, `max_images` 0 for any number. Raises UserError for
     values that do not go together."""
     values = dict(settings)
-    for name in ("seed", "min_images", "max_images", "max_new_tokens"):
-        if values[name] is None:
-            raise UserError(f"{name} is empty, expected a number")
-        values[name] = int(values[name])
+    for name, value in values.items():
+        if value is None:
+            raise UserError(f"{name} is empty, expected a value")
+        if name in _COUNTS:
+            values[name] = int(value)
     values["max_images"] = values["max_images"] or None
     seed = values["seed"]
     values["seed"] = secrets.randbelow(2**31) if seed == -1 else seed + tries
@@ -35,55 +47,109 @@ def options_of(settings: Mapping[str, Any], tries: int) -> GenerationOptions:
 
 
 async def answers(
-    state: State, model: str, talk: Talk, settings: Mapping[str, Any]
+    state: State, gallery: Gallery, model: str, talk: Talk, settings: Mapping[str, Any]
 ) -> AsyncGenerator[Talk, None]:
     """The talk with its answer, again and again as that grows; the last one is whole. What goes
-    wrong is the answer, in plain words. Closing it frees the model's row."""
-    began = time.monotonic()
-    last = Said("assistant", (), f"{model} is asked…", model, "under way")
+    wrong is the answer, in plain words. Closing it, or the talk's halt, frees the model's row."""
+    began, halt = time.monotonic(), talk.halt or Halt()
+    last = Said("assistant", (), f"{model} is asked…", model, "under way", dict(settings))
     yield talk.answer(last)
     try:
         worker = state.worker(model)
         if state.draining:
             raise UserError("the server is shutting down")
         options = options_of(settings, talk.tries)
+        last = replace(last, settings={**settings, "seed": options.seed})
+        async with state.reading:
+            document = await state.in_thread(_document, talk, worker)
         every = max(1, worker.model.image_tokenizer.codes_per_image // PREVIEWS)
-        asked = Answering(worker, talk.document(), options, preview_every=every)
-        told, note = 0.0, ""
+        asked = Answering(worker, document, options, preview_every=every)
+        del document  # its pictures are large, and the worker forgets them once it has read them
+        note, told, seen = "", 0.0, last
         async with aclosing(state.timed(worker, asked)) as pieces:
-            async for piece in pieces:
-                shown: tuple[str | Image.Image, ...] = tuple(_joined(asked.parts[0]))
+            async for piece in _until_halted(pieces, halt):
+                if piece is None:
+                    if (before := worker.before(asked.jobs[0])) is not None:
+                        seen = replace(seen, note=f"waiting, {before} before you")
+                    yield talk.answer(seen)
+                    continue
                 event = piece.event
                 if event.answer is not None:
                     note = event.answer.note or ""
                     continue
-                if time.monotonic() - told < EVERY and event.preview is None:
-                    continue
-                told = time.monotonic()
-                growing = ""
-                if event.preview is not None and (event.progress or 0) < 1:
-                    shown = (*shown, event.preview)
-                    growing = f"drawing, {100 * (event.progress or 0):.0f} %"
-                last = Said("assistant", shown, growing, model, "under way")
-                yield talk.answer(last)
+                last, seen = await _grown(state, gallery, last, event)
+                if event.preview is not None or time.monotonic() - told >= EVERY:
+                    told = time.monotonic()
+                    yield talk.answer(seen)
+        if halt.wanted.is_set():
+            yield talk.answer(replace(seen, note="stopped", standing="stopped"))
+            return
         seconds, tokens = time.monotonic() - began, asked.generated_tokens
         line = f"{model}, seed {options.seed}, {tokens} tokens in {seconds:.1f} s"
-        whole = tuple(_joined(asked.parts[0]))
-        if not whole:
+        if not last.parts:
             note = note or "the model ended its answer without a word"
-        yield talk.answer(Said("assistant", whole, f"{line}; {note}" if note else line, model))
+        yield talk.answer(replace(last, note=f"{line}; {note}" if note else line, standing=""))
     except Exception as error:
-        _, body = error_body(error)
+        status, body = error_body(error)
+        if status >= 500:
+            log.error("an answer on the page", exc_info=error)
         reason = body["error"]["message"]
-        yield talk.answer(Said("assistant", last.parts, f"Not answered: {reason}", model, "failed"))
+        yield talk.answer(replace(last, note=f"Not answered: {reason}", standing="failed"))
+    finally:
+        halt.ended.set()
 
 
-def _joined(parts: list[Any]) -> list[str | Image.Image]:
-    """Neighbouring pieces of text as one."""
-    found: list[str | Image.Image] = []
-    for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
+def _document(talk: Talk, worker: Worker) -> Document:
+    """What the model is asked, read within a request's limits."""
+    reader = Reader(worker.limits, worker.model.image_tokenizer, worker.most_characters)
+    reader.refuse_many(len(talk.pictures))
+
+    def part(shown: Shown, place: str) -> Part:
+        if isinstance(shown, str):
+            return reader.text(shown, place)
+        return Picture(image=reader.picture(shown.read(), place, shown.name))
+
+    return talk.document(part)
+
+
+async def _grown(state: State, gallery: Gallery, last: Said, event: Event) -> tuple[Said, Said]:
+    """An answer with what is new of it, and as it is shown: with a picture that is not whole."""
+    parts = last.parts
+    if event.text:
+        if parts and isinstance(parts[-1], str):
+            parts = (*parts[:-1], parts[-1] + event.text)
         else:
-            found.append(part)
-    return found
+            parts = (*parts, event.text)
+    if event.image is not None:
+        parts = (*parts, await state.in_thread(gallery.drawn, event.image))
+    last = replace(last, parts=parts, note="")
+    done = event.progress or 0
+    if event.preview is None or done >= 1:
+        return last, last
+    preview = await state.in_thread(gallery.drawn, event.preview)
+    return last, replace(last, parts=(*parts, preview), note=f"drawing, {100 * done:.0f} %")
+
+
+async def _until_halted(
+    items: AsyncGenerator[Item, None], halt: Halt
+) -> AsyncGenerator[Item | None, None]:
+    """The items, and None after each while without one: only between two updates does the page
+    notice that its browser has gone. Ends early where the answer is not wanted any more."""
+    ending = asyncio.ensure_future(halt.wanted.wait())
+    coming: asyncio.Future[Any] | None = None
+    try:
+        while not halt.wanted.is_set():
+            coming = coming or asyncio.ensure_future(anext(items, _END))
+            await asyncio.wait({coming, ending}, timeout=PULSE, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                item, coming = coming.result(), None
+                if item is _END:
+                    return
+                yield item
+            elif not halt.wanted.is_set():
+                yield None
+    finally:
+        for task in (ending, coming):  # a generator that runs cannot be closed
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)

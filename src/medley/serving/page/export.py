@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
-from medley.serving.page.talk import Said, Talk
-from medley.serving.pictures import data_address
+from medley.serving.page.gallery import Kept
+from medley.serving.page.talk import Said, Shown, Talk
 from medley.version import __version__
 
 DISCLAIMER = "Research only. Not for clinical decisions."
@@ -23,44 +21,45 @@ p { white-space: pre-wrap; margin: .4rem 0 } img { max-width: 100%; min-width: 8
 """  # noqa: E501
 
 
-Talks = Sequence[tuple[str, Talk]]  # by the names of their models
-
-
-def as_json(talks: Talks, settings: Mapping[str, Any]) -> str:
-    """Messages of OpenAI's protocol, as the server takes them, with their model and settings."""
-    told = [
-        {"model": model, "messages": [
-            {"role": said.role, "content": [_part(part) for part in said.parts]}
-            for said in talk.said
-        ], "notes": [said.note for said in talk.said]}
-        for model, talk in talks
-    ]  # fmt: skip
+def as_json(talks: Sequence[Talk]) -> str:
+    """Messages of OpenAI's protocol, as the server takes them, and of each answer its model, its
+    settings and how it ended. Pictures that were sent are as they were shown."""
     content = {
-        "made_by": f"medley {__version__}", "use": DISCLAIMER, "settings": dict(settings),
-        "talks": told,
+        "made_by": f"medley {__version__}", "use": DISCLAIMER, "talks": [_told(t) for t in talks],
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False, indent=1)
 
 
-def _part(part: str | Image.Image) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "image_url", "image_url": {"url": data_address(part)}}
+def _told(talk: Talk) -> dict[str, Any]:
+    said = [one for one in talk.said if one.parts]
+    return {
+        "messages": [{"role": one.role, "content": list(map(_part, one.parts))} for one in said],
+        "answers": [
+            {"message": number, "model": one.model, "settings": dict(one.settings),
+             "note": one.note}
+            for number, one in enumerate(said) if one.role == "assistant"
+        ],
+    }  # fmt: skip
 
 
-def as_html(talks: Talks, settings: Mapping[str, Any]) -> str:
+def _part(part: Shown) -> dict[str, Any]:
+    if isinstance(part, Kept):
+        return {"type": "image_url", "image_url": {"url": part.address}}
+    return {"type": "text", "text": part}
+
+
+def as_html(talks: Sequence[Talk]) -> str:
     rows = "\n".join(
-        f"<h1>A talk with {html.escape(model)}</h1>\n" + "\n".join(map(_article, talk.said))
-        for model, talk in talks
+        "<section>\n" + "\n".join(map(_article, talk.said)) + "\n</section>" for talk in talks
     )
-    told = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>A talk</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_STYLE}</style></head><body>
+<h1>A talk</h1>
 <p>{DISCLAIMER}</p>
 {rows}
-<small>medley {__version__}; {html.escape(told)}</small>
+<small>medley {__version__}</small>
 </body></html>
 """
 
@@ -68,9 +67,12 @@ def as_html(talks: Talks, settings: Mapping[str, Any]) -> str:
 def _article(said: Said) -> str:
     who = "You" if said.role == "user" else said.model
     shown = "".join(
-        f"<p>{html.escape(part)}</p>" if isinstance(part, str)
-        else f'<p><img alt="Picture of this message" src="{data_address(part)}"></p>'
+        f'<p><img alt="Picture of this message" src="{part.address}"></p>'
+        if isinstance(part, Kept) else f"<p>{html.escape(part)}</p>"
         for part in said.parts
     )  # fmt: skip
-    note = f"<small>{html.escape(said.note)}</small>" if said.note else ""
-    return f'<article class="{said.role}"><h2>{html.escape(who)}</h2>{shown}{note}</article>'
+    told = ", ".join(f"{name} {value}" for name, value in said.settings.items())
+    small = "".join(
+        f"<small>{html.escape(words)}</small><br>" for words in (said.note, told) if words
+    )
+    return f'<article class="{said.role}"><h2>{html.escape(who)}</h2>{shown}{small}</article>'

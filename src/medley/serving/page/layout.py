@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from medley.generation import GenerationOptions
 from medley.serving.page import export
 from medley.serving.page.asking import answers
 from medley.serving.page.examples import Example, phantom_examples
+from medley.serving.page.gallery import Gallery
 from medley.serving.page.status import Status
-from medley.serving.page.talk import Gallery, Talk, line_of, messages_of, parts_of
+from medley.serving.page.talk import Talk, line_of, messages_of, parts_of
 from medley.serving.page.votes import Votes
 from medley.serving.state import State
 
 _D = GenerationOptions()
 SIDES = ("left", "right")
+SKIP = (gr.skip(),)  # an output that stays as it is
+LAST_WORD = 10.0  # seconds that clearing waits for it
 TAKE = """() => setTimeout(() => {
   const file = document.querySelector("#file");
   (file.querySelector("a, button") || file).click();
@@ -69,82 +73,84 @@ async def _no_address(url_or_file_path: str | Path | None) -> str | None:
 
 
 class Page:
-    """Of one server. `files` is where its pictures lie."""
+    """Of one server."""
 
     def __init__(
         self, state: State, votes: Path | None = None, examples: Sequence[Example] = ()
     ) -> None:
         self.state = state
         self.votes = Votes(votes) if votes is not None else None
-        self.status = Status(state.workers)
-        self.files = private_folder() / "talks"
-        self.files.mkdir(exist_ok=True)
-        self.gallery = Gallery(self.files)
-        self.examples = [*examples, *phantom_examples(self.files)]
+        self.status = Status(state)
+        self.gallery = Gallery(private_folder() / "talks")
+        drawn = private_folder() / "examples"
+        drawn.mkdir(exist_ok=True)
+        self.examples = [*examples, *phantom_examples(drawn)]
 
     # --- what happens ---------------------------------------------------------------------
 
-    async def take(self, message: dict[str, Any], left: Talk, right: Talk) -> tuple[Any, ...]:
-        """The user's message into both talks; what cannot be taken stays in the box."""
+    async def take(
+        self, message: dict[str, Any], left: Talk, right: Talk, two: bool
+    ) -> tuple[Any, ...]:
+        """The user's message into the talks on the page; what cannot be taken stays in the box."""
         if under_way(left, right):
-            return (gr.skip(),) * 7
+            return SKIP * 7
+        text, files = message.get("text") or "", message.get("files") or []
         try:
-            parts = await self.state.in_thread(
-                parts_of, message.get("text") or "", message.get("files") or [], self.state.limits
-            )
+            async with self.state.reading:
+                parts = await self.state.in_thread(
+                    parts_of, text, files, self.state.limits, self.gallery
+                )
         except UserError as error:
             gr.Warning(str(error), title="Not sent", duration=None)
-            return (gr.skip(),) * 7
-        empty = {"text": "", "files": []}
-        return (empty, *self.shown(left.asked(parts)), *self.shown(right.asked(parts)))
+            return SKIP * 7
+        other = shown(right.asked(parts)) if two else SKIP * 3
+        return ({"text": "", "files": []}, *shown(left.asked(parts)), *other)
 
     async def answer(
         self, model: str, talk: Talk, on: bool, *values: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """The answer of one side, as it grows."""
         if not (on and talk.waits):
-            yield talk, gr.skip(), gr.skip()
+            yield SKIP * 3
             return
-        growing = answers(self.state, model, talk, dict(zip(SETTINGS, values, strict=True)))
+        settings = dict(zip(SETTINGS, values, strict=True))
+        growing = answers(self.state, self.gallery, model, talk, settings)
         async with aclosing(growing) as talks:
             async for said in talks:
-                yield self.shown(said)
+                yield shown(said)
 
-    def again(self, left: Talk, right: Talk) -> tuple[Any, ...]:
+    def again(self, left: Talk, right: Talk, two: bool) -> tuple[Any, ...]:
         if under_way(left, right):
-            return (gr.skip(),) * 6
-        return (*self.shown(left.again()), *self.shown(right.again()))
+            return SKIP * 6
+        return (*shown(left.again()), *(shown(right.again()) if two else SKIP * 3))
 
-    def stopped(self, talk: Talk) -> tuple[Any, ...]:
-        """What there is of an answer that was under way."""
-        last = talk.said[-1] if talk.said else None
-        if last is None or last.standing != "under way":
-            return talk, gr.skip(), gr.skip()
-        return self.shown(talk.answer(replace(last, note="stopped", standing="stopped")))
+    async def stop(self, *talks: Talk) -> None:
+        """What there is of the answers under way is kept."""
+        for talk in talks:
+            if talk.halt is not None:
+                talk.halt.wanted.set()
 
-    def shown(self, talk: Talk) -> tuple[Talk, list[dict[str, Any]], str]:
-        """Of a side: the talk, its messages, and the line below them."""
-        return talk, messages_of(talk, self.gallery), line_of(talk)
+    async def clear(self, *talks: Talk) -> tuple[Any, ...]:
+        """Nothing is kept. An answer under way says its last word first, or it would come back."""
+        await self.stop(*talks)
+        for talk in talks:
+            if talk.halt is not None and (talk.waits or talk.under_way):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(talk.halt.ended.wait(), LAST_WORD)
+        return tuple(value for _ in talks for value in shown(Talk()))
 
-    def exported(
-        self, kind: str, two: bool, left: str, first: Talk, right: str, second: Talk, *values: Any
-    ) -> str:
+    def exported(self, kind: str, two: bool, left: Talk, right: Talk) -> str:
         """The file of what is on the page."""
-        settings = dict(zip(SETTINGS, values, strict=True))
-        talks = [(left, first), (right, second)] if two else [(left, first)]
-        make = export.as_json if kind == "json" else export.as_html
-        path = self.files / f"talk-{time.strftime('%Y%m%d-%H%M%S')}.{kind}"
-        path.write_text(make(talks, settings), encoding="utf-8")
-        return str(path)
+        talks = [left, right] if two else [left]
+        text = export.as_json(talks) if kind == "json" else export.as_html(talks)
+        return str(self.gallery.write(f"talk-{time.strftime('%Y%m%d-%H%M%S')}.{kind}", text))
 
-    def vote(self, like: gr.LikeData, model: str, talk: Talk, *values: Any) -> None:
+    def vote(self, like: gr.LikeData, talk: Talk) -> None:
         assert self.votes is not None
         index = like.index if isinstance(like.index, int) else like.index[0]
         if not isinstance(like.liked, bool):  # taken back
             return
-        settings = dict(zip(SETTINGS, values, strict=True))
-        said = Talk(talk.said[: index + 1])
-        self.votes.keep(said, like.liked, said.said[-1].model or model, settings)
+        self.votes.keep(Talk(talk.said[: index + 1]), like.liked)
         gr.Info("Thank you: the vote is kept.", duration=3)
 
     # --- where it stands ------------------------------------------------------------------
@@ -177,11 +183,7 @@ class Page:
                 [[{"text": e.text, "files": list(e.files)}] for e in self.examples],
                 [box], label="Try one of these", elem_id="examples", cache_examples=False,
             )  # fmt: skip
-            line = gr.HTML(self.status.html(), elem_id="status")
-            gr.Timer(2).tick(
-                self.status.html, outputs=line, show_progress="hidden", api_visibility="private",
-                queue=False,
-            )  # fmt: skip
+            gr.HTML('<p class="status"></p>', elem_id="status")  # page.js fills it
             self._wire(
                 blocks, sides, settings, box, stop, again, clear, two, as_page, as_rows, file
             )
@@ -212,36 +214,25 @@ class Page:
     ) -> None:  # fmt: skip
         left, right = sides
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        talks, shown = [left.talk, right.talk], [*left.shown, *right.shown]
+        # Reading a message waits for its turn elsewhere, and a new answer for no other one.
+        free: dict[str, Any] = {**quiet, "concurrency_limit": None, "trigger_mode": "multiple"}
+        talks, both = [left.talk, right.talk], [*left.shown, *right.shown]
         always = gr.State(True)
-        running = []
-        starts = [
-            box.submit(self.take, [box, *talks], [box, *shown], **quiet),
-            again.click(self.again, talks, shown, **quiet),
-            left.chat.retry(self.again, talks, shown, **quiet),
-            right.chat.retry(self.again, talks, shown, **quiet),
-        ]
+        starts = [box.submit(self.take, [box, *talks, two], [box, *both], **free)]
+        for again_pressed in (again.click, left.chat.retry, right.chat.retry):
+            starts.append(again_pressed(self.again, [*talks, two], both, **free))
         for start in starts:
             for side, on in ((left, always), (right, two)):
-                running.append(start.success(
-                    self.answer, [side.model, side.talk, on, *settings], side.shown,
-                    concurrency_limit=None, **quiet,
-                ))  # fmt: skip
-        # First what runs is cancelled, then what there is of it is kept.
-        stopping = stop.click(None, cancels=running, **quiet)
+                start.success(
+                    self.answer, [side.model, side.talk, on, *settings], side.shown, **free
+                )
+        stop.click(self.stop, talks, None, **free)
+        clear.click(self.clear, talks, both, **free)
         for side in sides:
-            stopping.then(self.stopped, side.talk, side.shown, queue=False, **quiet)
-            side.chat.clear(lambda: self.shown(Talk()), None, side.shown, cancels=running, **quiet)
-        clear.click(
-            lambda: (*self.shown(Talk()), *self.shown(Talk())), None, shown, cancels=running,
-            **quiet,
-        )  # fmt: skip
+            side.chat.clear(self.clear, side.talk, side.shown, **free)
         two.change(lambda on: gr.update(visible=on), two, right.column, **quiet)
         for button, kind in ((as_page, "html"), (as_rows, "json")):
-            made = button.click(
-                partial(self.exported, kind),
-                [two, left.model, left.talk, right.model, right.talk, *settings], file, **quiet,
-            )  # fmt: skip
+            made = button.click(partial(self.exported, kind), [two, *talks], file, **quiet)
             made.success(None, js=TAKE, **quiet)
         names = list(self.state.workers)
         blocks.load(
@@ -249,12 +240,17 @@ class Page:
         )
         if self.votes is not None:
             for side in sides:
-                side.chat.like(self.vote, [side.model, side.talk, *settings], None, **quiet)
+                side.chat.like(self.vote, side.talk, None, **quiet)
+
+
+def shown(talk: Talk) -> tuple[Talk, list[dict[str, Any]], str]:
+    """Of a side: the talk, its messages, and the line below them."""
+    return talk, messages_of(talk), line_of(talk)
 
 
 def under_way(*talks: Talk) -> bool:
     """Whether an answer is still being written; the reader is told so."""
-    busy = any(talk.said and talk.said[-1].standing == "under way" for talk in talks)
+    busy = any(talk.under_way for talk in talks)
     if busy:
         gr.Warning("An answer is still being written: wait for it, or press Stop.", title="Not now")
     return busy
@@ -276,10 +272,12 @@ SETTINGS: dict[str, Any] = {
     "text_greedy": lambda _: gr.Checkbox(_D.text_greedy, label="Likeliest word only (greedy)"),
     "text_temperature": _slider("text_temperature", "Temperature of words", 0.05, 2, 0.05),
     "text_top_p": _slider("text_top_p", "Top-p of words", 0.05, 1, 0.05),
+    "text_top_k": _slider("text_top_k", "Top-k of words (0: all)", 0, 1000, 1),
     "repetition_penalty": _slider("repetition_penalty", "Repetition penalty", 1, 2, 0.05),
     "guidance_scale_text": _slider("guidance_scale_text", "Guidance by words", 0, 10, 0.1),
     "guidance_scale_image": _slider("guidance_scale_image", "Guidance by pictures", 0, 10, 0.1),
     "image_greedy": lambda _: gr.Checkbox(_D.image_greedy, label="Likeliest code only (greedy)"),
     "image_temperature": _slider("image_temperature", "Temperature of pictures", 0.05, 2, 0.05),
     "image_top_p": _slider("image_top_p", "Top-p of pictures", 0.05, 1, 0.05),
+    "image_top_k": _slider("image_top_k", "Top-k of pictures (0: all)", 0, 1000, 1),
 }  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.routes import App
+from starlette.routing import Mount
 
 from medley.serving.page.door import Door
 from medley.serving.page.examples import Example
@@ -16,6 +18,7 @@ from medley.serving.page.layout import Page, private_folder
 from medley.serving.state import State
 
 _HERE = Path(__file__).parent
+STATUS = "/page/status"
 SESSIONS = 500  # of browsers, that are remembered
 FONTS = ("system-ui", "sans-serif")  # of the reader's own machine: nothing is fetched
 
@@ -27,6 +30,8 @@ def add_page(
     """Serves the page at `/`, behind all other routes. Where the server has a token it is the
     password of a login, whatever the name."""
     os.environ["GRADIO_TEMP_DIR"] = str(private_folder())
+    # Its own figures of what was asked, which nobody reads here.
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "9" * 9}
     page = Page(state, votes, examples)
     blocks = page.build()
     # Only a launch sets it, and without it Gradio takes files from anywhere for uploaded ones.
@@ -34,6 +39,7 @@ def add_page(
     blocks.state_session_capacity = SESSIONS
     state.page = True
     token = state.token
+    app.add_api_route(STATUS, page.status.told, methods=["GET"], include_in_schema=False)
 
     def knows(name: str, password: str) -> bool:
         assert token is not None
@@ -49,4 +55,8 @@ def add_page(
         css_paths=_HERE / "page.css", js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )  # fmt: skip
     app.add_middleware(Door)
+    # Open tabs keep a connection, for which a server that closes would wait.
+    (mounted,) = (route.app for route in app.routes if isinstance(route, Mount))
+    assert isinstance(mounted, App)
+    state.closing.append(mounted.stop_event.set)
     return page

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import threading
 import time
-from collections.abc import Mapping
+from typing import Any
 
 import psutil
 import torch
 
-from medley.serving.worker import Worker
+from medley.serving.state import State
 
 LOOK = 1.0  # seconds between two looks at the counters
 
@@ -18,8 +17,8 @@ LOOK = 1.0  # seconds between two looks at the counters
 class Status:
     """Rows at work and waiting, tokens a second, and memory, of all models of a server."""
 
-    def __init__(self, workers: Mapping[str, Worker]) -> None:
-        self.workers = workers
+    def __init__(self, state: State) -> None:
+        self.state, self.workers = state, state.workers
         self._lock = threading.Lock()
         self._seen = (time.monotonic(), self._tokens())
         self._pace = 0.0
@@ -37,7 +36,7 @@ class Status:
                 self._seen = (now, tokens)
             return self._pace
 
-    def html(self) -> str:
+    def line(self) -> str:
         running = sum(worker.running for worker in self.workers.values())
         waiting = sum(worker.waiting for worker in self.workers.values())
         memory = psutil.Process().memory_info().rss / 1e9
@@ -48,4 +47,9 @@ class Status:
         dead = [name for name, worker in self.workers.items() if not worker.alive]
         if dead:
             said.append(f"not running: {', '.join(dead)}")
-        return f'<p class="status">{html.escape(" · ".join(said))}</p>'
+        return " · ".join(said)
+
+    def told(self) -> dict[str, Any]:
+        """What the page asks for every few seconds."""
+        return {"line": self.line(), "instance": self.state.instance,
+                "draining": self.state.draining}  # fmt: skip

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import html
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from PIL import Image
-
-from medley.document import Document, Part, Picture, Turn
-from medley.images import ImageError
+from medley.document import Document, Part, Turn
 from medley.serving.limits import Limits, RequestError
-from medley.serving.pictures import read_unknown
+from medley.serving.page.gallery import Gallery, Kept
 from medley.vocabulary import IMAGE
 
-Shown = str | Image.Image
+Shown = str | Kept
 Standing = Literal["", "under way", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Said:
-    """A message: words and pictures in their order, and a line below them. `standing` is of an
-    answer that is not, or not all, what the model wanted to say."""
+    """A message: words and pictures in their order, and a line below them. Of an answer, too: by
+    which model, with which settings, and in `standing` whether it is not, or not all, what the
+    model wanted to say."""
 
     role: Literal["user", "assistant"]
     parts: tuple[Shown, ...]
     note: str = ""
     model: str = ""
     standing: Standing = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Halt:
+    """How an answer under way is told that it is not wanted any more: all copies of its talk share
+    one. `ended` is set by the answer, once it has changed the talk for the last time. Both belong
+    to the server's event loop."""
+
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,11 @@ class Talk:
 
     said: tuple[Said, ...] = ()
     tries: int = 0
+    halt: Halt | None = None
 
     def asked(self, parts: Sequence[Shown]) -> Talk:
         """With the user's next message; one that got no answer goes."""
-        return Talk((*self.answered.said, Said("user", tuple(parts))))
+        return Talk((*self._answered(), Said("user", tuple(parts))), halt=Halt())
 
     def answer(self, answer: Said) -> Talk:
         """With the answer to the last question in the place of the one that is there."""
@@ -54,48 +62,55 @@ class Talk:
         """Without the last answer, which is asked for anew."""
         if not self.said or self.said[-1].role == "user":
             return self
-        return Talk(self.said[:-1], self.tries + 1)
+        return Talk(self.said[:-1], self.tries + 1, Halt())
 
-    @property
-    def answered(self) -> Talk:
+    def _answered(self) -> tuple[Said, ...]:
         """Without a last question that was not answered, or whose answer failed."""
-        if self.said and (self.said[-1].role == "user" or not _counts(self.said[-1])):
-            end = -1 if self.said[-1].role == "user" else -2
-            return Talk(self.said[:end])
-        return self
+        if not self.said:
+            return ()
+        last = self.said[-1]
+        if last.role == "user":
+            return self.said[:-1]
+        return self.said if last.parts and last.standing != "failed" else self.said[:-2]
 
     @property
     def waits(self) -> bool:
         return bool(self.said) and self.said[-1].role == "user"
 
-    def document(self) -> Document:
-        """What the model is asked. Raises RequestError where nothing is."""
+    @property
+    def under_way(self) -> bool:
+        return bool(self.said) and self.said[-1].standing == "under way"
+
+    @property
+    def pictures(self) -> list[Kept]:
+        return [part for said in self.said for part in said.parts if isinstance(part, Kept)]
+
+    def document(self, part: Callable[[Shown, str], Part]) -> Document:
+        """What the model is asked; `part` reads one, and is told its place. Raises RequestError
+        where nothing is asked."""
         if not self.waits:
             raise RequestError("nothing has been asked yet")
-        return Document(tuple(Turn(s.role, tuple(map(_part, s.parts))) for s in self.said))
+        return Document(
+            tuple(
+                Turn(said.role, tuple(part(shown, f"message {number}") for shown in said.parts))
+                for number, said in enumerate(self.said, 1)
+            )
+        )
 
 
-def _counts(said: Said) -> bool:
-    return said.standing != "failed" and bool(said.parts)
-
-
-def _part(shown: Shown) -> Part:
-    return Picture(image=shown) if isinstance(shown, Image.Image) else shown
-
-
-def parts_of(text: str, files: Sequence[str], limits: Limits) -> list[Shown]:
+def parts_of(text: str, files: Sequence[str], limits: Limits, gallery: Gallery) -> list[Shown]:
     """What somebody typed and dropped: pictures stand where `<image>` does, those without such a
     place before the text. Raises RequestError for what cannot be read, and for nothing at all."""
     if len(files) > limits.pictures:
         raise RequestError(f"{len(files)} pictures, the limit of a message is {limits.pictures}")
-    pictures = [_read(Path(file), limits) for file in files]
     texts = text.split(IMAGE)
-    before = len(pictures) - (len(texts) - 1)
+    before = len(files) - (len(texts) - 1)
     if before < 0:
         raise RequestError(
-            f"{len(texts) - 1} places for a picture ({IMAGE}), and {len(pictures)} pictures: add "
+            f"{len(texts) - 1} places for a picture ({IMAGE}), and {len(files)} pictures: add "
             "the missing ones, or take the places out"
         )
+    pictures = [gallery.sent(file, limits) for file in files]
     parts: list[Shown] = [*pictures[:before]]
     for number, words in enumerate(texts):
         if number:
@@ -107,50 +122,24 @@ def parts_of(text: str, files: Sequence[str], limits: Limits) -> list[Shown]:
     return parts
 
 
-def _read(path: Path, limits: Limits) -> Image.Image:
-    try:
-        return read_unknown(path.read_bytes(), path.name, limits)
-    except ImageError as error:
-        raise RequestError(str(error)) from error
-
-
 # --- what is shown ----------------------------------------------------------------------------
 
 
-@dataclass
-class Gallery:
-    """Pictures of the talks as files in one folder, each once, for the browser to load."""
-
-    folder: Path
-
-    def keep(self, image: Image.Image) -> str:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        name = hashlib.sha256(buffer.getvalue()).hexdigest()[:32]
-        path = self.folder / f"{name}.png"
-        if not path.exists():
-            path.write_bytes(buffer.getvalue())
-        return str(path)
-
-
-def messages_of(talk: Talk, gallery: Gallery) -> list[dict[str, Any]]:
+def messages_of(talk: Talk) -> list[dict[str, Any]]:
     """As Gradio's Chatbot takes them."""
-    shown = [(said.role, list(_content(said, gallery))) for said in talk.said]
+    shown = [(said.role, list(_content(said))) for said in talk.said]
     return [{"role": role, "content": content} for role, content in shown if content]
 
 
 def line_of(talk: Talk) -> str:
-    """The line below a talk, about its last answer; a screen reader tells of it as it changes."""
+    """The line below a talk, about its last answer."""
     last = talk.said[-1] if talk.said else None
     text = last.note if last is not None else ""
-    return f'<p class="status" role="status" aria-live="polite">{html.escape(text)}</p>'
+    return f'<p class="status">{html.escape(text)}</p>'
 
 
-def _content(said: Said, gallery: Gallery) -> Any:
+def _content(said: Said) -> Iterator[Any]:
     for part in said.parts:
-        if isinstance(part, Image.Image):
-            yield {"path": gallery.keep(part)}
-        else:
-            yield part
+        yield {"path": str(part.shown)} if isinstance(part, Kept) else part
     if said.standing == "failed":
         yield said.note

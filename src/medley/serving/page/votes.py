@@ -9,11 +9,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from medley.files import append_line
+from medley.serving.page.gallery import Kept
 from medley.serving.page.talk import Talk
 from medley.vocabulary import IMAGE
 
@@ -25,8 +23,9 @@ class Votes:
     folder: Path
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def keep(self, talk: Talk, liked: bool, model: str, settings: dict[str, Any]) -> Path:
+    def keep(self, talk: Talk, liked: bool) -> Path:
         """Appends a vote about the last answer of a talk; gives the file."""
+        voted = talk.said[-1]
         now = time.time()
         day = time.strftime("%Y-%m-%d", time.localtime(now))
         images: list[str] = []
@@ -34,24 +33,26 @@ class Votes:
         for said in talk.said:
             words = ""
             for part in said.parts:
-                if isinstance(part, Image.Image):
+                if isinstance(part, Kept):
                     images.append(self._image(part, day))
                     words += IMAGE
                 else:
                     words += part
             messages.append([said.role, words])
         row = {
-            "tstamp": round(now, 4), "type": "upvote" if liked else "downvote", "model": model,
+            "tstamp": round(now, 4), "type": "upvote" if liked else "downvote",
+            "model": voted.model,
             "state": {"roles": ["user", "assistant"], "messages": messages, "images": images,
-                      "settings": settings}, "ip": None,
+                      "settings": dict(voted.settings)}, "ip": None,
         }  # fmt: skip
         path = self.folder / f"{day}-conv.json"
         with self.lock:
             append_line(path, json.dumps(row, ensure_ascii=False))
         return path
 
-    def _image(self, image: Image.Image, day: str) -> str:
+    def _image(self, kept: Kept, day: str) -> str:
         """Its name below the folder. The MD5 is LLaVA's way to name, and guards nothing."""
+        image = kept.image
         digest = hashlib.md5(image.tobytes(), usedforsecurity=False).hexdigest()
         name = f"serve_images/{day}/{digest}.jpg"
         path = self.folder / name
