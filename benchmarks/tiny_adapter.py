@@ -38,6 +38,7 @@ class Options:
         scans: ultrasound phantoms to learn from
         known: phantoms of known modalities beside them
         test: phantoms of each side that are asked about
+        questions: of each of those
         epochs: passes over the documents
         batch: documents of a step
         lr: learning rate
@@ -46,7 +47,8 @@ class Options:
 
     scans: int = 700
     known: int = 200
-    test: int = 150
+    test: int = 200
+    questions: int = 10
     epochs: int = 2
     batch: int = 16
     lr: float = 2e-3
@@ -104,7 +106,7 @@ def work(options: Options) -> None:
             scans = [Phantom.random(rng, modalities) for _ in range(options.test)]
             for number, scan in enumerate(scans):
                 scan.image(64).save(own / "pictures" / f"{number}.png")
-            write_questions(own, scans)
+            write_questions(own, scans, options.questions)
         result["ours_seconds"] = train_ours(tokens, folder / "ours", options)
         result["baseline_seconds"] = train_baseline(
             list(TokenShards(tokens)), folder / "baseline", options.batch, options.lr,

@@ -57,6 +57,7 @@ class Options:
     Args:
         ckpt: checkpoint, or tiny
         scans: phantoms that are asked about
+        questions: of each, drawn from all that can be asked about it alone
         pictures: pictures that are drawn, with and without guidance
         guidance: guidance scale of the words
         image_temperature: temperature of the pictures, guided or not
@@ -66,6 +67,7 @@ class Options:
 
     ckpt: str = "tiny"
     scans: int = 1000
+    questions: int = 10
     pictures: int = 300
     guidance: float = 2.0
     image_temperature: float = 0.4
@@ -95,10 +97,13 @@ GREEDY = ("--text_greedy", "--repetition_penalty", "1.0")
 # --- questions --------------------------------------------------------------------------------
 
 
-def write_questions(folder: Path, scans: Sequence[Phantom]) -> Path:
+def write_questions(folder: Path, scans: Sequence[Phantom], most: int) -> Path:
+    rng = np.random.default_rng(SEED + 2)
     rows = []
     for number, scan in enumerate(scans):
-        for question, answer in questions(scan):
+        pairs = questions(scan)
+        for place in sorted(rng.permutation(len(pairs))[:most]):
+            question, answer = pairs[place]
             kind = "CLOSED" if answer in ("yes", "no") else "OPEN"
             rows.append({
                 "text": f"<image>{question}<reserved08706>{answer}", "id": len(rows),
@@ -292,7 +297,7 @@ def work(options: Options) -> None:
         (folder / "pictures").mkdir(parents=True)
         for number, scan in enumerate(scans):
             scan.image(64).save(folder / "pictures" / f"{number}.png")
-        write_questions(folder, scans)
+        write_questions(folder, scans, options.questions)
         result: dict[str, object] = {
             **reconstruct(options.ckpt, scans),
             **question_scores(folder, options.ckpt),
@@ -305,8 +310,8 @@ def work(options: Options) -> None:
                 result[f"closed_{name}"] = found["closed accuracy"]["percent"]
                 result[f"open_{name}"] = found["open exact match"]["percent"]
     result |= {
-        "scans": options.scans, "pictures": options.pictures, "guidance": options.guidance,
-        "image_temperature": options.image_temperature,
+        "scans": options.scans, "questions": options.questions, "pictures": options.pictures,
+        "guidance": options.guidance, "image_temperature": options.image_temperature,
         "seconds": time.monotonic() - start, "machine": platform.machine(),
     }  # fmt: skip
     print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()}))

@@ -303,6 +303,10 @@ def test_a_talk_is_saved_and_voted_on(opened: Opened, votes: Path, tmp_path: Pat
     assert (row["type"], row["model"]) == ("upvote", "tiny")
     assert row["state"]["messages"][0] == ["user", "<image>Describe the picture."]
     assert (votes / row["state"]["images"][0]).is_file()
+    page.locator(LEFT).get_by_label("Liked", exact=True).last.click()  # taken back
+    page.locator("#clear").click()
+    expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
+    assert len(file.read_text().splitlines()) == 1
 
 
 def test_examples_fill_the_box(opened: Opened) -> None:

@@ -70,6 +70,32 @@ def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
         running.stop()
 
 
+def test_who_waits_is_told_so_and_leaves_the_queue_by_closing_the_tab(browser: Browser) -> None:
+    running = Running(Limits(), rows=1, change=lambda app, state: add_page(app, state) and None)
+    try:
+        pages = [browser.new_context().new_page() for _ in range(2)]
+        step = running.model.engine.step
+        running.model.engine.step = lambda: (time.sleep(0.3), step())[1]  # type: ignore[method-assign]
+        for page in pages:
+            page.goto(running.address)
+            expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+            send(page, "Show me a CT scan of the head with no finding.")
+            expect(page.locator("#line-left .status")).not_to_have_text("", timeout=30_000)
+        line = pages[1].locator("#line-left .status")
+        expect(line).to_have_text("waiting, 0 before you", timeout=30_000)
+        assert (running.worker.running, running.worker.waiting) == (1, 1)
+        keep(pages[1], "waiting")
+        pages[1].context.close()
+        until = time.monotonic() + 30
+        while running.worker.waiting and time.monotonic() < until:
+            time.sleep(0.05)
+        assert (running.worker.running, running.worker.waiting) == (1, 0)
+        pages[0].context.close()
+        assert running.idle()
+    finally:
+        running.stop()
+
+
 def test_an_open_tab_does_not_hold_up_a_server_that_closes(
     browser: Browser, tmp_path: Path
 ) -> None:
