@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from running_server import Running
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
 )
+
+
+DRAW = "Show me a CT scan of the head with a large marked cyst in the upper left."
+LEFT, RIGHT = "#chat-left", "#chat-right"
+expect.set_options(timeout=30_000)  # two slow cores carry the server, the model and the browser
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +57,32 @@ def keep(page: Page, name: str, **options: Any) -> None:
     folder = os.environ.get("MEDLEY_SCREENSHOTS")
     if folder:
         page.screenshot(path=str(Path(folder) / f"page-{name}.png"), **options)
+
+
+@contextmanager
+def slowly(running: Running, seconds: float) -> Iterator[None]:
+    """The first model takes so long for each token."""
+    step = running.model.engine.step
+    running.model.engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        running.model.engine.step = step  # type: ignore[method-assign]
+
+
+def setting(page: Page, label: str, value: str) -> None:
+    if not page.get_by_label("Seed").first.is_visible():
+        page.get_by_label("Toggle Sidebar").click()
+    field = page.get_by_label(label).first
+    field.fill(value)
+    field.press("Tab")
+
+
+def long_drawing(page: Page) -> None:
+    """Asked for, and its first picture is growing."""
+    page.get_by_label("Toggle Sidebar").click()
+    page.get_by_label("image", exact=True).check()
+    setting(page, "number input for Pictures, at least", "8")
+    setting(page, "number input for Pictures, at most", "8")
+    send(page, DRAW)
+    expect(page.locator(f"{LEFT} .bot img").first).to_be_visible(timeout=60_000)

@@ -40,9 +40,13 @@ class Running:
         self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="critical", access_log=False)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(
-            target=lambda: asyncio.run(self.server.serve(sockets=[listening])), daemon=True
-        )
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+        async def serve() -> None:
+            self.loop = asyncio.get_running_loop()
+            await self.server.serve(sockets=[listening])
+
+        self.thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         self.thread.start()
         until = time.monotonic() + 60
         while not self.server.started:
@@ -50,8 +54,22 @@ class Running:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=30)
+        def close() -> None:
+            for closing in self.state.closing:
+                closing()
+            self.server.should_exit = True
+
+        assert self.loop is not None
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(close)
+            self.thread.join(timeout=60)
+        assert not self.thread.is_alive()
+
+    def cut(self) -> None:
+        """Breaks every connection, as a bad network does; the server runs on."""
+        assert self.loop is not None
+        for connection in list(self.server.server_state.connections):
+            self.loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore[union-attr]
 
     def idle(self) -> bool:
         """Whether every row is free, at once or a moment later."""

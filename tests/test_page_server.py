@@ -6,7 +6,15 @@ import signal
 import time
 from pathlib import Path
 
-from page_in_browser import NEEDS_CHROMIUM, browser, keep, send, wait_answer
+from page_in_browser import (
+    NEEDS_CHROMIUM,
+    browser,
+    keep,
+    long_drawing,
+    send,
+    slowly,
+    wait_answer,
+)
 from playwright.sync_api import Browser, expect
 from running_server import Running, started
 
@@ -57,14 +65,16 @@ def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
         expect(page.locator("#gone")).to_be_hidden()
         assert "tokens in" in wait_answer(page)
         # In the middle of an answer: what there is stays, and the reader decides when to reload.
-        step = running.model.engine.step
-        running.model.engine.step = lambda: (time.sleep(0.1), step())[1]  # type: ignore[method-assign]
-        send(page, "Show me a CT scan of the head with no finding.")
-        expect(page.locator("#chat-left .bot img")).to_be_visible(timeout=30_000)
-        running.stop()
-        expect(page.locator("#gone")).to_be_visible(timeout=30_000)
-        page.wait_for_timeout(5000)
-        expect(page.locator("#chat-left .bot")).to_have_count(3)
+        with slowly(running, 0.05):
+            long_drawing(page)
+            running.cut()
+            expect(page.locator("#gone")).to_contain_text("The connection was lost")
+        page.wait_for_timeout(5000)  # the library would have reloaded the page by now
+        expect(page.locator("#chat-left .user")).to_have_count(3)
+        assert running.idle()
+        page.get_by_role("button", name="Reload the page").click()
+        expect(page.locator("#chat-left .user")).to_have_count(0)
+        expect(page.locator("#gone")).to_be_hidden()
         page.context.close()
     finally:
         running.stop()
@@ -73,25 +83,24 @@ def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
 def test_who_waits_is_told_so_and_leaves_the_queue_by_closing_the_tab(browser: Browser) -> None:
     running = Running(Limits(), rows=1, change=lambda app, state: add_page(app, state) and None)
     try:
-        pages = [browser.new_context().new_page() for _ in range(2)]
-        step = running.model.engine.step
-        running.model.engine.step = lambda: (time.sleep(0.3), step())[1]  # type: ignore[method-assign]
-        for page in pages:
+        first, second = (browser.new_context().new_page() for _ in range(2))
+        for page in (first, second):
             page.goto(running.address)
             expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-            send(page, "Show me a CT scan of the head with no finding.")
-            expect(page.locator("#line-left .status")).not_to_have_text("", timeout=30_000)
-        line = pages[1].locator("#line-left .status")
-        expect(line).to_have_text("waiting, 0 before you", timeout=30_000)
-        assert (running.worker.running, running.worker.waiting) == (1, 1)
-        keep(pages[1], "waiting")
-        pages[1].context.close()
-        until = time.monotonic() + 30
-        while running.worker.waiting and time.monotonic() < until:
-            time.sleep(0.05)
-        assert (running.worker.running, running.worker.waiting) == (1, 0)
-        pages[0].context.close()
-        assert running.idle()
+        with slowly(running, 0.1):
+            long_drawing(first)
+            send(second, "Which organ is shown?")
+            line = second.locator("#line-left .status")
+            expect(line).to_have_text("waiting, 0 before you")
+            assert (running.worker.running, running.worker.waiting) == (1, 1)
+            keep(second, "waiting")
+            second.context.close()
+            until = time.monotonic() + 30
+            while running.worker.waiting and time.monotonic() < until:
+                time.sleep(0.05)
+            assert (running.worker.running, running.worker.waiting) == (1, 0)
+            first.context.close()
+            assert running.idle()
     finally:
         running.stop()
 

@@ -78,6 +78,11 @@ class Worker:
         return self._thread.is_alive()
 
     @property
+    def capacity(self) -> int:
+        """Requests that are worked on at once."""
+        return self.model.engine.capacity
+
+    @property
     def waiting(self) -> int:
         return len(self._new)
 

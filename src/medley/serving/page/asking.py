@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ async def answers(
     """The talk with its answer, again and again as that grows; the last one is whole. What goes
     wrong is the answer, in plain words. Closing it, or the talk's halt, frees the model's row."""
     began, halt = time.monotonic(), talk.halt or Halt()
+    halt.taken = True
     last = Said("assistant", (), f"{model} is asked…", model, "under way", dict(settings))
     yield talk.answer(last)
     try:
@@ -60,14 +61,17 @@ async def answers(
             raise UserError("the server is shutting down")
         options = options_of(settings, talk.tries)
         last = replace(last, settings={**settings, "seed": options.seed})
-        async with state.reading:
+        async with state.reading if talk.pictures else nullcontext():
             document = await state.in_thread(_document, talk, worker)
         every = max(1, worker.model.image_tokenizer.codes_per_image // PREVIEWS)
         asked = Answering(worker, document, options, preview_every=every)
         del document  # its pictures are large, and the worker forgets them once it has read them
         note, told, seen = "", 0.0, last
-        async with aclosing(state.timed(worker, asked)) as pieces:
-            async for piece in _until_halted(pieces, halt):
+        async with (
+            aclosing(state.timed(worker, asked)) as pieces,
+            aclosing(_until_halted(pieces, halt)) as looked,
+        ):
+            async for piece in looked:
                 if piece is None:
                     if (before := worker.before(asked.jobs[0])) is not None:
                         seen = replace(seen, note=f"waiting, {before} before you")
@@ -77,12 +81,13 @@ async def answers(
                 if event.answer is not None:
                     note = event.answer.note or ""
                     continue
-                last, seen = await _grown(state, gallery, last, event)
+                last, seen = await _grown(state, gallery, last, seen, event)
                 if event.preview is not None or time.monotonic() - told >= EVERY:
                     told = time.monotonic()
                     yield talk.answer(seen)
         if halt.wanted.is_set():
-            yield talk.answer(replace(seen, note="stopped", standing="stopped"))
+            parts = await state.in_thread(gallery.settled, seen.parts)
+            yield talk.answer(replace(seen, parts=parts, note="stopped", standing="stopped"))
             return
         seconds, tokens = time.monotonic() - began, asked.generated_tokens
         line = f"{model}, seed {options.seed}, {tokens} tokens in {seconds:.1f} s"
@@ -112,22 +117,24 @@ def _document(talk: Talk, worker: Worker) -> Document:
     return talk.document(part)
 
 
-async def _grown(state: State, gallery: Gallery, last: Said, event: Event) -> tuple[Said, Said]:
+async def _grown(
+    state: State, gallery: Gallery, last: Said, seen: Said, event: Event
+) -> tuple[Said, Said]:
     """An answer with what is new of it, and as it is shown: with a picture that is not whole."""
     parts = last.parts
-    if event.text:
-        if parts and isinstance(parts[-1], str):
-            parts = (*parts[:-1], parts[-1] + event.text)
-        else:
-            parts = (*parts, event.text)
+    if event.progress is not None:
+        if event.preview is not None and event.progress < 1:
+            preview = await state.in_thread(gallery.preview, event.preview)
+            seen = replace(last, parts=(*parts, preview))
+        return last, replace(seen, note=f"drawing, {100 * event.progress:.0f} %")
+    if event.text and parts and isinstance(parts[-1], str):
+        parts = (*parts[:-1], parts[-1] + event.text)
+    elif event.text:
+        parts = (*parts, event.text)
     if event.image is not None:
         parts = (*parts, await state.in_thread(gallery.drawn, event.image))
     last = replace(last, parts=parts, note="")
-    done = event.progress or 0
-    if event.preview is None or done >= 1:
-        return last, last
-    preview = await state.in_thread(gallery.drawn, event.preview)
-    return last, replace(last, parts=(*parts, preview), note=f"drawing, {100 * done:.0f} %")
+    return last, last
 
 
 async def _until_halted(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from medley.serving.limits import RequestError
 from medley.serving.page.gallery import Kept
 from medley.serving.page.talk import Said, Shown, Talk
 from medley.version import __version__
 
 DISCLAIMER = "Research only. Not for clinical decisions."
+GONE = "[a picture that is not kept any more]"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
 article { margin: 1rem 0; padding: .75rem 1rem; border: 1px solid #8886; border-radius: .5rem }
@@ -43,9 +46,19 @@ def _told(talk: Talk) -> dict[str, Any]:
 
 
 def _part(part: Shown) -> dict[str, Any]:
-    if isinstance(part, Kept):
-        return {"type": "image_url", "image_url": {"url": part.address}}
-    return {"type": "text", "text": part}
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    address = _address(part)
+    if address is None:
+        return {"type": "text", "text": GONE}
+    return {"type": "image_url", "image_url": {"url": address}}
+
+
+def _address(picture: Kept) -> str | None:
+    """None for a picture that is not kept any more: the words can still be saved."""
+    with suppress(RequestError):
+        return picture.address
+    return None
 
 
 def as_html(talks: Sequence[Talk]) -> str:
@@ -64,13 +77,16 @@ def as_html(talks: Sequence[Talk]) -> str:
 """
 
 
+def _shown(part: Shown) -> str:
+    address = None if isinstance(part, str) else _address(part)
+    if address is not None:
+        return f'<p><img alt="Picture of this message" src="{address}"></p>'
+    return f"<p>{html.escape(part if isinstance(part, str) else GONE)}</p>"
+
+
 def _article(said: Said) -> str:
     who = "You" if said.role == "user" else said.model
-    shown = "".join(
-        f'<p><img alt="Picture of this message" src="{part.address}"></p>'
-        if isinstance(part, Kept) else f"<p>{html.escape(part)}</p>"
-        for part in said.parts
-    )  # fmt: skip
+    shown = "".join(map(_shown, said.parts))
     told = ", ".join(f"{name} {value}" for name, value in said.settings.items())
     small = "".join(
         f"<small>{html.escape(words)}</small><br>" for words in (said.note, told) if words

@@ -34,11 +34,14 @@ class Said:
 @dataclass(eq=False)
 class Halt:
     """How an answer under way is told that it is not wanted any more: all copies of its talk share
-    one. `ended` is set by the answer, once it has changed the talk for the last time. Both belong
-    to the server's event loop."""
+    one. `wanted` is set where it shall end, `forgotten` where what it says shall not be shown
+    either; `taken` by the one answer that there is, and `ended` once that has changed the talk for
+    the last time. All belong to the server's event loop."""
 
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    forgotten: bool = False
+    taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,13 @@ class Talk:
         return Talk(self.said[:-1], self.tries + 1, Halt())
 
     def _answered(self) -> tuple[Said, ...]:
-        """Without a last question that was not answered, or whose answer failed."""
+        """Without a last question that was not answered by anything."""
         if not self.said:
             return ()
         last = self.said[-1]
         if last.role == "user":
             return self.said[:-1]
-        return self.said if last.parts and last.standing != "failed" else self.said[:-2]
+        return self.said if last.parts else self.said[:-2]
 
     @property
     def waits(self) -> bool:
