@@ -46,7 +46,7 @@ class Noise:
 
 
 @settings(max_examples=40)
-@example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, rows=1)
+@example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, rows=1, codebook=None)
 @given(
     seed=st.integers(0, 1000),
     scale=st.floats(0.01, 30),
@@ -55,10 +55,11 @@ class Noise:
     least=st.integers(0, 2),
     most=st.one_of(st.none(), st.integers(1, 3)),
     rows=st.integers(1, 3),
+    codebook=st.one_of(st.none(), st.integers(1, 9)),
 )
 def test_whatever_the_logits_the_output_is_well_formed(
     model: medley.Model, seed: int, scale: float, mode: Any, limit: int,
-    least: int, most: int | None, rows: int,
+    least: int, most: int | None, rows: int, codebook: int | None,
 ) -> None:  # fmt: skip
     try:
         options = GenerationOptions(
@@ -67,7 +68,7 @@ def test_whatever_the_logits_the_output_is_well_formed(
     except UserError:
         return
     v = model.vocabulary
-    engine = Engine(Noise(model, seed, scale), v, codes_per_image=4)
+    engine = Engine(Noise(model, seed, scale), v, codes_per_image=4, codebook=codebook)
     for result in engine.generate(
         [Request([v.bos], options, i) for i in range(rows)], batch_size=2
     ):
@@ -77,6 +78,8 @@ def test_whatever_the_logits_the_output_is_well_formed(
         parts = ids_to_parts(ids, model.tokenizer)  # raises for half a picture or a stray code
         images = [p for p in parts if not isinstance(p, str)]
         assert all(len(p.codes or ()) == 4 for p in images)
+        drawable = codebook or len(v.image_codes)
+        assert all(code < drawable for p in images for code in p.codes or ())
         if mode == "text":
             assert not images
         if most is not None:

@@ -113,6 +113,7 @@ def test_a_question_about_a_picture_and_one_that_goes_on(opened: Opened, tmp_pat
 
 def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> None:
     page = opened()
+    careful(page)
     with slowly(running, 0.1):
         send(page, DRAW)
         line = page.locator("#line-left .status")
@@ -126,8 +127,16 @@ def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> 
     keep(page, "picture")
 
 
+def careful(page: Page) -> None:
+    """The settings with which the embedded model draws best (docs/log.md)."""
+    setting(page, "number input for Guidance by words", "2")
+    setting(page, "number input for Temperature of pictures", "0.4")
+    page.get_by_label("Toggle Sidebar").click()
+
+
 def test_a_report_has_words_and_a_picture_in_their_order(opened: Opened) -> None:
     page = opened()
+    careful(page)
     send(page, f"{REPORT}upper left.")
     wait_answer(page)
     shown = page.locator(f"{LEFT} .bot")
@@ -318,6 +327,7 @@ def test_what_cannot_be_sent_stays_in_the_box_with_the_reason(
     send(page, "What is this?", broken)
     expect(page.get_by_text("not a picture in a format that is known")).to_be_visible()
     expect(page.locator("#box textarea")).to_have_value("What is this?")
+    page.wait_for_timeout(1000)  # until it has moved to its place
     keep(page, "error")
     page = opened()
     large = tmp_path / "large.png"
@@ -341,6 +351,7 @@ def test_an_answer_that_fails_says_why_and_can_be_asked_again(
 
 def test_a_phone_shows_all_of_it(opened: Opened) -> None:
     page = opened(color_scheme="dark")
+    careful(page)
     page.set_viewport_size({"width": 360, "height": 740})
     send(page, DRAW)
     wait_answer(page)

@@ -28,7 +28,7 @@ from medley.vocabulary import TextTokenizer
 from training.tiny.decoder import train_decoder
 from training.tiny.recipe import Options
 from training.tiny.text import make_tokenizer
-from training.tiny.vqgan import train_vqgan
+from training.tiny.vqgan import train_vqgan, with_codes_in_use
 
 
 def save_decoder(options: Options, decoder: ChameleonForConditionalGeneration) -> None:
@@ -59,7 +59,7 @@ def work(options: Options) -> None:
     if (tokenizer_folder / "vqgan.ckpt").exists():
         vqgan, _ = read_vqgan(tokenizer_folder)
     else:
-        vqgan = train_vqgan(options, log["vqgan"])
+        vqgan = with_codes_in_use(train_vqgan(options, log["vqgan"]), options.active_codes)
         write_vqgan(tokenizer_folder, vqgan, "crop")
         write_json(log_file, log)
     tokenizer_file = tokenizer_folder / "text_tokenizer.json"

@@ -68,7 +68,10 @@ class Model:
         self.tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         inner = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
-        self.engine = Engine(inner, self.vocabulary, image_tokenizer.codes_per_image, fuse)
+        self.engine = Engine(
+            inner, self.vocabulary, image_tokenizer.codes_per_image, fuse,
+            codebook=image_tokenizer.vqgan.config.n_embed,
+        )  # fmt: skip
 
     @property
     def vocabulary(self) -> Vocabulary:

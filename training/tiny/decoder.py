@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -89,7 +88,7 @@ def new_decoder(
     """
     torch.manual_seed(options.seed + 1)
     decoder = empty_decoder(options, tokenizer, vqgan, narrow.names)
-    used = vqgan.quantize.embedding.weight.detach()[: options.active_codes]
+    used = vqgan.quantize.embedding.weight.detach()
     codebook = (used - used.mean(0)) / used.std()
     with torch.no_grad():
         for table in (decoder.model.embed_tokens.weight, decoder.lm_head.weight):
@@ -230,12 +229,9 @@ def train_decoder(
         optimizers.load(state["optimizers"])
         step, chunk = state["step"], state["chunk"]
         log[:] = state["log"]
-    encoder = copy.deepcopy(vqgan)  # its search leaves out the codes that are never found
-    used = vqgan.quantize.embedding.weight[: options.active_codes]
-    encoder.quantize.embedding = nn.Embedding.from_pretrained(used.detach())
     sums, began, first = torch.zeros(4, dtype=torch.float64), time.monotonic(), step
     while step < options.decoder_steps:
-        for wide in batches(options, tokenizer, encoder, chunk):
+        for wide in batches(options, tokenizer, vqgan, chunk):
             batch = narrow.batch(wide)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = decoder(**batch).loss

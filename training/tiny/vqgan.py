@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medley.checkpoints.vqgan_files import fill
 from medley.phantoms import ALL_MODALITIES, Phantom
 from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.training import CodebookAverage, training_step
@@ -43,6 +44,15 @@ def vqgan_pictures(rng: np.random.Generator, count: int, size: int) -> tuple[Ten
             drawn = np.clip(drawn * tint + shift, -1, 1)
         pixels[index] = drawn
     return torch.from_numpy(pixels), torch.from_numpy(weights)
+
+
+def with_codes_in_use(vqgan: VQGAN, codes: int) -> VQGAN:
+    """The same VQGAN with a codebook of its first vectors: the others are never given, and whoever
+    drew one would get pixels that no picture has."""
+    config = replace(vqgan.config, n_embed=codes)
+    state = vqgan.state_dict()
+    state["quantize.embedding.weight"] = state["quantize.embedding.weight"][:codes].clone()
+    return fill(config, state, "the trained VQGAN")
 
 
 def train_vqgan(options: Options, log: list[dict[str, float]]) -> VQGAN:

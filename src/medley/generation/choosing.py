@@ -26,8 +26,7 @@ Logits = Callable[[Tensor, slice], Tensor]
 class Chooser:
     def __init__(self, classes: TokenClasses) -> None:
         self.classes = classes
-        codes = classes.vocabulary.image_codes
-        self.codes = slice(codes.start, codes.stop)
+        self.codes = slice(classes.drawable.start, classes.drawable.stop)
 
     def __call__(
         self, rows: Sequence[Row], states: Tensor | None, logits: Logits, streams: int

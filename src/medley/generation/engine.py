@@ -41,7 +41,8 @@ class Engine:
     """Continues prompts with a decoder. Not safe for use by several threads at once.
 
     `fuse` joins the weights of the layers for a faster step, where they are plain; it must not be
-    used on a decoder that is being trained.
+    used on a decoder that is being trained. `codebook` is the size of the VQGAN's, where that has
+    fewer codes than the vocabulary: others are never drawn.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class Engine:
         codes_per_image: int,
         fuse: bool = False,
         rows: int = ROWS,
+        codebook: int | None = None,
     ) -> None:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.codes_per_image, self.capacity = codes_per_image, rows
         self._passes = Passes(decoder, vocabulary.pad, fuse, STREAMS * rows)
         self._cache = self._passes.cache
-        self.classes = TokenClasses(vocabulary, decoder.config.vocab_size, self._passes.device)
+        self.classes = TokenClasses(
+            vocabulary, decoder.config.vocab_size, self._passes.device, codebook
+        )
         self._chooser = Chooser(self.classes)
         whole = self.context * bytes_a_token(decoder.config, self._passes.dtype)
         self.prefixes = Prefixes(max(PREFIX_BYTES, whole))

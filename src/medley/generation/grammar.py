@@ -24,6 +24,13 @@ class TokenClasses:
     vocabulary: Vocabulary
     size: int  # of the model's vocabulary, which may be larger than the tokenizer's
     device: torch.device
+    codebook: int | None = None  # vectors of the VQGAN's codebook; None: one for each image code
+
+    @cached_property
+    def drawable(self) -> range:
+        """Ids of the image codes that the VQGAN can turn into pixels."""
+        codes = self.vocabulary.image_codes
+        return codes if self.codebook is None else codes[: self.codebook]
 
     @cached_property
     def text(self) -> Tensor:
@@ -43,7 +50,7 @@ class TokenClasses:
     @cached_property
     def codes(self) -> Tensor:
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
-        mask[self.vocabulary.image_codes.start : self.vocabulary.image_codes.stop] = True
+        mask[self.drawable.start : self.drawable.stop] = True
         return mask
 
     def words(self, begin_image: bool, ends: bool) -> Tensor:
