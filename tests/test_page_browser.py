@@ -114,12 +114,19 @@ def test_a_question_about_a_picture_and_one_that_goes_on(opened: Opened, tmp_pat
 def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> None:
     page = opened()
     careful(page)
-    with slowly(running, 0.1):
-        send(page, DRAW)
+    # Eight pictures: a fresh browser on a slow machine may take seconds to show the first.
+    with slowly(running, 0.05):
+        long_drawing(page)
         line = page.locator("#line-left .status")
         expect(line).to_have_text(re.compile(r"drawing, \d+ %"), timeout=60_000)
-        expect(page.locator(f"{LEFT} .bot img")).to_be_visible()
         keep(page, "growing")
+        page.locator("#stop").click()
+        assert wait_answer(page) == "stopped"
+    page.locator("#clear").click()
+    expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
+    for which in ("least", "most"):
+        setting(page, f"number input for Pictures, at {which}", "1")
+    send(page, DRAW)
     assert "tiny, seed" in wait_answer(page)
     drawn = page.locator(f"{LEFT} .bot img")
     expect(drawn).to_have_count(1)
@@ -131,7 +138,6 @@ def careful(page: Page) -> None:
     """The settings with which the embedded model draws best (docs/log.md)."""
     setting(page, "number input for Guidance by words", "2")
     setting(page, "number input for Temperature of pictures", "0.4")
-    page.get_by_label("Toggle Sidebar").click()
 
 
 def test_a_report_has_words_and_a_picture_in_their_order(opened: Opened) -> None:
