@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,18 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from running_server import Running
 
+from medley.phantoms import Phantom
+from medley.phantoms.world import Finding
+from medley.serving.limits import Limits
+from medley.serving.page.mount import add_page
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NEEDS_CHROMIUM = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine"
 )
 
 
+SCAN = Phantom("CT", "head", (Finding("cyst", "large", "left", "upper"),), 5)
 DRAW = "Show me a CT scan of the head with a large marked cyst in the upper left."
 LEFT, RIGHT = "#chat-left", "#chat-right"
 expect.set_options(timeout=30_000)  # two slow cores carry the server, the model and the browser
@@ -32,6 +38,61 @@ def browser() -> Iterator[Browser]:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("votes")
+
+
+@pytest.fixture(scope="module")
+def running(votes: Path) -> Iterator[Running]:
+    found = Running(
+        Limits(seconds=60, pixels=1_000_000), names=("tiny", "second"),
+        change=lambda app, state: add_page(app, state, votes) and None,
+    )  # fmt: skip
+    yield found
+    assert found.idle()
+    found.stop()
+
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser: Browser, running: Running) -> Iterator[Opened]:
+    """Opens the page; at the end nothing has been asked of another host, and no script failed."""
+    contexts, elsewhere, faults = [], [], []
+
+    def watch(page: Page) -> None:
+        def request(made: Any) -> None:
+            local = re.match(r"(data|blob):|https?://(127\.0\.0\.1|localhost)[:/]", made.url)
+            if local is None:
+                elsewhere.append(made.url)
+
+        page.on("request", request)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+
+    def open_page(address: str = running.address, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        watch(page)
+        page.goto(address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert elsewhere == []
+    assert faults == []
+
+
+def picture(folder: Path, scan: Phantom = SCAN) -> Path:
+    path = folder / "scan.png"
+    scan.image(256).save(path)
+    return path
 
 
 def send(page: Page, text: str, *files: Path) -> None:
@@ -86,3 +147,19 @@ def long_drawing(page: Page) -> None:
     setting(page, "number input for Pictures, at most", "8")
     send(page, DRAW)
     expect(page.locator(f"{LEFT} .bot img").first).to_be_visible(timeout=60_000)
+
+
+def careful(page: Page) -> None:
+    """The settings with which the embedded model draws best (docs/log.md)."""
+    setting(page, "number input for Guidance by words", "2")
+    setting(page, "number input for Temperature of pictures", "0.4")
+
+
+def asked_once(browser: Browser, address: str) -> Page:
+    """The page of a server, with a talk of one question."""
+    page = browser.new_context().new_page()
+    page.goto(address)
+    expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+    send(page, "Which organ is shown?")
+    wait_answer(page)
+    return page

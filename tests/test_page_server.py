@@ -8,6 +8,7 @@ from pathlib import Path
 
 from page_in_browser import (
     NEEDS_CHROMIUM,
+    asked_once,
     browser,
     keep,
     long_drawing,
@@ -50,11 +51,7 @@ def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
 ) -> None:
     running = Running(Limits(), change=lambda app, state: add_page(app, state) and None)
     try:
-        page = browser.new_context().new_page()
-        page.goto(running.address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        send(page, "Which organ is shown?")
-        wait_answer(page)
+        page = asked_once(browser, running.address)
         page.context.set_offline(True)
         expect(page.locator("#gone")).to_contain_text("does not answer", timeout=30_000)
         page.fill("#box textarea", "What modality is this?")
@@ -75,6 +72,38 @@ def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
         page.get_by_role("button", name="Reload the page").click()
         expect(page.locator("#chat-left .user")).to_have_count(0)
         expect(page.locator("#gone")).to_be_hidden()
+        page.context.close()
+    finally:
+        running.stop()
+
+
+# The end of the server's news is read late, as on a slow connection.
+LATE_END = """(() => {
+  const own = window.fetch.bind(window);
+  window.fetch = async (...asked) => {
+    const answer = await own(...asked);
+    if (!String(asked[0]?.url ?? asked[0]).includes("/queue/data")) return answer;
+    const late = new TransformStream({ transform: async (part, out) => {
+      const last = new TextDecoder().decode(part).includes("close_stream");
+      if (last) await new Promise((resolve) => setTimeout(resolve, 4000));
+      out.enqueue(part);
+    } });
+    return new Response(answer.body.pipeThrough(late), { headers: answer.headers });
+  };
+})()"""
+
+
+def test_what_is_sent_as_the_servers_news_end_is_answered(browser: Browser) -> None:
+    running = Running(Limits(), change=lambda app, state: add_page(app, state) and None)
+    try:
+        page = browser.new_context().new_page()
+        page.add_init_script(LATE_END)
+        page.goto(running.address)
+        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
+        for answers in (1, 2):  # behind the events of the page's start, and behind an answer
+            send(page, "Which organ is shown?")
+            wait_answer(page)
+            expect(page.locator("#chat-left .bot")).to_have_count(answers)
         page.context.close()
     finally:
         running.stop()
@@ -110,11 +139,7 @@ def test_an_open_tab_does_not_hold_up_a_server_that_closes(
 ) -> None:
     process, address = started(tmp_path / "log", 0, "--page")
     try:
-        page = browser.new_context().new_page()
-        page.goto(address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        send(page, "Which organ is shown?")
-        wait_answer(page)
+        page = asked_once(browser, address)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         log = (tmp_path / "log").read_text()
@@ -129,11 +154,7 @@ def test_an_open_tab_does_not_hold_up_a_server_that_closes(
 def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
     process, address = started(tmp_path / "log", 0, "--page")
     try:
-        page = browser.new_context().new_page()
-        page.goto(address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        send(page, "Which organ is shown?")
-        wait_answer(page)
+        page = asked_once(browser, address)
         page.fill("#box textarea", "half of a question")
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)

@@ -82,10 +82,7 @@ async def unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> As
                 return
             yield item
     finally:
-        for task in (gone, coming):  # a generator that runs cannot be closed
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await cancelled(gone, coming)
         await items.aclose()
 
 
@@ -100,13 +97,19 @@ async def first_unless_gone(request: Request, items: AsyncGenerator[Item, None])
             raise RequestError("the client has gone", 499)
         return coming.result()
     except BaseException:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
+        await cancelled(coming)
         await items.aclose()
         raise
     finally:
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
+        await cancelled(gone)
+
+
+async def cancelled(*tasks: asyncio.Future[Any] | None) -> None:
+    """Ends tasks, and waits until they have: a generator that runs cannot be closed."""
+    for task in tasks:
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

@@ -95,10 +95,9 @@ class Worker:
         with self._wake:
             if self._ending is not None:  # a new one each time: it would gather traces
                 raise RequestError(str(self._ending), 503)
-            capacity = self.model.engine.capacity
             ahead = len(self._new) + len(self._at_work)
-            if ahead >= capacity + self.limits.queue:
-                wait = (1 + len(self._new) / capacity) * self._seconds_a_job
+            if ahead >= self.capacity + self.limits.queue:
+                wait = (1 + len(self._new) / self.capacity) * self._seconds_a_job
                 raise Busy(len(self._new), min(LONGEST_WAIT, max(1, round(wait))))
             self._new.append(job)
             self._wake.notify()
@@ -146,7 +145,7 @@ class Worker:
             self._end(job, RequestError(f"not done after {seconds:.0f} s, which is the limit", 408))
         for job in [job for job in self._at_work if job.over]:
             self._leave(job)
-        room = self.model.engine.capacity - len(self._at_work)
+        room = self.capacity - len(self._at_work)
         for _ in range(min(room, JOIN_AT_ONCE)):
             with self._wake:
                 if not self._new:

@@ -46,8 +46,7 @@ class Acts:
         right: Talk, right_chat: Chat,
     ) -> tuple[Any, ...]:  # fmt: skip
         """The user's message into the talks on the page; what cannot be taken stays in the box."""
-        sides = [(left, left_chat), (right, right_chat)] if two else [(left, left_chat)]
-        if self._refused(desk, *sides):
+        if self._refused(desk, (left, left_chat), *[(right, right_chat)] * two):
             return SKIP * 7
         text, files = message.get("text") or "", message.get("files") or []
         desk.reading, era = True, desk.era
@@ -86,8 +85,7 @@ class Acts:
     def again_both(
         self, two: bool, desk: Desk, left: Talk, left_chat: Chat, right: Talk, right_chat: Chat
     ) -> tuple[Any, ...]:
-        sides = [(left, left_chat), (right, right_chat)] if two else [(left, left_chat)]
-        if self._refused(desk, *sides):
+        if self._refused(desk, (left, left_chat), *[(right, right_chat)] * two):
             return SKIP * 6
         return (*shown(left.again()), *(shown(right.again()) if two else SKIP * 3))
 

@@ -19,7 +19,7 @@ from medley.serving.answering import Answering
 from medley.serving.page.gallery import Gallery
 from medley.serving.page.talk import Halt, Said, Shown, Talk
 from medley.serving.pictures import Reader
-from medley.serving.state import State, error_body
+from medley.serving.state import State, cancelled, error_body
 from medley.serving.worker import Worker
 
 log = logging.getLogger("medley.serving")
@@ -156,7 +156,4 @@ async def _until_halted(
             elif not halt.wanted.is_set():
                 yield None
     finally:
-        for task in (ending, coming):  # a generator that runs cannot be closed
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await cancelled(ending, coming)

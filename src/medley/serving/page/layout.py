@@ -87,7 +87,7 @@ class Page:
                 [[{"text": e.text, "files": list(e.files)}] for e in self.examples],
                 [box], label="Try one of these", elem_id="examples", cache_examples=False,
             )  # fmt: skip
-            gr.HTML('<p class="status"></p>', elem_id="status")  # page.js fills it
+            gr.HTML('<p class="status"></p>', elem_id="status")  # connection.js fills it
             self._wire(
                 blocks, sides, settings, box, stop, again, clear, two, as_page, as_rows, file
             )

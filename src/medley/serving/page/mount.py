@@ -74,6 +74,8 @@ async def _added(
         auth_message="Any name, and the server's token as the password.",
         theme=gr.themes.Base(font=FONTS, font_mono=("ui-monospace", "monospace")),
         css_paths=_HERE / "page.css", js=(_HERE / "page.js").read_text(encoding="utf-8"),
+        # Before the library's first request, which is sent before `js` runs.
+        head=f"<script>{(_HERE / 'connection.js').read_text(encoding='utf-8')}</script>",
     )  # fmt: skip
     app.add_middleware(Door)
     # Open tabs keep a connection, for which a server that closes would wait.
