@@ -89,7 +89,8 @@
         }
         const news = text.slice(0, end);
         text = text.slice(end);
-        const { msg, event_id } = JSON.parse(news.slice(news.indexOf("{")));
+        const told = news.indexOf("{"); // a proxy may send lines of its own
+        const { msg, event_id } = told < 0 ? {} : JSON.parse(news.slice(told));
         if (msg === "process_completed") ended.add(event_id);
         if (msg === "close_stream") {
           while (underway) await later(20);
