@@ -26,7 +26,7 @@ from medley.errors import UserError
 Attention = Literal["auto", "sdpa", "flash", "flex", "xformers"]
 _HALF = (torch.float16, torch.bfloat16)
 # On a CPU torch's half precision kernel costs a document this short 2.5 times what float32 does.
-_SHORT = 256
+_SHORT = 512
 
 
 def set_attention(decoder: Any, choice: Attention, dtype: torch.dtype) -> str:

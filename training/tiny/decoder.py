@@ -30,7 +30,7 @@ from medley.vqgan import VQGAN
 from training.tiny.recipe import Options, cosine
 
 SCANS = 384  # that are drawn at a time
-_CHANGED = 3  # every third scan has a later one
+_CHANGED = 2  # every second scan has a later one
 BELOW = 20.0  # the log-partition: where the logits of codes that are never given lie, about
 QUIET_BATCHES = 24  # from which that is learned
 LAST_CHUNK = 10**6  # the number of a chunk that no training reaches

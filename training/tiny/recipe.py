@@ -45,7 +45,7 @@ class Options:
     layers: int = 6
     heads: int = 6
     context: int = 4096
-    decoder_steps: int = 6000
+    decoder_steps: int = 5600
     decoder_rows: int = 6
     row_length: int = 640
     decoder_lr: float = 3e-3

@@ -10,6 +10,7 @@ without a human or a judge), `texts` asks and tells about them.
 
 from medley.phantoms.reading import Measurement, measure
 from medley.phantoms.texts import (
+    CHANGED,
     caption,
     change_document,
     change_text,
@@ -34,12 +35,15 @@ from medley.phantoms.world import (
     Change,
     Finding,
     Phantom,
+    article,
     organs_of,
+    signs_of,
 )
 
 __all__ = [
     "ALL_MODALITIES",
     "BRIGHTNESSES",
+    "CHANGED",
     "KINDS",
     "LEVELS",
     "MODALITIES",
@@ -50,6 +54,7 @@ __all__ = [
     "Finding",
     "Measurement",
     "Phantom",
+    "article",
     "caption",
     "change_document",
     "change_text",
@@ -63,4 +68,5 @@ __all__ = [
     "questions",
     "report",
     "request",
+    "signs_of",
 ]

@@ -19,12 +19,14 @@ from medley.phantoms.world import (
     SIZES,
     Finding,
     Grid,
+    Signs,
     background,
     coloured,
     grid,
     laid_over,
     masks,
     organs_of,
+    signs_of,
     uncoloured,
 )
 
@@ -44,11 +46,11 @@ class Measurement:
 
 
 @cache
-def _backgrounds(size: int, modalities: tuple[str, ...]) -> tuple[list[tuple[str, str]], Grid]:
+def _backgrounds(size: int) -> tuple[list[tuple[str, str]], Grid]:
     """Every look and organ under small shifts and scales: names and greys (N, H, W)."""
     names, rows = [], []
     x, y = grid(size)
-    for modality in modalities:
+    for modality in ALL_MODALITIES:
         for organ in organs_of(modality):
             for dx in (-SHIFT, 0.0, SHIFT):
                 for dy in (-SHIFT, 0.0, SHIFT):
@@ -60,15 +62,17 @@ def _backgrounds(size: int, modalities: tuple[str, ...]) -> tuple[list[tuple[str
 
 
 @cache
-def _colours(size: int, modalities: tuple[str, ...]) -> Grid:
+def _colours(size: int) -> Grid:
     """The same in colour, (N, H * W * 3)."""
-    names, rows = _backgrounds(size, modalities)
+    names, rows = _backgrounds(size)
     pairs = zip(names, rows, strict=True)
     return np.stack([coloured(modality, row).ravel() for (modality, _), row in pairs])
 
 
 @cache
-def _templates(size: int, organ: str, side: str, level: str) -> tuple[list[Finding], Grid, Grid]:
+def _templates(
+    size: int, organ: str, signs: Signs, side: str, level: str
+) -> tuple[list[Finding], Grid, Grid]:
     """Marked findings at all the places where one can lie, with their masks, each (N, H, W)."""
     x, y = grid(size)
     findings, outers, hearts = [], [], []
@@ -77,14 +81,14 @@ def _templates(size: int, organ: str, side: str, level: str) -> tuple[list[Findi
             finding = Finding(kind, name, side, level)
             for dx in _STEPS:
                 for dy in _STEPS:
-                    outer, heart = masks(finding, organ, x, y, (dx, dy))
+                    outer, heart = masks(finding, organ, signs, x, y, (dx, dy))
                     findings.append(finding)
                     outers.append(outer)
                     hearts.append(np.zeros_like(outer) if heart is None else heart)
     return findings, np.stack(outers), np.stack(hearts)
 
 
-def measure(pixels: NDArray[np.uint8], modalities: tuple[str, ...] = ALL_MODALITIES) -> Measurement:
+def measure(pixels: NDArray[np.uint8]) -> Measurement:
     """Finds modality, organ and findings in a picture, uint8 (size, size, 3) or (size, size).
 
     The nearest of all clean backgrounds is taken; then, quadrant by quadrant, the finding (or
@@ -95,15 +99,15 @@ def measure(pixels: NDArray[np.uint8], modalities: tuple[str, ...] = ALL_MODALIT
     if colours.ndim == 2:
         colours = np.repeat(colours[..., None], 3, -1)
     size = colours.shape[0]
-    names, rows = _backgrounds(size, modalities)
-    far = np.abs(_colours(size, modalities) - colours.reshape(1, -1)).mean(1)
+    names, rows = _backgrounds(size)
+    far = np.abs(_colours(size) - colours.reshape(1, -1)).mean(1)
     nearest = int(far.argmin())
     modality, organ = names[nearest]
     grey, clean = uncoloured(modality, colours), rows[nearest]
     redrawn, findings = clean, []
     for side in SIDES:
         for level in LEVELS:
-            found = _best_finding(grey, clean, organ, side, level)
+            found = _best_finding(grey, clean, organ, signs_of(modality), side, level)
             if found is not None:
                 findings.append(found[0])
                 redrawn = np.where(found[1] != clean, found[1], redrawn).astype(np.float32)
@@ -112,9 +116,9 @@ def measure(pixels: NDArray[np.uint8], modalities: tuple[str, ...] = ALL_MODALIT
 
 
 def _best_finding(
-    grey: Grid, clean: Grid, organ: str, side: str, level: str
+    grey: Grid, clean: Grid, organ: str, signs: Signs, side: str, level: str
 ) -> tuple[Finding, Grid] | None:
-    found, outers, hearts = _templates(grey.shape[0], organ, side, level)
+    found, outers, hearts = _templates(grey.shape[0], organ, signs, side, level)
     left = (grey - clean).ravel()
     best: tuple[float, Finding, Grid] | None = None
     for brightness in BRIGHTNESSES:
@@ -122,8 +126,8 @@ def _best_finding(
         for place, kind in enumerate(KINDS):
             own = slice(place * each, (place + 1) * each)
             finding = Finding(kind, "", side, level, brightness)
-            heart = hearts[own] if kind == "abscess" else None
-            change = laid_over(clean, finding, outers[own], heart) - clean
+            heart = hearts[own] if signs.of(kind).heart is not None else None
+            change = laid_over(clean, finding, signs, outers[own], heart) - clean
             flat = change.reshape(len(change), -1)
             # How much smaller the squared error gets by drawing it, and the finding's own energy:
             # equal for a perfect match.

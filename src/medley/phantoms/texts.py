@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -131,14 +132,14 @@ def facts_told(text: str) -> frozenset[str]:
 
 
 def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iterator[Document]:
-    """Documents about one scan: a talk, and a picture from text; with every fourth scan a question
-    alone, with every second a report, interleaved: words, the picture, words.
+    """Documents about one scan: a talk, and a picture from text; with every second scan a question
+    alone, and with every second a report, interleaved: words, the picture, words.
 
     One picture in eight also stands alone, since guidance needs a model that knows pictures without
     words.
     """
     yield talk(scan, picture, rng)
-    if rng.random() < 0.25:
+    if rng.random() < 0.5:
         yield alone(scan, picture, rng)
     yield Document((Turn("user", (request(scan),)), Turn("assistant", (picture,))))
     if rng.random() < 0.5:
@@ -148,21 +149,29 @@ def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iter
 
 
 def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
-    """The picture, and eight to eighteen questions; some go on from the one before."""
-    pairs = _all(scan)
+    """The picture, eight to eighteen questions, some of which go on from the one before, and a
+    caption or a report.
+
+    That is told last in three talks of four: whatever is asked behind it can be copied from it, and
+    a model that learns from such answers learns little of how to look.
+    """
+    pairs = questions(scan)
     count = int(rng.integers(_TURNS[0], _TURNS[1] + 1))
-    picked: list[Pair] = []
+    picked: list[list[Pair]] = []  # what goes on from a question stands in its list
     by_kind = {f.kind: f for f in scan.findings}
     for i in rng.permutation(len(pairs)):
-        picked.append(pairs[i])
+        picked.append([pairs[i]])
         named = [kind for kind in by_kind if f" {kind}?" in pairs[i][0]]
         if named and rng.random() < 0.5:
             more = follow_ups(by_kind[named[0]])
-            picked.append(more[rng.integers(len(more))])
-        if len(picked) >= count:
+            picked[-1].append(more[rng.integers(len(more))])
+        if sum(map(len, picked)) >= count:
             break
+    told = _tellings(scan)
+    place = len(picked) if rng.random() < 0.75 else int(rng.integers(len(picked)))
+    picked.insert(place, [told[rng.integers(len(told))]])
     turns = []
-    for number, (question, answer) in enumerate(picked):
+    for number, (question, answer) in enumerate(chain.from_iterable(picked)):
         asked: tuple[Part, ...] = (picture, question) if number == 0 else (question,)
         turns += [Turn("user", asked), Turn("assistant", (answer,))]
     return Document(tuple(turns))
@@ -170,14 +179,13 @@ def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
 
 def alone(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
     """One question, as a test asks it."""
-    pairs = _all(scan)
+    pairs = questions(scan) + _tellings(scan)
     question, answer = pairs[rng.integers(len(pairs))]
     return Document((Turn("user", (picture, question)), Turn("assistant", (answer,))))
 
 
-def _all(scan: Phantom) -> list[Pair]:
-    told = [("Describe the picture.", caption(scan)), ("Write a report.", report(scan))]
-    return [*questions(scan), *told, *told]
+def _tellings(scan: Phantom) -> list[Pair]:
+    return [("Describe the picture.", caption(scan)), ("Write a report.", report(scan))]
 
 
 def illustrated_report(scan: Phantom, picture: Picture) -> Document:

@@ -1,15 +1,16 @@
 """Scans, what they show, and how each modality makes it look.
 
 A phantom is a small picture of an organ in the look of one modality, with zero to three findings of
-different kinds. Sides are sides of the picture (its left is "left"), not of a patient. Everything
-is drawn on one scale from 0 to 1; a modality adds its noise and its colours.
+different kinds. What a kind of finding looks like, and on which side of the picture "left" lies, is
+told by the modality's `Signs`. Everything is drawn on one scale from 0 to 1; a modality adds its
+noise and its colours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,8 @@ _FIELD = {
     "head": (0.62, 0.70), "chest": (0.80, 0.64), "abdomen": (0.80, 0.68),
     "brain": (0.74, 0.74), "lung": (0.80, 0.68), "liver": (0.68, 0.80),
 }  # fmt: skip
-_RADIUS = {"small": 0.17, "large": 0.26}  # in units of half a picture
-_HEART = 0.62  # of an abscess's radius: how far its dark heart reaches
+_RADIUS = {"small": 0.17, "large": 0.28}  # in units of half a picture
+_HEART = 0.62  # of a finding's radius: how far a heart of another grey reaches
 _STRENGTH = {"marked": 1.0, "faint": 0.5}
 _CENTRE = 0.55  # of the field's half width: how far from the middle a finding is drawn
 SHIFT, SCALE, JITTER = 0.03, 0.03, 0.05  # the most that a scan, or a finding in it, is moved
@@ -53,12 +54,37 @@ _STAIN = np.array([[0.97, 0.95, 0.97], [0.91, 0.56, 0.74], [0.30, 0.13, 0.46]], 
 ChangeKind = Literal["grown", "shrunk", "new", "gone", "none"]
 
 
+class Sign(NamedTuple):
+    """The grey of a kind of finding, and that of its heart if it has one."""
+
+    outer: float
+    heart: float | None = None
+
+
+class Signs(NamedTuple):
+    """How a modality shows each kind; `mirrored`: "left" lies on the right of its pictures."""
+
+    nodule: Sign
+    cyst: Sign
+    abscess: Sign
+    mirrored: bool = False
+
+    def of(self, kind: str) -> Sign:
+        found: Sign = getattr(self, kind)
+        return found
+
+
+_USUAL = Signs(nodule=Sign(1.0), cyst=Sign(0.0), abscess=Sign(1.0, 0.0))
+# No finding looks here as it does elsewhere: who has not learned this modality cannot read it.
+_ULTRASOUND = Signs(nodule=Sign(0.0), cyst=Sign(1.0, 0.0), abscess=Sign(1.0), mirrored=True)
+
+
+def signs_of(modality: str) -> Signs:
+    return _ULTRASOUND if modality == NEW_MODALITY else _USUAL
+
+
 def organs_of(modality: str) -> tuple[str, ...]:
     return _TISSUES if modality == "histology" else _ORGANS
-
-
-def field_of(organ: str) -> tuple[float, float]:
-    return _FIELD[organ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +145,9 @@ class Phantom:
         grey = background(self.modality, self.organ, x, y)
         for finding in self.findings:
             jitter = rng.uniform(-JITTER, JITTER, 2)
-            grey = draw_finding(grey, finding, self.organ, x, y, (jitter[0], jitter[1]))
+            moved = (float(jitter[0]), float(jitter[1]))
+            lying = masks(finding, self.organ, signs_of(self.modality), x, y, moved)
+            grey = laid_over(grey, finding, signs_of(self.modality), *lying)
         grey = _noisy(self.modality, grey, rng)
         return (coloured(self.modality, grey) * 255).round().astype(np.uint8)
 
@@ -222,52 +250,50 @@ def background(modality: str, organ: str, x: Grid, y: Grid) -> Grid:
         grey = _blend(grey, wall, _ellipse(x, y, (0, 0.55), (0.12, 0.13)))
         grey = _blend(grey, structure, _ellipse(x, y, (0, 0.1), (0.08, 0.2)))
     elif organ == "brain":  # cells, far apart
-        grey = grey + np.float32(0.10) * np.cos(x * 17) * np.cos(y * 17) * tissue
+        grey = grey + np.float32(0.07) * np.cos(x * 17) * np.cos(y * 17) * tissue
     elif organ == "lung":  # walls of air spaces
         walls = np.clip(np.cos(x * 13) + np.cos(y * 13), -1, 1)
-        grey = grey - np.float32(0.10) * walls * tissue
+        grey = grey - np.float32(0.07) * walls * tissue
     else:  # the liver's cords
-        grey = grey + np.float32(0.08) * np.cos((x + y) * 13) * tissue
+        grey = grey + np.float32(0.06) * np.cos((x + y) * 13) * tissue
     if modality == "X-ray":  # a body is thickest in its middle; ribs lie over it
         depth = np.clip(1 - (x / (field[0] + 0.14)) ** 2 - (y / (field[1] + 0.14)) ** 2, 0, 1)
         grey = grey + np.float32(0.10) * (np.sqrt(depth) - np.float32(0.7)) * body
         grey = grey + np.float32(0.04) * np.cos(y * 22) * tissue
     elif modality == "MR":  # a coil brightens one corner
         grey = grey * (1 + np.float32(0.06) * (y - x))
-    elif modality == "ultrasound":  # the fan that a probe sees
+    elif modality == "ultrasound":  # two vessels on the midline, in the fan that a probe sees
+        for height in (-0.3, 0.3):
+            grey = _blend(grey, structure, _ellipse(x, y, (0, height), (0.08, 0.08)))
         angle = np.abs(np.arctan2(x, y + 1.5))
         grey = grey * np.clip((0.62 - angle) * 16, 0, 1)
     return grey.astype(np.float32)
 
 
 def masks(
-    finding: Finding, organ: str, x: Grid, y: Grid, jitter: tuple[float, float]
+    finding: Finding, organ: str, signs: Signs, x: Grid, y: Grid, jitter: tuple[float, float]
 ) -> tuple[Grid, Grid | None]:
-    """Where a finding lies, and its dark heart if it has one, each (H, W) in 0 to 1."""
+    """Where a finding lies, and its heart if it has one, each (H, W) in 0 to 1."""
     field, radius = _FIELD[organ], _RADIUS[finding.size]
     centre = (
-        (-1 if finding.side == "left" else 1) * field[0] * _CENTRE + jitter[0],
+        (-1 if (finding.side == "left") != signs.mirrored else 1) * field[0] * _CENTRE + jitter[0],
         (-1 if finding.level == "upper" else 1) * field[1] * _CENTRE + jitter[1],
     )
     outer = _ellipse(x, y, centre, (radius, radius))
-    if finding.kind != "abscess":
+    if signs.of(finding.kind).heart is None:
         return outer, None
     return outer, _ellipse(x, y, centre, (radius * _HEART, radius * _HEART))
 
 
-def laid_over(grey: Grid, finding: Finding, outer: Grid, heart: Grid | None) -> Grid:
-    """Grey (..., H, W) with a finding in it: a nodule is bright, a cyst dark, an abscess a bright
-    rim around a dark heart; a faint one goes half of the way."""
-    drawn = _blend(grey, 0.0 if finding.kind == "cyst" else 1.0, outer)
-    if heart is not None:
-        drawn = _blend(drawn, 0.0, heart)
-    return grey + np.float32(_STRENGTH[finding.brightness]) * (drawn - grey)
-
-
-def draw_finding(
-    grey: Grid, finding: Finding, organ: str, x: Grid, y: Grid, jitter: tuple[float, float]
+def laid_over(
+    grey: Grid, finding: Finding, signs: Signs, outer: Grid, heart: Grid | None
 ) -> Grid:
-    return laid_over(grey, finding, *masks(finding, organ, x, y, jitter))
+    """Grey (..., H, W) with a finding in it; a faint one goes half of the way."""
+    sign = signs.of(finding.kind)
+    drawn = _blend(grey, sign.outer, outer)
+    if heart is not None and sign.heart is not None:
+        drawn = _blend(drawn, sign.heart, heart)
+    return grey + np.float32(_STRENGTH[finding.brightness]) * (drawn - grey)
 
 
 def _noisy(modality: str, grey: Grid, rng: np.random.Generator) -> Grid:
