@@ -17,7 +17,7 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-# The embedded model, trained again from nothing (about an hour on 2 cores).
+# The embedded model, trained again from nothing (an hour and a half on 2 cores).
 tiny: .venv/installed
 	$(BIN)/python -m training.make_tiny --output build/tiny
 

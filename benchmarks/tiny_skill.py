@@ -31,9 +31,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import medley
+from medley.errors import UserError
 from medley.options import run_program
 from medley.phantoms import (
+    CHANGED,
     Phantom,
+    article,
     caption,
     change_document,
     change_text,
@@ -47,6 +50,7 @@ from medley.phantoms import (
 
 SEED = 20_000_000  # far from the seeds of training
 NOTHING = "Show me a scan."
+TORN = 0.05  # the residual of a drawn picture from which on it shows nothing rightly
 RANK = 8  # of the adapter that is taken out of the model
 
 
@@ -131,16 +135,12 @@ def question_scores(folder: Path, ckpt: str) -> dict[str, float]:
     found = ask(ckpt, folder, "pth")
     rows = read_lines(folder / "questions.jsonl")
     pairs = [row["text"].removeprefix("<image>").split("<reserved08706>") for row in rows]
-    usual: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, answer in pairs:
-        usual[question][answer] += 1
     scores: dict[str, float] = {}
     for kind, name in (("CLOSED", "closed accuracy"), ("OPEN", "open exact match")):
         own = [p for p, row in zip(pairs, rows, strict=True) if row["answer_type"] == kind]
-        hits = [usual[q].most_common(1)[0][0] == a for q, a in own]
         short = name.split()[0]
         scores[short] = found["all"][name]["percent"]
-        scores[f"{short}_majority"] = 100 * float(np.mean(hits))
+        scores[f"{short}_majority"] = majority(pairs, own)
         for group, values in found.items():
             if group != "all":
                 scores[f"{short}_{group.split(': ')[1]}"] = values[name]["percent"]
@@ -173,41 +173,58 @@ def told(ckpt: str, folder: Path, scans: Sequence[Phantom]) -> dict[str, float]:
     paths = [str(folder / "pictures" / f"{n}.png") for n in range(len(scans))]
     text = ("--mode", "text", "--max_new_tokens", 80, *GREEDY)
     asked = [{"text": "<image>Describe the picture.", "image_path": path} for path in paths]
-    found = generate(ckpt, folder, "captions", asked, *text)
-    pairs = [(facts_told(caption(scan)), facts_told(words(row)))
-             for scan, row in zip(scans, found, strict=True)]  # fmt: skip
+    captions = list(map(words, generate(ckpt, folder, "captions", asked, *text)))
+    pairs = [(facts_told(caption(scan)), facts_told(own))
+             for scan, own in zip(scans, captions, strict=True)]  # fmt: skip
     rng = np.random.default_rng(SEED + 1)
     talks, golds = [], []
     for scan, path in zip(scans, paths, strict=True):
         for finding in scan.findings:
             question, answer = follow_ups(finding)[rng.integers(4)]
             talks.append({"messages": [
-                {"role": "user", "content": f"<image>Is there a {finding.kind}?"},
+                {"role": "user", "content": f"<image>Is there {article(finding.kind)} "
+                                            f"{finding.kind}?"},
                 {"role": "assistant", "content": "yes"},
                 {"role": "user", "content": question},
             ], "image_path": path})  # fmt: skip
-            golds.append(answer)
+            golds.append((question, answer))
     followed = generate(ckpt, folder, "talks", talks, *text)
     later = [scan.later(rng) for scan in scans]
-    rows, changes = [], []
+    rows: list[dict[str, Any]] = []
+    changes = []
     for number, (path, (scan, change)) in enumerate(zip(paths, later, strict=True)):
         second = folder / "pictures" / f"{number}_later.png"
         Image.fromarray(scan.draw(64)).save(second)
         document = change_document(medley.Picture(path=path), medley.Picture(path=second), change)
         turn = "".join(p if isinstance(p, str) else "<image>" for p in document.turns[0].parts)
         rows.append({"text": turn, "image_path": [path, str(second)]})
-        changes.append(change_text(change))
+        changes.append((CHANGED, change_text(change)))
     compared = generate(ckpt, folder, "changes", rows, *text)
     return {
         "caption_facts": 100 * float(np.mean([agreement(*pair) for pair in pairs])),
-        "captions_all_right": 100 * float(np.mean([gold == said for gold, said in pairs])),
-        "follow_up": 100 * share(zip(golds, map(words, followed), strict=True)),
-        "changes": 100 * share(zip(changes, map(words, compared), strict=True)),
-    }
+        "captions_word_for_word": 100 * float(np.mean(
+            [caption(scan) == own for scan, own in zip(scans, captions, strict=True)]
+        )),
+        **shares("follow_up", golds, followed),
+        **shares("changes", changes, compared),
+    }  # fmt: skip
 
 
-def share(pairs: Any) -> float:
-    return float(np.mean([gold == said for gold, said in pairs]))
+def shares(
+    name: str, pairs: Sequence[tuple[str, str]], rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Questions and answers, and what was said to them: right in percent, and what always saying
+    the commonest answer to each question would give."""
+    right = [answer == words(row) for (_, answer), row in zip(pairs, rows, strict=True)]
+    return {name: 100 * float(np.mean(right)), f"{name}_majority": majority(pairs, pairs)}
+
+
+def majority(pairs: Sequence[tuple[str, str]], own: Sequence[tuple[str, str]]) -> float:
+    """Percent of `own` that the commonest answer to each question of `pairs` gets right."""
+    usual: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in pairs:
+        usual[question][answer] += 1
+    return 100 * float(np.mean([usual[q].most_common(1)[0][0] == a for q, a in own]))
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -224,9 +241,17 @@ def draw(options: Options, folder: Path, scans: Sequence[Phantom]) -> dict[str, 
             "--guidance_scale_text", scale, "--image_temperature", options.image_temperature,
         )  # fmt: skip
         right: dict[str, list[bool]] = defaultdict(list)
+        facets = ("modality", "organ", "kind", "side", "size", "all")
         for scan, row in zip(scans, found, strict=True):
-            file = next(part["file"] for part in row["parts"] if part["type"] == "image")
-            seen = measure(np.asarray(Image.open(folder / f"drawn{name}" / file)))
+            files = [part["file"] for part in row.get("parts", ()) if part["type"] == "image"]
+            seen = None
+            if files:
+                seen = measure(np.asarray(Image.open(folder / f"drawn{name}" / files[0])))
+            right["whole"].append(seen is not None and seen.residual < TORN)
+            if seen is None or seen.residual >= TORN:  # none was drawn, or nothing that is a scan
+                for facet in facets:
+                    right[facet].append(False)
+                continue
             told, there = scan.findings, seen.findings
             right["modality"].append(scan.modality == seen.modality)
             right["organ"].append(scan.organ == seen.organ)
@@ -294,6 +319,8 @@ def work(options: Options) -> None:
     scans = [Phantom.random(rng) for _ in range(options.scans)]
     with TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).resolve()
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--keep {folder}: not empty; what lies there would be taken for this")
         (folder / "pictures").mkdir(parents=True)
         for number, scan in enumerate(scans):
             scan.image(64).save(folder / "pictures" / f"{number}.png")

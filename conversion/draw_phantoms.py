@@ -25,6 +25,8 @@ from medley.options import resolved, run_program
 from medley.phantoms import ALL_MODALITIES, Phantom, documents, questions
 from medley.vocabulary import END_TURN, IMAGE
 
+STREAM = 1_000_003  # beside the seed: no scan of another program that has the same seed comes again
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,7 +34,7 @@ class Options:
 
     Args:
         output: folder of pictures and documents
-        modality: CT, MR, X-ray or ultrasound; several with commas
+        modality: CT, MR, X-ray, histology or ultrasound; several with commas
         train: scans to learn from
         test: scans to be tested with
         seed: seed of the scans
@@ -59,7 +61,9 @@ def as_row(document: Document, **more: Any) -> dict[str, Any]:
 
 def train_rows(scan: Phantom, path: str, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     for document in documents(scan, Picture(path=path), rng):
-        task = "VQA" if isinstance(document.turns[0].parts[0], Picture) else "Image Generation"
+        shown = any(isinstance(p, Picture) for p in document.turns[0].parts)
+        asked = shown and document.turns[0].role == "user"
+        task = "VQA" if asked else "Image Generation"
         yield as_row(document, source="phantoms", task=task)
 
 
@@ -79,7 +83,7 @@ def work(options: Options) -> None:
     if unknown:
         raise UserError(f"--modality {unknown[0]}: expected {', '.join(ALL_MODALITIES)}")
     size = options.size or open_checkpoint(TINY).vqgan()[0].config.resolution
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng((options.seed, STREAM))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     paths: list[str] = []
     with whole_folder(options.output) as folder:

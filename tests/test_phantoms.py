@@ -23,7 +23,9 @@ from medley.phantoms import (
     questions,
     report,
     request,
+    signs_of,
 )
+from medley.phantoms.texts import talk
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,26 @@ def test_every_finding_is_told_from_every_other() -> None:
                     finding = Finding(kind, size, "left", "lower", brightness)
                     scan = Phantom(modality, organs_of(modality)[0], (finding,), 7)
                     assert measure(scan.draw(64)).findings == (finding,)
+
+
+def test_an_ultrasound_shows_kinds_and_sides_in_its_own_way() -> None:
+    looks = set()
+    for modality in ("CT", "ultrasound"):
+        signs = signs_of(modality)
+        assert len({signs.of(kind) for kind in KINDS}) == len(KINDS)
+        looks |= {(kind, signs.of(kind)) for kind in KINDS}
+        clean = Phantom(modality, "head", (), 7).draw(64)[..., 0].astype(int)
+        for kind in KINDS:
+            finding = Finding(kind, "large", "left", "upper")
+            drawn = Phantom(modality, "head", (finding,), 7).draw(64)[..., 0].astype(int)
+            rows, columns = np.nonzero(abs(drawn - clean) > 60)
+            assert rows.mean() < 32
+            assert (columns.mean() > 32) == (modality == "ultrasound") == signs.mirrored
+            middle = drawn[int(rows.mean()), int(columns.mean())]
+            sign = signs.of(kind)
+            bright = sign.outer if sign.heart is None else sign.heart
+            assert (middle > 200) if bright else (middle < 30)
+    assert len(looks) == 2 * len(KINDS)
 
 
 def test_the_reader_is_not_fooled_by_a_flat_picture() -> None:
@@ -120,3 +142,29 @@ def test_documents_hold_the_picture(scans: list[Phantom]) -> None:
     for scan in scans[:10]:
         for document in documents(scan, Picture(codes=(1,)), rng):
             assert len(document.pictures) == 1
+
+
+def test_a_talk_tells_once_and_most_often_last(scans: list[Phantom]) -> None:
+    rng = np.random.default_rng(0)
+    last = 0
+    for scan in scans:
+        turns = [turn.parts[-1] for turn in talk(scan, Picture(codes=(1,)), rng).turns]
+        assert 16 <= len(turns) <= 40
+        asked, said = turns[::2], turns[1::2]
+        told = [n for n, answer in enumerate(said) if answer in (caption(scan), report(scan))]
+        assert len(told) == 1
+        last += told[0] == len(said) - 1
+        ways = dict(questions(scan)) | {
+            "Describe the picture.": caption(scan),
+            "Write a report.": report(scan),
+        }
+        kind = ""
+        for question, answer in zip(asked, said, strict=True):
+            assert isinstance(question, str)
+            if question in ways:
+                assert ways[question] == answer
+                kind = next((k for k in KINDS if f" {k}?" in question), "")
+            else:  # it goes on from the question before it
+                found = next(f for f in scan.findings if f.kind == kind)
+                assert dict(follow_ups(found))[question] == answer
+    assert 0.65 < last / len(scans) < 0.9

@@ -1,7 +1,7 @@
 """Makes the embedded model `tiny` from nothing: VQGAN, text tokenizer, decoder.
 
 In: nothing but seeds; the data are drawn scans (`medley.phantoms`). Out: a checkpoint in
-Chameleon's layout and `training_log.json` with the curves. On 2 cores it takes about an hour:
+Chameleon's layout and `training_log.json` with the curves. On 2 cores it takes an hour and a half:
 
     python -m training.make_tiny --output build/tiny
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from medley.checkpoints.chameleon import Sizes, write_checklist, write_model
 from medley.checkpoints.vqgan_files import HUGGING_FACE_PREFIX, read_vqgan, write_vqgan
 from medley.doctor import SELF_TEST, self_test_values
+from medley.errors import UserError
 from medley.files import whole_file, write_json
 from medley.model import ChameleonForConditionalGeneration
 from medley.options import resolved, run_program
@@ -48,6 +50,19 @@ def save_decoder(options: Options, decoder: ChameleonForConditionalGeneration) -
     write_model(options.output / "models" / "tiny", sizes, lambda: iter(state.items()))
 
 
+def log_of_the_same(options: Options, log_file: Path) -> dict[str, Any]:
+    """The log of what was begun. Raises UserError where that was begun with other options."""
+    found: dict[str, Any] = json.loads(log_file.read_text())
+    for name, value in resolved(options).items():
+        before = found["options"].get(name)
+        if name != "output" and before != value:
+            raise UserError(
+                f"{log_file}: begun with --{name} {before}, not {value}; give the same options to "
+                "go on, or another --output to begin anew"
+            )
+    return {name: curve for name, curve in found.items() if name != "options"}
+
+
 def work(options: Options) -> None:
     """Each part is kept as soon as it is made; a second start goes on behind the last one."""
     keep_freed_memory()
@@ -55,7 +70,9 @@ def work(options: Options) -> None:
     log_file = options.output / "training_log.json"
     log: dict[str, Any] = {"options": resolved(options), "vqgan": [], "decoder": []}
     if log_file.exists():
-        log |= {k: v for k, v in json.loads(log_file.read_text()).items() if k != "options"}
+        log |= log_of_the_same(options, log_file)
+    else:
+        write_json(log_file, log)
     if (tokenizer_folder / "vqgan.ckpt").exists():
         vqgan, _ = read_vqgan(tokenizer_folder)
     else:

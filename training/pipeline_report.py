@@ -27,9 +27,22 @@ from medley.generation import GenerationOptions
 from medley.images import open_image
 from medley.loading import load
 from medley.options import run_program
-from medley.phantoms import Finding, Phantom, illustrated_report, request
+from medley.phantoms import (
+    MODALITIES,
+    Finding,
+    Phantom,
+    illustrated_report,
+    organs_of,
+    request,
+    signs_of,
+)
 
 SHOWN = 8  # pictures of a row of the page
+MIRRORED = (
+    "<p>These scans ({}) are mirrored: what is on the left lies on the right of the picture. "
+    "Findings look otherwise here than in the scans that the embedded model knows, too: a nodule "
+    "is dark, an abscess bright, a cyst has a bright rim.</p>"
+)
 
 
 @dataclass(frozen=True)
@@ -47,18 +60,23 @@ class PromptOptions:
 
 def demo_scans(data: Path) -> list[Phantom]:
     """Scans to be asked for: of the modality that the data are of, or of tiny's own."""
-    drawn = read_manifest(data).get("options", {})  # real pictures have none of a modality
-    modality = str(drawn.get("modality", "CT")).split(",")[0]
+    modality = drawn_modality(data) or MODALITIES[0]
     wanted = [
-        ("head", "nodule", "large", "left", "upper"),
-        ("chest", "cyst", "large", "right", "lower"),
-        ("abdomen", "abscess", "large", "left", "lower"),
-        ("head", "cyst", "small", "right", "upper"),
+        (0, "nodule", "large", "left", "upper"),
+        (1, "cyst", "large", "right", "lower"),
+        (2, "abscess", "large", "left", "lower"),
+        (0, "cyst", "small", "right", "upper"),
     ]
     return [
-        Phantom(modality, organ, (Finding(kind, size, side, level),))
+        Phantom(modality, organs_of(modality)[organ], (Finding(kind, size, side, level),))
         for organ, kind, size, side, level in wanted
     ]
+
+
+def drawn_modality(data: Path) -> str | None:
+    """What phantoms were drawn there, the first of several; None for real pictures."""
+    drawn = read_manifest(data).get("options", {}).get("modality")
+    return None if drawn is None else str(drawn).split(",")[0]
 
 
 def write_prompts(options: PromptOptions) -> None:
@@ -157,6 +175,8 @@ def write_page(options: PageOptions) -> None:
 
 def page(options: PageOptions, scores: dict[str, Any]) -> str:
     commands = (options.output / "commands.txt").read_text()
+    modality = drawn_modality(options.data)
+    mirrored = modality is not None and signs_of(modality).mirrored
     style = (
         "body{font-family:sans-serif;max-width:64em;margin:2em auto;padding:0 1em;"
         "color-scheme:light dark}figure{display:inline-block;margin:.4em;width:11em;"
@@ -167,6 +187,7 @@ def page(options: PageOptions, scores: dict[str, Any]) -> str:
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'><title>Medley: the whole way</title>"
         f"<style>{style}</style><h1>From pictures to mixed answers</h1>"
+        f"{MIRRORED.format(modality) if mirrored else ''}"
         f"<h2>Pictures from text</h2>{generated(options, 'image')}"
         f"<h2>Answers about pictures</h2>{generated(options, 'text')}"
         f"<h2>Illustrated reports</h2>{generated(options, 'any')}"

@@ -125,7 +125,7 @@ def widened(
     wanted = torch.cat(targets)
     quiet = torch.linalg.lstsq(torch.cat(states), wanted).solution[:, 0]
     above = (torch.cat(states) @ quiet[:, None] - wanted).max() - BELOW
-    print(f"unused codes: at most {-above:.1f} below the log-partition", flush=True)
+    print(f"unused codes: at least {-above:.1f} below the log-partition", flush=True)
     whole = empty_decoder(options, tokenizer, vqgan, tokenizer.marked.get_vocab()).eval()
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     others = {n: t for n, t in trained.state_dict().items() if n not in tables}
@@ -223,13 +223,14 @@ def train_decoder(
     set_attention(decoder, "sdpa", torch.bfloat16)  # document by document
     optimizers = Optimizers(decoder, options)
     step = chunk = 0
+    sums = torch.zeros(4, dtype=torch.float64)
     if save.exists():
         state = torch.load(save, weights_only=True)
         decoder.load_state_dict(state["decoder"])
         optimizers.load(state["optimizers"])
         step, chunk = state["step"], state["chunk"]
-        log[:] = state["log"]
-    sums, began, first = torch.zeros(4, dtype=torch.float64), time.monotonic(), step
+        log[:], sums = state["log"], state["sums"]
+    began, first = time.monotonic(), step
     while step < options.decoder_steps:
         for wide in batches(options, tokenizer, vqgan, chunk):
             batch = narrow.batch(wide)
@@ -255,6 +256,6 @@ def train_decoder(
         chunk += 1
         with whole_file(save) as temporary:
             state = {"decoder": decoder.state_dict(), "optimizers": optimizers.state(),
-                     "step": step, "chunk": chunk, "log": log}  # fmt: skip
+                     "step": step, "chunk": chunk, "log": log, "sums": sums}  # fmt: skip
             torch.save(state, temporary)
     return widened(options, tokenizer, vqgan, narrow, decoder.eval())

@@ -87,7 +87,11 @@ def train_vqgan(options: Options, log: list[dict[str, float]]) -> VQGAN:
             average = CodebookAverage.start(vqgan, torch.cat(seen), options.active_codes, generator)
         if step % 50 == 0 or step == options.vqgan_steps - 1:
             error = float((result.reconstruction.detach() - pixels).square().mean())
-            row = {"step": step, "loss": float(result.loss), "psnr": -10 * math.log10(error / 4)}
+            row = {
+                "step": step,
+                "loss": float(result.loss.detach()),
+                "psnr": -10 * math.log10(error / 4),
+            }
             log.append(row)
             print(
                 f"vqgan   step {step:5d}  loss {row['loss']:.4f}  PSNR {row['psnr']:.2f} dB",

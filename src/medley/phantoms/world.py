@@ -285,9 +285,7 @@ def masks(
     return outer, _ellipse(x, y, centre, (radius * _HEART, radius * _HEART))
 
 
-def laid_over(
-    grey: Grid, finding: Finding, signs: Signs, outer: Grid, heart: Grid | None
-) -> Grid:
+def laid_over(grey: Grid, finding: Finding, signs: Signs, outer: Grid, heart: Grid | None) -> Grid:
     """Grey (..., H, W) with a finding in it; a faint one goes half of the way."""
     sign = signs.of(finding.kind)
     drawn = _blend(grey, sign.outer, outer)
