@@ -131,8 +131,12 @@ def ask(ckpt: str, folder: Path, name: str, adapter: Path | None = None) -> dict
     return found
 
 
-def question_scores(folder: Path, ckpt: str) -> dict[str, float]:
-    found = ask(ckpt, folder, "pth")
+def question_scores(
+    folder: Path, ckpt: str, name: str = "pth", adapter: Path | None = None
+) -> dict[str, float]:
+    """Closed and open questions of write_questions, in percent: of all, of those in each group, and
+    what always saying the commonest answer to each question would give."""
+    found = ask(ckpt, folder, name, adapter)
     rows = read_lines(folder / "questions.jsonl")
     pairs = [row["text"].removeprefix("<image>").split("<reserved08706>") for row in rows]
     scores: dict[str, float] = {}
