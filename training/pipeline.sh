@@ -38,8 +38,8 @@ if [ -n "$data" ]; then
   cp "$out/llava/pictures.csv" "$out/data/"
   steps=150
 else
-  run python -m conversion.draw_phantoms --output "$out/data" --modality ultrasound --train 500 --test 40
-  steps=200
+  run python -m conversion.draw_phantoms --output "$out/data" --modality ultrasound --train 1000 --test 40
+  steps=250
 fi
 
 # --- stage 1: pictures -> codes (two ranks), documents -> token sequences ------------------
