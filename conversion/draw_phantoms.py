@@ -22,7 +22,7 @@ from medley.document import Document, Picture, Turn
 from medley.errors import UserError
 from medley.files import whole_folder, write_manifest
 from medley.options import resolved, run_program
-from medley.phantoms import ALL_MODALITIES, Phantom, documents, questions
+from medley.phantoms import ALL_MODALITIES, MODALITIES, Phantom, documents, questions
 from medley.vocabulary import END_TURN, IMAGE
 
 STREAM = 1_000_003  # beside the seed: no scan of another program that has the same seed comes again
@@ -35,6 +35,8 @@ class Options:
     Args:
         output: folder of pictures and documents
         modality: CT, MR, X-ray, histology or ultrasound; several with commas
+        known_share: share of the scans that are of the embedded model's own modalities instead, so
+            that these are not forgotten
         train: scans to learn from
         test: scans to be tested with
         seed: seed of the scans
@@ -43,6 +45,7 @@ class Options:
 
     output: Path
     modality: str = "ultrasound"
+    known_share: float = 0.0
     train: int = 300
     test: int = 60
     seed: int = 1
@@ -64,7 +67,7 @@ def train_rows(scan: Phantom, path: str, rng: np.random.Generator) -> Iterator[d
         shown = any(isinstance(p, Picture) for p in document.turns[0].parts)
         asked = shown and document.turns[0].role == "user"
         task = "VQA" if asked else "Image Generation"
-        yield as_row(document, source="phantoms", task=task)
+        yield as_row(document, source="phantoms", task=task, modality=scan.modality)
 
 
 def test_rows(scan: Phantom, path: str) -> Iterator[dict[str, Any]]:
@@ -74,28 +77,47 @@ def test_rows(scan: Phantom, path: str) -> Iterator[dict[str, Any]]:
             (Turn("user", (Picture(path=path), question)), Turn("assistant", (answer,)))
         )
         kind = "CLOSED" if answer in ("yes", "no") else "OPEN"
-        yield as_row(document, source="phantoms", task="VQA", answer_type=kind)
+        yield as_row(
+            document, source="phantoms", task="VQA", answer_type=kind, modality=scan.modality
+        )
 
 
-def work(options: Options) -> None:
-    modalities = tuple(options.modality.split(","))
+def checked(options: Options) -> tuple[str, ...]:
+    """The modalities. Raises UserError for what cannot be drawn."""
+    modalities = tuple(name.strip() for name in options.modality.split(","))
     unknown = [m for m in modalities if m not in ALL_MODALITIES]
     if unknown:
         raise UserError(f"--modality {unknown[0]}: expected {', '.join(ALL_MODALITIES)}")
+    for name, least in (("train", 0), ("test", 0), ("seed", 0), ("size", 8)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: expected {least} or more")
+    if not options.train + options.test:
+        raise UserError("--train 0 --test 0: nothing to draw")
+    if not 0 <= options.known_share <= 1:
+        raise UserError(f"--known_share {options.known_share}: expected 0 to 1")
+    return modalities
+
+
+def work(options: Options) -> None:
+    modalities = checked(options)
     size = options.size or open_checkpoint(TINY).vqgan()[0].config.resolution
-    rng = np.random.default_rng((options.seed, STREAM))
+    # Each with a stream of its own: more scans to learn from do not change the others.
+    words, *streams = (np.random.default_rng((options.seed, STREAM, part)) for part in range(3))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     paths: list[str] = []
     with whole_folder(options.output) as folder:
         (folder / "images").mkdir()
         for number in range(options.train + options.test):
-            scan = Phantom.random(rng, modalities)
+            rng = streams[number >= options.train]
+            known = rng.random() < options.known_share
+            scan = Phantom.random(rng, MODALITIES if known else modalities)
             name = f"images/{number:06d}.png"
             scan.image(size).save(folder / name)
             path = str(options.output / name)
             paths.append(path)
             if number < options.train:
-                rows["train"] += train_rows(scan, path, rng)
+                rows["train"] += train_rows(scan, path, words)
             else:
                 rows["test"] += test_rows(scan, path)
         for part, lines in rows.items():

@@ -13,8 +13,10 @@ from training.tiny import decoder, text
 from training.tiny.decoder import BELOW, Narrow, Optimizers, batches, empty_decoder, widened
 from training.tiny.recipe import Options
 
-from medley.checkpoints import open_checkpoint
+from medley.checkpoints import open_checkpoint, tiny_folder
+from medley.options import resolved
 from medley.packing import IGNORED
+from medley.phantoms import lessons
 
 SMALL = {
     "vqgan_steps": 3, "vqgan_batch": 4, "active_codes": 16, "codebook_start": 1, "merges": 40,
@@ -26,7 +28,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def few_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of about three steps, so that seven steps need some."""
-    monkeypatch.setattr(decoder, "SCANS", 8)
+    monkeypatch.setattr(lessons, "SCANS", 8)
     monkeypatch.setattr(decoder, "QUIET_BATCHES", 2)
     texts = text.phantom_texts
     monkeypatch.setattr(text, "phantom_texts", lambda seed, scans: texts(seed, scans // 100))
@@ -49,36 +51,57 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 
     def stopped(self: Optimizers, share: float) -> None:
         taken[0] += 1
-        if taken[0] == 6:
+        if taken[0] == stop:
             raise KeyboardInterrupt
         steps(self, share)
 
-    taken = [0]
+    taken, stop = [0], 6
     with monkeypatch.context() as patch:
         patch.setattr(Optimizers, "step", stopped)
         assert make(tmp_path / "stopped") == 130
     assert (tmp_path / "stopped" / "decoder.part").exists()
-    assert make(tmp_path / "stopped") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizers, "step", stopped)
+        taken, stop = [0], 0
+        assert make(tmp_path / "stopped") == 0
+    assert 1 <= taken[0] < SMALL["decoder_steps"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     logs = [
         json.loads((tmp_path / n / "training_log.json").read_text()) for n in ("whole", "stopped")
     ]
-    assert logs[0]["decoder"] == logs[1]["decoder"] != []
-    assert logs[0]["vqgan"] == logs[1]["vqgan"] != []
+    for name in ("vqgan", "decoder", "chunks"):
+        assert logs[0][name] == logs[1][name]
+        assert logs[0][name]
 
 
 def test_what_was_begun_with_other_options_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "begun").mkdir()
-    log = {"options": SMALL | {"decoder_steps": 9}, "vqgan": [], "decoder": []}
+    begun = resolved(Options(**SMALL)) | {"decoder_steps": 9}  # type: ignore[arg-type]
+    log = {"options": begun, "vqgan": [], "decoder": []}
     (tmp_path / "begun" / "training_log.json").write_text(json.dumps(log))
     assert make(tmp_path / "begun") == 2
     said = capsys.readouterr().err
-    assert "begun with" in said and "another --output" in said
+    assert "begun with --decoder_steps 9, not 7" in said
     assert [path.name for path in (tmp_path / "begun").iterdir()] == ["training_log.json"]
+
+
+def test_what_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make(tmp_path / "new", codebook_start=3) == 2
+    assert "--vqgan_steps 3: expected more" in capsys.readouterr().err
+    (tmp_path / "old" / "tokenizer").mkdir(parents=True)
+    assert make(tmp_path / "old") == 2
+    assert "without training_log.json" in capsys.readouterr().err
+
+
+def test_the_embedded_model_is_what_its_recipe_makes() -> None:
+    log = json.loads((tiny_folder() / "training_log.json").read_text())
+    assert log["options"] == resolved(Options())
+    assert log["decoder"][-1]["step"] == Options().decoder_steps
+    assert log["chunks"] > 50
 
 
 def test_the_whole_vocabulary_says_what_the_narrow_one_did() -> None:

@@ -75,6 +75,16 @@ def test_an_ultrasound_shows_kinds_and_sides_in_its_own_way() -> None:
 def test_the_reader_is_not_fooled_by_a_flat_picture() -> None:
     found = measure(np.full((64, 64), 128, np.uint8))
     assert found.residual > 0.1
+    with pytest.raises(ValueError, match="a square up to 256"):
+        measure(np.zeros((64, 32), np.uint8))
+
+
+def test_the_reader_sees_what_is_torn(scans: list[Phantom]) -> None:
+    rng = np.random.default_rng(0)
+    for scan in scans[:20]:
+        torn = scan.draw(64)
+        torn[24:40, 24:40] = rng.integers(0, 256, (16, 16, 3))
+        assert measure(torn).residual > 0.1
 
 
 def test_drawing_is_the_seeds(scans: list[Phantom]) -> None:

@@ -71,27 +71,31 @@ def work(options: Options) -> None:
     log: dict[str, Any] = {"options": resolved(options), "vqgan": [], "decoder": []}
     if log_file.exists():
         log |= log_of_the_same(options, log_file)
+    elif tokenizer_folder.exists():
+        raise UserError(
+            f"{tokenizer_folder}: there, without {log_file.name}; give another --output"
+        )
     else:
         write_json(log_file, log)
     if (tokenizer_folder / "vqgan.ckpt").exists():
         vqgan, _ = read_vqgan(tokenizer_folder)
     else:
+        log["vqgan"] = []
         vqgan = with_codes_in_use(train_vqgan(options, log["vqgan"]), options.active_codes)
-        write_vqgan(tokenizer_folder, vqgan, "crop")
         write_json(log_file, log)
+        write_vqgan(tokenizer_folder, vqgan, "crop")
     tokenizer_file = tokenizer_folder / "text_tokenizer.json"
     if not tokenizer_file.exists():
         with whole_file(tokenizer_file) as temporary:
             temporary.write_text(json.dumps(make_tokenizer(options), ensure_ascii=False))
     if not (options.output / SELF_TEST).exists():  # written last: what is there is whole
         tokenizer = TextTokenizer.from_file(tokenizer_file)
-        log["decoder"] = []
         save = options.output / "decoder.part"
-        decoder = train_decoder(options, tokenizer, vqgan, log["decoder"], save)
+        decoder = train_decoder(options, tokenizer, vqgan, log, save)
         save_decoder(options, decoder)
         write_json(log_file, log)
         write_json(options.output / SELF_TEST, self_test_values(options.output))
-        save.unlink()
+        save.unlink(missing_ok=True)
     write_checklist(tokenizer_folder)
     print(f"{options.output} is whole; copy it to src/medley/tiny to ship it")
 

@@ -14,13 +14,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from tqdm import tqdm
 
-from medley.document import Document, Picture
+from medley.document import Document, Picture, Turn
 from medley.errors import UserError
 from medley.files import json_lines, read_json, read_manifest, whole_file, write_json
 from medley.generation import GenerationOptions
@@ -39,9 +40,9 @@ from medley.phantoms import (
 
 SHOWN = 8  # pictures of a row of the page
 MIRRORED = (
-    "<p>These scans ({}) are mirrored: what is on the left lies on the right of the picture. "
-    "Findings look otherwise here than in the scans that the embedded model knows, too: a nodule "
-    "is dark, an abscess bright, a cyst has a bright rim.</p>"
+    "<p>Scans of this modality ({}) are mirrored: what is on the left lies on the right of the "
+    "picture. Each kind of finding looks as another one does in the modalities that the embedded "
+    "model knows.</p>"
 )
 
 
@@ -86,10 +87,10 @@ def write_prompts(options: PromptOptions) -> None:
         "any": [{"text": illustrated_report(scan, place).turns[0].parts[0]} for scan in scans[:2]],
         "text": [],
     }
-    for document, _ in picked(list(questions(options.data / "test.jsonl")), SHOWN):
-        picture, question = document.turns[0].parts
+    for question in picked(list(questions(options.data)), SHOWN):
+        picture, asked = question.document.turns[0].parts
         assert isinstance(picture, Picture)
-        rows["text"].append({"text": f"<image>{question}", "image_path": str(picture.path)})
+        rows["text"].append({"text": f"<image>{asked}", "image_path": str(picture.path)})
     for mode, lines in rows.items():
         with whole_file(options.output / f"prompts-{mode}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -99,11 +100,44 @@ def picked(items: list[Any], count: int) -> list[Any]:
     return items[:: max(1, len(items) // count)][:count]
 
 
-def questions(path: Path) -> Iterator[tuple[Document, str]]:
-    """Questions with pictures, and what kind each is: CLOSED or OPEN."""
-    for _, line in json_lines(path):
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture. `group` says what is scored together: closed or open, and of
+    phantoms the new modality or those that the embedded model knows."""
+
+    document: Document
+    group: str
+
+    @property
+    def gold(self) -> str:
+        return "".join(map(str, self.document.turns[1].parts)).strip()
+
+
+def questions(data: Path) -> Iterator[Question]:
+    """The held-out ones of test.jsonl."""
+    new = drawn_modality(data)
+    for _, line in json_lines(data / "test.jsonl"):
         row = json.loads(line)
-        yield Document.from_json(row), str(row["answer_type"])
+        group = str(row["answer_type"]).lower()
+        if new is not None:
+            group += f", {new if row['modality'] == new else 'modalities known before'}"
+        yield Question(Document.from_json(row), group)
+
+
+def usual_answers(data: Path) -> dict[str, str]:
+    """Question -> its commonest answer in train.jsonl: what can be said without looking."""
+    found: dict[str, Counter[str]] = {}
+    for _, line in json_lines(data / "train.jsonl"):
+        turns = Document.from_json(json.loads(line)).turns
+        for asked, said in pairwise(turns):
+            if asked.role == "user" and all(isinstance(part, str) for part in said.parts):
+                words = "".join(map(str, said.parts)).strip()
+                found.setdefault(asked_of(asked), Counter())[words] += 1
+    return {asked: counts.most_common(1)[0][0] for asked, counts in found.items()}
+
+
+def asked_of(turn: Turn) -> str:
+    return "".join(part for part in turn.parts if isinstance(part, str)).strip()
 
 
 @dataclass(frozen=True)
@@ -123,8 +157,7 @@ class PageOptions:
     after: str
 
 
-def accuracy(ckpt: str, asked: list[tuple[Document, str]]) -> dict[str, Any]:
-    """Exact matches by kind of question, and the answers themselves."""
+def answers_of(ckpt: str, asked: list[Question]) -> list[str]:
     model = load(ckpt)
     options = GenerationOptions(
         mode="text", text_greedy=True, repetition_penalty=1.0, max_new_tokens=24
@@ -140,35 +173,43 @@ def accuracy(ckpt: str, asked: list[tuple[Document, str]]) -> dict[str, Any]:
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), 64), desc=f"asking {ckpt}", unit="batch"):
         batch = [
-            [with_codes(p) if isinstance(p, Picture) else p for p in document.turns[0].parts]
-            for document, _ in asked[start : start + 64]
+            [with_codes(p) if isinstance(p, Picture) else p for p in one.document.turns[0].parts]
+            for one in asked[start : start + 64]
         ]
         found = model.answer_batch(batch, [options] * len(batch), batch_size=64)
         answers += [answer.text.strip() for answer in found]
-    gold = ["".join(map(str, document.turns[1].parts)).lower() for document, _ in asked]
-    right = [a.lower() == g for a, g in zip(answers, gold, strict=True)]
-    scores: dict[str, Any] = {"answers": answers}
-    for kind in ("CLOSED", "OPEN"):
-        own = [hit for hit, (_, k) in zip(right, asked, strict=True) if k == kind]
-        if own:
-            answers_of_kind = [g for g, (_, k) in zip(gold, asked, strict=True) if k == kind]
-            commonest = Counter(answers_of_kind).most_common(1)[0][1]
-            scores[kind] = {"right": sum(own), "n": len(own), "always_the_commonest": commonest}
-    return scores
+    return answers
+
+
+def score(asked: list[Question], answers: list[str]) -> dict[str, dict[str, int]]:
+    """Group -> exact matches, and of how many."""
+    found: dict[str, dict[str, int]] = {}
+    for one, answer in zip(asked, answers, strict=True):
+        own = found.setdefault(one.group, {"right": 0, "n": 0})
+        own["right"] += answer.lower() == one.gold.lower()
+        own["n"] += 1
+    return dict(sorted(found.items()))
 
 
 def write_page(options: PageOptions) -> None:
-    asked = list(questions(options.data / "test.jsonl"))
+    asked = list(questions(options.data))
     if not asked:
         raise UserError(f"{options.data / 'test.jsonl'}: no questions in it")
+    usual = usual_answers(options.data)
+    kinds: dict[str, Counter[str]] = {}  # for a question that nobody asked before
+    for one in asked:
+        kinds.setdefault(one.group, Counter())[one.gold] += 1
+    blind = [
+        usual.get(asked_of(one.document.turns[0])) or kinds[one.group].most_common(1)[0][0]
+        for one in asked
+    ]
     scores = {
-        name: accuracy(ckpt, asked)
-        for name, ckpt in (("before", options.before), ("after", options.after))
+        "before": score(asked, answers_of(options.before, asked)),
+        "after": score(asked, answers_of(options.after, asked)),
+        "without looking": score(asked, blind),
     }
     with whole_file(options.output / "index.html") as temporary:
         temporary.write_text(page(options, scores), encoding="utf-8")
-    for score in scores.values():
-        del score["answers"]
     write_json(options.output / "scores.json", scores)
     print(json.dumps(scores))
 
@@ -202,8 +243,11 @@ def generated(options: PageOptions, mode: str) -> str:
     prompts = [json.loads(line) for _, line in json_lines(options.output / f"prompts-{mode}.jsonl")]
     folder = options.output / f"answers-{mode}"
     rows = [json.loads(line) for _, line in json_lines(folder / "responses.jsonl")]
+    golds = [""] * len(prompts)
+    if mode == "text":
+        golds = [one.gold for one in picked(list(questions(options.data)), SHOWN)]
     figures = []
-    for prompt, row in zip(prompts, rows, strict=True):
+    for prompt, row, gold in zip(prompts, rows, golds, strict=True):
         asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
         answer = "".join(
@@ -213,6 +257,10 @@ def generated(options: PageOptions, mode: str) -> str:
             for part in row.get("parts", [])
         )
         note = html.escape(row.get("note") or row.get("error") or "")
+        if gold:
+            said = "".join(p["text"] for p in row.get("parts", []) if p["type"] == "text").strip()
+            right = said.lower() == gold.lower()
+            note += " &#10003;" if right else f" &#10007; (right: {html.escape(gold)})"
         figures.append(f"<figure>{shown}<figcaption>{asked}</figcaption>{answer}{note}</figure>")
     return "".join(figures)
 
@@ -232,18 +280,17 @@ def _png_tag(save: Any, alt: str) -> str:
 
 def score_table(scores: dict[str, Any]) -> str:
     rows = []
-    for kind in ("CLOSED", "OPEN"):
-        if kind in scores["before"]:
-            cells = "".join(
-                f"<td>{100 * s[kind]['right'] / s[kind]['n']:.1f} % of {s[kind]['n']}</td>"
-                for s in (scores["before"], scores["after"])
-            )
-            own = scores["before"][kind]
-            cells += f"<td>{100 * own['always_the_commonest'] / own['n']:.1f} %</td>"
-            rows.append(f"<tr><th>{kind.lower()}</th>{cells}</tr>")
+    for group in scores["before"]:
+        cells = "".join(
+            f"<td>{100 * own[group]['right'] / own[group]['n']:.1f} %</td>"
+            for own in scores.values()
+        )
+        rows.append(
+            f"<tr><th>{html.escape(group)} ({scores['before'][group]['n']})</th>{cells}</tr>"
+        )
     head = (
         "<tr><th></th><th>before the adapter</th><th>after</th>"
-        "<th>always the commonest answer</th></tr>"
+        "<th>the usual answer, without looking</th></tr>"
     )
     return f"<table>{head}{''.join(rows)}</table>"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medley.attention import set_attention
 from medley.checkpoints.vqgan_files import to_hugging_face_config
 from medley.document import Document, Picture
+from medley.errors import UserError
 from medley.files import whole_file
 from medley.model import (
     ChameleonForConditionalGeneration,
@@ -24,13 +25,11 @@ from medley.model import (
     tie_head_norms,
 )
 from medley.packing import IGNORED, best_fit, make_row, stack_rows
-from medley.phantoms import Phantom, change_document, documents
+from medley.phantoms import change_document, documents, lessons
 from medley.vocabulary import TextTokenizer
 from medley.vqgan import VQGAN
 from training.tiny.recipe import Options, cosine
 
-SCANS = 384  # that are drawn at a time
-_CHANGED = 2  # every second scan has a later one
 BELOW = 20.0  # the log-partition: where the logits of codes that are never given lie, about
 QUIET_BATCHES = 24  # from which that is learned
 LAST_CHUNK = 10**6  # the number of a chunk that no training reaches
@@ -124,12 +123,13 @@ def widened(
         targets.append((states[-1] @ head.T).logsumexp(-1, keepdim=True) - BELOW)
     wanted = torch.cat(targets)
     quiet = torch.linalg.lstsq(torch.cat(states), wanted).solution[:, 0]
-    above = (torch.cat(states) @ quiet[:, None] - wanted).max() - BELOW
+    above = float((torch.cat(states) @ quiet[:, None] - wanted).max()) - BELOW
     print(f"unused codes: at least {-above:.1f} below the log-partition", flush=True)
     whole = empty_decoder(options, tokenizer, vqgan, tokenizer.marked.get_vocab()).eval()
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     others = {n: t for n, t in trained.state_dict().items() if n not in tables}
-    whole.load_state_dict(others, strict=False)
+    found = whole.load_state_dict(others, strict=False)
+    assert set(found.missing_keys) == set(tables) and not found.unexpected_keys
     embeddings = whole.model.embed_tokens.weight
     embeddings[:] = trained.model.embed_tokens.weight.mean(0)
     embeddings[narrow.kept] = trained.model.embed_tokens.weight
@@ -145,12 +145,10 @@ def feed_forward_width(width: int, multiple_of: int = 256) -> int:
 
 @torch.no_grad()
 def phantom_sequences(
-    tokenizer: TextTokenizer, vqgan: VQGAN, seed: tuple[int, int]
+    tokenizer: TextTokenizer, vqgan: VQGAN, seed: int, chunk: int
 ) -> list[NDArray[np.int64]]:
-    """Token sequences of all the documents about new phantoms."""
-    rng = np.random.default_rng(seed)
-    scans = [Phantom.random(rng) for _ in range(SCANS)]
-    later = [scan.later(rng) for scan in scans[::_CHANGED]]
+    """Token sequences of all the documents about a chunk of phantoms."""
+    scans, later, rng = lessons.chunk_of_scans(seed, chunk)
     size = vqgan.config.resolution
     drawn = np.stack([scan.draw(size) for scan in (*scans, *(scan for scan, _ in later))])
     pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -160,15 +158,16 @@ def phantom_sequences(
     for scan, picture in zip(scans, pictures, strict=False):
         found += documents(scan, picture, rng)
     for place, (_, change) in enumerate(later):
-        found.append(change_document(pictures[place * _CHANGED], pictures[SCANS + place], change))
+        before, after = pictures[place * lessons.CHANGED], pictures[len(scans) + place]
+        found.append(change_document(before, after, change))
     return [np.array(document.to_ids(tokenizer), dtype=np.int64) for document in found]
 
 
 def batches(
     options: Options, tokenizer: TextTokenizer, vqgan: VQGAN, chunk: int
 ) -> Iterator[dict[str, Tensor]]:
-    """The packed rows of one chunk of scans."""
-    sequences = phantom_sequences(tokenizer, vqgan, (options.seed + 1, chunk))
+    """The packed rows of one chunk of scans, but for the last ones that make no whole batch."""
+    sequences = phantom_sequences(tokenizer, vqgan, options.seed, chunk)
     rows = best_fit([len(s) for s in sequences], options.row_length)
     np.random.default_rng((options.seed + 2, chunk)).shuffle(rows)
     for start in range(0, len(rows) - options.decoder_rows + 1, options.decoder_rows):
@@ -211,11 +210,12 @@ def train_decoder(
     options: Options,
     tokenizer: TextTokenizer,
     vqgan: VQGAN,
-    log: list[dict[str, float]],
+    log: dict[str, Any],
     save: Path,
 ) -> ChameleonForConditionalGeneration:
     """Trains, and keeps its state in `save` behind every chunk of scans: a run that was stopped
-    goes on from there to the same weights."""
+    goes on from there to the same weights. `log` gets the curve as "decoder", and as "chunks" how
+    many chunks of scans were learned from."""
     narrow = Narrow(tokenizer, options.active_codes)
     decoder = new_decoder(options, tokenizer, vqgan, narrow).train()
     decoder.loss_options = LossOptions(image_weight=IMAGE_WEIGHT)
@@ -223,15 +223,17 @@ def train_decoder(
     set_attention(decoder, "sdpa", torch.bfloat16)  # document by document
     optimizers = Optimizers(decoder, options)
     step = chunk = 0
+    curve: list[dict[str, float]] = []
     sums = torch.zeros(4, dtype=torch.float64)
     if save.exists():
         state = torch.load(save, weights_only=True)
         decoder.load_state_dict(state["decoder"])
         optimizers.load(state["optimizers"])
         step, chunk = state["step"], state["chunk"]
-        log[:], sums = state["log"], state["sums"]
+        curve, sums = state["log"], state["sums"]
     began, first = time.monotonic(), step
     while step < options.decoder_steps:
+        before = step
         for wide in batches(options, tokenizer, vqgan, chunk):
             batch = narrow.batch(wide)
             with torch.autocast("cpu", torch.bfloat16):
@@ -243,7 +245,7 @@ def train_decoder(
             step += 1
             if step % 50 == 0 or step == options.decoder_steps:
                 text, image = (sums[0] / sums[1]).item(), (sums[2] / sums[3]).item()
-                log.append({"step": step, "text_loss": text, "image_loss": image})
+                curve.append({"step": step, "text_loss": text, "image_loss": image})
                 left = (time.monotonic() - began) / (step - first) * (options.decoder_steps - step)
                 print(
                     f"decoder step {step:5d}  text loss {text:.4f}  image loss {image:.4f}  "
@@ -253,9 +255,15 @@ def train_decoder(
                 sums.zero_()
             if step == options.decoder_steps:
                 break
+        if step == before:
+            raise UserError(
+                f"--decoder_rows {options.decoder_rows}: more than {lessons.SCANS} scans fill; "
+                "expected fewer"
+            )
         chunk += 1
         with whole_file(save) as temporary:
             state = {"decoder": decoder.state_dict(), "optimizers": optimizers.state(),
-                     "step": step, "chunk": chunk, "log": log, "sums": sums}  # fmt: skip
+                     "step": step, "chunk": chunk, "log": curve, "sums": sums}  # fmt: skip
             torch.save(state, temporary)
+    log |= {"decoder": curve, "chunks": chunk}
     return widened(options, tokenizer, vqgan, narrow, decoder.eval())

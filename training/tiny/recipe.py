@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from medley.errors import UserError
+
 CODES = 8192  # the layout of Chameleon's vocabulary, kept whole
 
 
@@ -50,6 +52,15 @@ class Options:
     row_length: int = 640
     decoder_lr: float = 3e-3
     matrix_lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        if self.vqgan_steps <= self.codebook_start:
+            raise UserError(
+                f"--vqgan_steps {self.vqgan_steps}: expected more than --codebook_start "
+                f"{self.codebook_start}, or no codebook is learned"
+            )
+        if self.decoder_steps < 1:
+            raise UserError(f"--decoder_steps {self.decoder_steps}: expected 1 or more")
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:

@@ -22,7 +22,7 @@ from medley.phantoms.world import (
 )
 
 Pair = tuple[str, str]
-_TURNS = (8, 18)  # of a talk: the fewest and the most
+_TURNS = (8, 18)  # of a talk: the fewest questions and the most, but for one that goes on
 CHANGED = "What has changed?"
 
 
@@ -132,11 +132,10 @@ def facts_told(text: str) -> frozenset[str]:
 
 
 def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iterator[Document]:
-    """Documents about one scan: a talk, and a picture from text; with every second scan a question
-    alone, and with every second a report, interleaved: words, the picture, words.
+    """Documents about one scan: a talk, and a picture from text; with half of the scans a question
+    alone, and with half of them a report, interleaved: words, the picture, words.
 
-    One picture in eight also stands alone, since guidance needs a model that knows pictures without
-    words.
+    One in eight also stands alone, since guidance needs a model that knows pictures without words.
     """
     yield talk(scan, picture, rng)
     if rng.random() < 0.5:
@@ -149,7 +148,7 @@ def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iter
 
 
 def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
-    """The picture, eight to eighteen questions, some of which go on from the one before, and a
+    """The picture, eight to nineteen questions, some of which go on from the one before, and a
     caption or a report.
 
     That is told last in three talks of four: whatever is asked behind it can be copied from it, and

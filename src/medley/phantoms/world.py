@@ -19,7 +19,7 @@ from PIL import Image
 Grid = NDArray[np.float32]
 
 MODALITIES = ("CT", "MR", "X-ray", "histology")  # what the embedded model has seen
-NEW_MODALITY = "ultrasound"  # kept out of its training: the adapter of `make demo` learns it
+NEW_MODALITY = "ultrasound"  # kept out of its decoder: the adapter of `make demo` learns it
 ALL_MODALITIES = (*MODALITIES, NEW_MODALITY)
 KINDS = ("nodule", "cyst", "abscess")
 SIZES = ("small", "large")
