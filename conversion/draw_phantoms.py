@@ -1,6 +1,6 @@
 """Draws phantoms to files: pictures, documents to learn from, questions to be tested with.
 
-    python -m conversion.draw_phantoms --output DIR --modality ultrasound --train 300 --test 60
+    python -m conversion.draw_phantoms --output DIR --modality PET --train 300 --test 60
 
 writes `images/`, `pictures.csv`, `train.jsonl` and `test.jsonl` to DIR.
 """
@@ -22,7 +22,14 @@ from medley.document import Document, Picture, Turn
 from medley.errors import UserError
 from medley.files import whole_folder, write_manifest
 from medley.options import resolved, run_program
-from medley.phantoms import ALL_MODALITIES, MODALITIES, Phantom, documents, questions
+from medley.phantoms import (
+    ALL_MODALITIES,
+    MODALITIES,
+    NEW_MODALITY,
+    Phantom,
+    documents,
+    questions,
+)
 from medley.vocabulary import END_TURN, IMAGE
 
 STREAM = 1_000_003  # beside the seed: no scan of another program that has the same seed comes again
@@ -34,7 +41,7 @@ class Options:
 
     Args:
         output: folder of pictures and documents
-        modality: CT, MR, X-ray, histology or ultrasound; several with commas
+        modality: CT, MR, X-ray, histology, ultrasound or PET; several with commas
         known_share: share of the scans that are of the embedded model's own modalities instead, so
             that these are not forgotten
         train: scans to learn from
@@ -44,7 +51,7 @@ class Options:
     """
 
     output: Path
-    modality: str = "ultrasound"
+    modality: str = NEW_MODALITY
     known_share: float = 0.0
     train: int = 300
     test: int = 60

@@ -39,7 +39,7 @@ if [ -n "$data" ]; then
   steps=150
 else
   # Three scans in ten are of what tiny knows, so that it does not forget that.
-  run python -m conversion.draw_phantoms --output "$out/data" --modality ultrasound --known_share 0.3 \
+  run python -m conversion.draw_phantoms --output "$out/data" --modality PET --known_share 0.3 \
     --train 1200 --test 60
   steps=250
 fi

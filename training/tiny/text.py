@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medley.document import Picture
-from medley.phantoms import ALL_MODALITIES, Phantom, change_document, documents
+from medley.phantoms import VQGAN_MODALITIES, Phantom, change_document, documents
 from medley.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, EOS, PAD, UNK, code_name
 from training.tiny.recipe import CODES, Options
 
@@ -32,7 +32,7 @@ def phantom_texts(seed: int, scans: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     place = Picture(codes=(0,))
     for _ in range(scans):
-        scan = Phantom.random(rng, ALL_MODALITIES)
+        scan = Phantom.random(rng, VQGAN_MODALITIES)
         change = change_document(place, place, scan.later(rng)[1])
         for document in (*documents(scan, place, rng), change):
             yield from (p for turn in document.turns for p in turn.parts if isinstance(p, str))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medley.checkpoints.vqgan_files import fill
-from medley.phantoms import ALL_MODALITIES, Phantom
+from medley.phantoms import VQGAN_MODALITIES, Phantom
 from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.training import CodebookAverage, training_step
 from training.tiny.recipe import CODES, Options, cosine
@@ -26,7 +26,7 @@ def vqgan_pictures(rng: np.random.Generator, count: int, size: int) -> tuple[Ten
     pixels = np.empty((count, 3, size, size), np.float32)
     weights = np.ones((count, 1, size, size), np.float32)
     for index in range(count):
-        scan = Phantom.random(rng, ALL_MODALITIES)
+        scan = Phantom.random(rng, VQGAN_MODALITIES)
         drawn = scan.draw(size).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
         kind = rng.random()
         if kind < 0.3:
