@@ -60,9 +60,9 @@ class Options:
         seed: seed of the phantoms
     """
 
-    scans: int = 2400
-    known_share: float = 0.3
-    test: int = 200
+    scans: int = 3000
+    known_share: float = 0.35
+    test: int = 100
     questions: int = 10
     epochs: int = 1
     batch: int = 8
