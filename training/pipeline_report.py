@@ -60,17 +60,17 @@ class PromptOptions:
 
 
 def demo_scans(data: Path) -> list[Phantom]:
-    """Scans to be asked for: of the modality that the data are of, or of tiny's own."""
-    modality = drawn_modality(data) or MODALITIES[0]
+    """Scans to be asked for: of the modality that the data are of, and of tiny's own."""
+    new = drawn_modality(data) or MODALITIES[0]
     wanted = [
-        (0, "nodule", "large", "left", "upper"),
-        (1, "cyst", "large", "right", "lower"),
-        (2, "abscess", "large", "left", "lower"),
-        (0, "cyst", "small", "right", "upper"),
+        (new, 0, "nodule", "large", "left", "upper"),
+        (new, 1, "cyst", "large", "right", "lower"),
+        ("CT", 2, "abscess", "large", "left", "lower"),
+        ("histology", 0, "cyst", "small", "right", "upper"),
     ]
     return [
         Phantom(modality, organs_of(modality)[organ], (Finding(kind, size, side, level),))
-        for organ, kind, size, side, level in wanted
+        for modality, organ, kind, size, side, level in wanted
     ]
 
 
@@ -84,7 +84,7 @@ def write_prompts(options: PromptOptions) -> None:
     scans, place = demo_scans(options.data), Picture(codes=(0,))
     rows: dict[str, list[dict[str, Any]]] = {
         "image": [{"text": request(scan)} for scan in scans],
-        "any": [{"text": illustrated_report(scan, place).turns[0].parts[0]} for scan in scans[:2]],
+        "any": [{"text": illustrated_report(scan, place).turns[0].parts[0]} for scan in scans[::2]],
         "text": [],
     }
     for question in picked(list(questions(options.data)), SHOWN):
