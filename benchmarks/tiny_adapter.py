@@ -2,7 +2,7 @@
 
     python benchmarks/tiny_adapter.py
 
-All learn from the same documents about PET phantoms (and some of the known modalities, so
+All learn from the same documents about MR-CT phantoms (and some of the known modalities, so
 that those are not forgotten), for as many passes: ours, the Trainer as it comes, and the Trainer
 with batches of like lengths. Questions about held-out phantoms are then asked through `medley
 answer`; our adapter is asked as an adapter and merged. Ends with one JSON line.

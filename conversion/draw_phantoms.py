@@ -1,6 +1,6 @@
 """Draws phantoms to files: pictures, documents to learn from, questions to be tested with.
 
-    python -m conversion.draw_phantoms --output DIR --modality PET --train 300 --test 60
+    python -m conversion.draw_phantoms --output DIR --modality MR-CT --train 300 --test 60
 
 writes `images/`, `pictures.csv`, `train.jsonl` and `test.jsonl` to DIR.
 """
@@ -41,7 +41,7 @@ class Options:
 
     Args:
         output: folder of pictures and documents
-        modality: CT, MR, X-ray, histology, ultrasound or PET; several with commas
+        modality: CT, MR, X-ray, histology, ultrasound or MR-CT; several with commas
         known_share: share of the scans that are of the embedded model's own modalities instead, so
             that these are not forgotten
         train: scans to learn from

@@ -39,7 +39,7 @@ if [ -n "$data" ]; then
   steps=150
 else
   # Three scans in ten are of what tiny knows, so that it does not forget that.
-  run python -m conversion.draw_phantoms --output "$out/data" --modality PET --known_share 0.3 \
+  run python -m conversion.draw_phantoms --output "$out/data" --modality MR-CT --known_share 0.3 \
     --train 1600 --test 60
   steps=480
 fi

@@ -20,7 +20,9 @@ Grid = NDArray[np.float32]
 
 MODALITIES = ("CT", "MR", "X-ray", "histology")  # what the embedded model has learned
 VQGAN_MODALITIES = (*MODALITIES, "ultrasound")  # what its VQGAN and its text tokenizer have
-NEW_MODALITY = "PET"  # kept out of all of its training: the adapter of `make demo` learns it
+# Kept out of all of its training: the adapter of `make demo` learns it. Made up, and named by words
+# that the model knows: an adapter of the layers cannot spell what the output head never learned.
+NEW_MODALITY = "MR-CT"
 ALL_MODALITIES = (*VQGAN_MODALITIES, NEW_MODALITY)
 KINDS = ("nodule", "cyst", "abscess")
 SIZES = ("small", "large")
@@ -48,7 +50,7 @@ _LOOK = {
     "X-ray": (0.80, 0.70, 0.42, 0.60),
     "histology": (0.05, 0.40, 0.52, 0.62),
     "ultrasound": (0.00, 0.30, 0.45, 0.27),
-    "PET": (0.80, 0.62, 0.48, 0.36),  # inverted, as it is shown: what takes up much is dark
+    NEW_MODALITY: (0.80, 0.62, 0.48, 0.36),
 }
 # Haematoxylin and eosin: glass, pink, purple, at 0, 0.5 and 1.
 _STAIN = np.array([[0.97, 0.95, 0.97], [0.91, 0.56, 0.74], [0.30, 0.13, 0.46]], np.float32)
@@ -211,7 +213,7 @@ class Phantom:
 
 
 def article(word: str) -> str:
-    return "an" if word in ("MR", "X-ray", "ultrasound", "abscess") else "a"
+    return "an" if word in ("MR", "X-ray", "ultrasound", NEW_MODALITY, "abscess") else "a"
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def background(modality: str, organ: str, x: Grid, y: Grid) -> Grid:
             grey = _blend(grey, structure, _ellipse(x, y, (0, height), (0.08, 0.08)))
         angle = np.abs(np.arctan2(x, y + 1.5))
         grey = grey * np.clip((0.62 - angle) * 16, 0, 1)
-    elif modality == "PET":  # what takes up much in everybody: round, dark, and no finding
+    elif modality == NEW_MODALITY:  # two vessels: round, dark, and no finding
         for height in (-0.5, 0.5):
             grey = _blend(grey, 0.05, _ellipse(x, y, (0, height * field[1]), (0.13, 0.13)))
     return grey.astype(np.float32)
@@ -311,7 +313,7 @@ def _noisy(modality: str, grey: Grid, rng: np.random.Generator) -> Grid:
         found = grey * np.float32(1 + rng.uniform(-0.04, 0.04)) + 0.006 * noise
     elif modality == "ultrasound":  # speckle grows with the signal
         found = grey * (1 + 0.05 * noise)
-    elif modality == "PET":  # counted, too: more noise where more is taken up
+    elif modality == NEW_MODALITY:  # more noise where it is darker
         found = grey + 0.014 * np.sqrt(np.clip(1 - grey, 0, 1)) * noise
     else:
         found = grey + 0.008 * noise
