@@ -40,8 +40,8 @@ if [ -n "$data" ]; then
 else
   # Three scans in ten are of what tiny knows, so that it does not forget that.
   run python -m conversion.draw_phantoms --output "$out/data" --modality MR-CT --known_share 0.3 \
-    --train 1600 --test 60
-  steps=480
+    --train 2000 --test 60
+  steps=800
 fi
 
 # --- stage 1: pictures -> codes (two ranks), documents -> token sequences ------------------
