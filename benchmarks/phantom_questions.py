@@ -4,16 +4,21 @@ benchmarks of `tiny` have in common: running the programs and their files."""
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from medley.errors import UserError
 from medley.phantoms import Phantom, questions
 from medley.vocabulary import END_TURN, IMAGE
 
@@ -33,6 +38,30 @@ class Model:
     def words(self) -> tuple[object, ...]:
         """Of a command line."""
         return "--ckpt", self.ckpt, *(("--adapter", self.adapter) if self.adapter else ())
+
+
+class Result(dict[str, Any]):
+    """What a benchmark prints: each part as it is found, so that a later fault costs none, and all
+    of it as the last line."""
+
+    def keep(self, found: Mapping[str, Any], name: str = "") -> None:
+        own = {k + name: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}
+        print(json.dumps(own), file=sys.stderr, flush=True)
+        self.update(own)
+
+    def end(self) -> None:
+        print(json.dumps({**self, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}))
+
+
+@contextmanager
+def work_folder(keep: Path | None) -> Iterator[Path]:
+    """A temporary one, or an empty one that is kept."""
+    with TemporaryDirectory() as temporary:
+        folder = (keep or Path(temporary)).resolve()
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--keep {folder}: not empty; what lies there would be taken for this")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def run(*words: object) -> None:
@@ -63,7 +92,7 @@ def write_questions(
     `folder/questions.jsonl`, every one alone; `groups` are values of each scan to score apart."""
     (folder / "pictures").mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, scan in enumerate(scans):
         path = folder / "pictures" / f"{number}.png"
         scan.image(64).save(path)

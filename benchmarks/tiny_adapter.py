@@ -11,29 +11,26 @@ answer`; our adapter is asked as an adapter and merged. Ends with one JSON line.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from phantom_questions import (
     Model,
+    Result,
     question_majorities,
     question_scores,
     read_lines,
     run,
+    work_folder,
     write_lines,
     write_questions,
 )
 from trainer_baseline import Sampling, train_baseline
 
 from medley.checkpoints import tiny_folder
-from medley.errors import UserError
 from medley.options import run_program
 from medley.phantoms import MODALITIES, NEW_MODALITY, Phantom
 from medley.token_shards import TokenShards
@@ -112,43 +109,34 @@ def scores(folder: Path, model: Model) -> dict[str, float]:
 
 
 def work(options: Options) -> None:
-    result: dict[str, Any] = {"benchmark": "tiny_adapter"}
-
-    def keep(found: Mapping[str, Any]) -> None:
-        own = {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}
-        print(json.dumps(own), file=sys.stderr, flush=True)
-        result.update(own)
-
-    with TemporaryDirectory() as temporary:
-        folder = (options.keep or Path(temporary)).resolve()
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--keep {folder}: not empty; what lies there would be taken for this")
-        folder.mkdir(parents=True, exist_ok=True)
+    result = Result({"benchmark": "tiny_adapter"})
+    with work_folder(options.keep) as folder:
         tokens = draw(folder, options)
         rng = np.random.default_rng(options.seed + 1)
         for side, modalities in GROUPS.items():
             scans = [Phantom.random(rng, modalities) for _ in range(options.test)]
             own = folder / f"test-{side}"
             write_questions(own, scans, options.questions, options.seed + 2)
-            keep({f"{side}_{key}": value for key, value in question_majorities(own).items()})
+            result.keep({f"{side}_{key}": value for key, value in question_majorities(own).items()})
         documents = list(TokenShards(tokens))
-        keep({"documents": len(documents), "tokens": sum(map(len, documents))})
-        keep(scores(folder, Model("before")))
-        keep({f"ours_{k}": v for k, v in train_ours(tokens, folder / "ours", options).items()})
+        result.keep({"documents": len(documents), "tokens": sum(map(len, documents))})
+        result.keep(scores(folder, Model("before")))
+        result.keep(
+            {f"ours_{k}": v for k, v in train_ours(tokens, folder / "ours", options).items()}
+        )
         run("conversion.merge_lora", "--ckpt_path", folder / "ours", "--base_path", "tiny",
             "--output_dir", folder / "merged")  # fmt: skip
-        keep(scores(folder, Model("ours", adapter=folder / "ours")))
-        keep(scores(folder, Model("merged", str(folder / "merged"))))
+        result.keep(scores(folder, Model("ours", adapter=folder / "ours")))
+        result.keep(scores(folder, Model("merged", str(folder / "merged"))))
         for sampling in get_args(Sampling) if options.baselines else ():
             seconds = train_baseline(
                 documents, folder / sampling, options.batch, options.lr,
                 options.rank, 2 * options.rank, options.epochs, sampling,
             )  # fmt: skip
             steps = options.epochs * -(-len(documents) // options.batch)
-            keep({f"{sampling}_seconds": seconds, f"{sampling}_steps": steps})
-            keep(scores(folder, Model(sampling, adapter=folder / sampling)))
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(json.dumps(result))
+            result.keep({f"{sampling}_seconds": seconds, f"{sampling}_steps": steps})
+            result.keep(scores(folder, Model(sampling, adapter=folder / sampling)))
+    result.end()
 
 
 if __name__ == "__main__":

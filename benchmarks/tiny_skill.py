@@ -16,15 +16,12 @@ adapter. Every part's scores are printed when it ends; the last line has all of 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,11 +31,13 @@ from phantom_questions import (
     GREEDY,
     Model,
     Pair,
+    Result,
     majority,
     question_majorities,
     question_scores,
     read_lines,
     run,
+    work_folder,
     write_lines,
     write_questions,
 )
@@ -47,7 +46,6 @@ from safetensors.torch import load_file, save_file
 
 import medley
 from medley.checkpoints import tiny_folder
-from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.options import run_program
 from medley.phantoms import (
@@ -142,9 +140,10 @@ def captions(model: Model, folder: Path, scans: Sequence[Phantom], new: Sequence
     shares = [agreement(facts_told(g), facts_told(s)) for g, s in zip(golds, said, strict=True)]
     empty = [caption(replace(scan, findings=())) for scan in scans]
     usual = [agreement(facts_told(g), facts_told(s)) for g, s in zip(golds, empty, strict=True)]
+    of_new = [share for share, own in zip(shares, new, strict=True) if own]
     return {
         "caption_facts": 100 * float(np.mean(shares)),
-        "caption_facts_new": 100 * float(np.mean(np.array(shares)[np.array(new, bool)])),
+        **({"caption_facts_new": 100 * float(np.mean(of_new))} if of_new else {}),
         "caption_facts_without_findings": 100 * float(np.mean(usual)),
         "captions_word_for_word": percent([g == s for g, s in zip(golds, said, strict=True)]),
     }  # fmt: skip
@@ -266,7 +265,7 @@ def guided(
     )
     scores = {f"drawn_{name}": percent([own[name] for own in found]) for name in found[0]}
     own = [f["all"] for f, n in zip(found, new, strict=True) if n]
-    return scores | {"drawn_all_new": percent(own)}
+    return scores | ({"drawn_all_new": percent(own)} if own else {})
 
 
 def otherwise_drawn(
@@ -364,41 +363,31 @@ def work(options: Options) -> None:
     groups = [{"modality": scan.modality, "shown": "new" if own else "before"}
               for scan, own in zip(scans, new, strict=True)]  # fmt: skip
     pictures = min(options.pictures, len(scans))
-    result: dict[str, Any] = {
+    result = Result({
         "benchmark": "tiny_skill", "ckpt": options.ckpt, "scans": options.scans,
         "shown_by_no_training": sum(new), "questions": options.questions, "pictures": pictures,
         "guidance": options.guidance, "image_temperature": options.image_temperature,
-    }  # fmt: skip
-
-    def keep(found: Scores, name: str = "") -> None:
-        own = {key + name: round(value, 2) for key, value in found.items()}
-        print(json.dumps(own), file=sys.stderr, flush=True)
-        result.update(own)
-
-    with TemporaryDirectory() as temporary:
-        folder = (options.keep or Path(temporary)).resolve()
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--keep {folder}: not empty; what lies there would be taken for this")
+    })  # fmt: skip
+    with work_folder(options.keep) as folder:
         write_questions(folder, scans, options.questions, options.seed + 2, groups)
         model = Model("pth", options.ckpt)
-        keep(reconstructed(options.ckpt, scans))
-        keep(question_scores(folder, model) | question_majorities(folder))
-        keep(captions(model, folder, scans, new))
-        keep(talks(model, folder, scans, options.seed + 1))
-        keep(changes(model, folder, scans, options.seed + 3))
-        keep(guided(model, folder, scans[:pictures], new[:pictures], options))
-        keep(otherwise_drawn(model, folder, scans[:pictures], options))
+        result.keep(reconstructed(options.ckpt, scans))
+        result.keep(question_scores(folder, model) | question_majorities(folder))
+        result.keep(captions(model, folder, scans, new))
+        result.keep(talks(model, folder, scans, options.seed + 1))
+        result.keep(changes(model, folder, scans, options.seed + 3))
+        result.keep(guided(model, folder, scans[:pictures], new[:pictures], options))
+        result.keep(otherwise_drawn(model, folder, scans[:pictures], options))
         for other in layouts(options.ckpt, folder) if options.layouts else ():
             name = f"_{other.name}"
-            keep(question_scores(folder, other), name)
+            result.keep(question_scores(folder, other), name)
             if name != "_base_without_adapter":
-                keep(captions(other, folder, scans, new), name)
-                keep(talks(other, folder, scans, options.seed + 1), name)
-                keep(changes(other, folder, scans, options.seed + 3), name)
-                keep(guided(other, folder, scans[:pictures], new[:pictures], options), name)
+                result.keep(captions(other, folder, scans, new), name)
+                result.keep(talks(other, folder, scans, options.seed + 1), name)
+                result.keep(changes(other, folder, scans, options.seed + 3), name)
+                result.keep(guided(other, folder, scans[:pictures], new[:pictures], options), name)
     result["seconds"] = round(time.monotonic() - start, 1)
-    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(json.dumps(result))
+    result.end()
 
 
 if __name__ == "__main__":
