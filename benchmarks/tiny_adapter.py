@@ -129,12 +129,11 @@ def work(options: Options) -> None:
         result.keep(scores(folder, Model("ours", adapter=folder / "ours")))
         result.keep(scores(folder, Model("merged", str(folder / "merged"))))
         for sampling in get_args(Sampling) if options.baselines else ():
-            seconds = train_baseline(
+            took = train_baseline(
                 documents, folder / sampling, options.batch, options.lr,
                 options.rank, 2 * options.rank, options.epochs, sampling,
             )  # fmt: skip
-            steps = options.epochs * -(-len(documents) // options.batch)
-            result.keep({f"{sampling}_seconds": seconds, f"{sampling}_steps": steps})
+            result.keep({f"{sampling}_{key}": value for key, value in took.items()})
             result.keep(scores(folder, Model(sampling, adapter=folder / sampling)))
     result.end()
 

@@ -94,8 +94,8 @@ class Options:
     scans: int = 1000
     questions: int = 5
     pictures: int = 1000
-    guidance: float = 2.0
-    image_temperature: float = 0.4
+    guidance: float = 1.5
+    image_temperature: float = 0.2
     layouts: bool = True
     keep: Path | None = None
     seed: int = SEED

@@ -112,7 +112,7 @@ def write_documents(path: Path, count: int, seed: int) -> None:
 
 def run_baseline(folder: Path, options: Options) -> dict[str, float]:
     documents = list(TokenShards(folder / "train.jsonl"))
-    seconds = train_baseline(documents, folder / "baseline", 8, LEARNING_RATE)
+    seconds = train_baseline(documents, folder / "baseline", 8, LEARNING_RATE)["seconds"]
     return {"trained_tokens_per_second": trained(documents) / seconds, "seconds": seconds}
 
 

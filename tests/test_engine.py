@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +199,10 @@ def test_top_k_of_one_is_greedy(model: Model, prompts: list[list[int]]) -> None:
     ]
     assert found[0] == found[1]
     images = {"mode": "image", "max_images": 1, "max_new_tokens": 80}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        drawn = [
-            model.engine.generate([Request(prompts[2], GenerationOptions(**images, **more))])[0].ids
-            for more in ({"image_top_k": 1, "image_temperature": 2.0}, {"image_greedy": True})
-        ]
+    drawn = [
+        model.engine.generate([Request(prompts[2], GenerationOptions(**images, **more))])[0].ids
+        for more in ({"image_top_k": 1, "image_temperature": 2.0}, {"image_greedy": True})
+    ]
     assert drawn[0] == drawn[1]
 
 
@@ -332,16 +329,14 @@ def test_the_engine_refuses_no_prompt(model: Model) -> None:
 def test_many_codes_at_once_are_those_of_one_after_another(model: Model) -> None:
     """As on CUDA, but without the graph: rows of different options, that end and join."""
     decoder = open_checkpoint("tiny").decoder(torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = [
-            GenerationOptions(min_images=1, max_images=1, max_new_tokens=150, seed=4),
-            GenerationOptions(mode="image", max_images=2, image_top_k=50, seed=4),
-            GenerationOptions(mode="image", image_greedy=True, guidance_scale_text=1.0),
-            GenerationOptions(
-                mode="image", guidance_scale_text=1.0, guidance_scale_image=1.0, image_top_p=1.0
-            ),
-        ]
+    options = [
+        GenerationOptions(min_images=1, max_images=1, max_new_tokens=150, seed=4),
+        GenerationOptions(mode="image", max_images=2, image_top_k=50, seed=4),
+        GenerationOptions(mode="image", image_greedy=True, guidance_scale_text=1.0),
+        GenerationOptions(
+            mode="image", guidance_scale_text=1.0, guidance_scale_image=1.0, image_top_p=1.0
+        ),
+    ]
     # Of what the model knows: elsewhere thousands of codes are about as likely, and rounding draws.
     asked = [f"Show me a {m} scan of the {o}." for m, o in (("CT", "head"), ("MR", "chest"))]
     known = [model.prompt_ids([text]) for text in asked]

@@ -200,9 +200,9 @@ def test_bad_options_say_what_is_expected(options: dict[str, Any], message: str)
         GenerationOptions(**options)
 
 
-def test_greedy_pictures_are_warned_about() -> None:
+def test_greedy_pictures_are_warned_about(model: medley.Model) -> None:
     with pytest.warns(UserWarning, match="blank"):
-        GenerationOptions(image_greedy=True)
+        model.generate(["The"], image_greedy=True, max_new_tokens=1)
 
 
 def test_a_published_hugging_face_folder_reads_but_does_not_draw(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +274,7 @@ def test_penalty_top_k_and_top_p_equal_transformers() -> None:
 
 
 def test_guided_codes_equal_three_plain_forward_passes(model: medley.Model) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = GenerationOptions(mode="image", image_greedy=True)
+    options = GenerationOptions(mode="image", image_greedy=True)
     prompts = some_prompts(model)
     results = model.engine.generate([Request(p, options, i) for i, p in enumerate(prompts)])
     v, count = model.vocabulary, model.image_tokenizer.codes_per_image

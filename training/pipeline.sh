@@ -69,7 +69,7 @@ run python -m conversion.bin_to_pth --trained_ckpt "$out/merged-hf" --original_c
 run python -m training.pipeline_report prompts --data "$out/data" --output "$out"
 for mode in image text any; do
   run medley generate --ckpt "$out/final" --input "$out/prompts-$mode.jsonl" --mode "$mode" \
-    --repetition_penalty 1.0 --text_greedy --image_temperature 0.4 --guidance_scale_text 2 \
+    --repetition_penalty 1.0 --text_greedy --image_temperature 0.4 --guidance_scale_text 1.5 \
     --max_images 1 --max_new_tokens 160 --output "$out/answers-$mode"
 done
 

@@ -39,11 +39,11 @@ from medley.phantoms import (
 )
 
 SHOWN = 8  # pictures of a row of the page
-MIRRORED = (
-    "<p>Scans of this modality ({}) are mirrored: what is on the left lies on the right of the "
-    "picture. Each kind of finding looks as another one does in the modalities that the embedded "
-    "model knows.</p>"
+OTHER_SIGNS = (
+    "<p>In scans of this modality ({}) each kind of finding looks as another one does in the "
+    "modalities that the embedded model knows{}.</p>"
 )
+SIDES = ", and what is on the left lies on the right of the picture"
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ def write_page(options: PageOptions) -> None:
 def page(options: PageOptions, scores: dict[str, Any]) -> str:
     commands = (options.output / "commands.txt").read_text()
     modality = drawn_modality(options.data)
-    mirrored = modality is not None and signs_of(modality).mirrored
+    told = ""
+    if modality is not None and modality not in MODALITIES:
+        told = OTHER_SIGNS.format(modality, SIDES if signs_of(modality).mirrored else "")
     style = (
         "body{font-family:sans-serif;max-width:64em;margin:2em auto;padding:0 1em;"
         "color-scheme:light dark}figure{display:inline-block;margin:.4em;width:11em;"
@@ -228,7 +230,7 @@ def page(options: PageOptions, scores: dict[str, Any]) -> str:
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'><title>Medley: the whole way</title>"
         f"<style>{style}</style><h1>From pictures to mixed answers</h1>"
-        f"{MIRRORED.format(modality) if mirrored else ''}"
+        f"{told}"
         f"<h2>Pictures from text</h2>{generated(options, 'image')}"
         f"<h2>Answers about pictures</h2>{generated(options, 'text')}"
         f"<h2>Illustrated reports</h2>{generated(options, 'any')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -211,9 +212,22 @@ class Model:
     def _request(
         self, prompt: Prompt | Document, options: GenerationOptions, row: int, complete: bool
     ) -> Request:
-        if options.mode != "text":
-            self.image_tokenizer.require_decoder()
+        self.check_drawing(options)
         return Request(self.prompt_ids(prompt, complete), options, row)
+
+    def check_drawing(self, options: GenerationOptions) -> None:
+        """Warns of options that draw blank pictures; not a server's clients, who would not see it.
+
+        Raises UserError where pictures are asked for and the image tokenizer has no decoder.
+        """
+        if options.mode == "text":
+            return
+        self.image_tokenizer.require_decoder()
+        if options.image_greedy:
+            warnings.warn(
+                "greedy pictures tend to come out blank; sample them unless you test something",
+                stacklevel=4,
+            )
 
     def answer_of(self, result: Result, images: Sequence[Image.Image] = ()) -> Answer:
         """The parts of what was generated: without what ended it, and without a picture that the
@@ -292,8 +306,7 @@ class Chat:
             self.model.engine.check(request.prompt)
         except UserError as error:
             raise UserError(f"{error}; or begin a new talk") from error
-        if self.options.mode != "text":
-            self.model.image_tokenizer.require_decoder()
+        self.model.check_drawing(self.options)
         for event in self.model.events(request, preview_every):
             if event.answer is not None:
                 said = whole(event.answer.ids, marks, event.answer.finish_reason)

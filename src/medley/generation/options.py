@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,11 +78,6 @@ class GenerationOptions:
                 raise UserError(f"{name} is {getattr(self, name)!r}, expected {limit}")
         if self.mode == "text" and self.min_images:
             raise UserError(f"min_images is {self.min_images}, but mode text draws no pictures")
-        if self.image_greedy and self.mode != "text":
-            warnings.warn(
-                "greedy pictures tend to come out blank; sample them unless you test something",
-                stacklevel=3,
-            )
 
     @property
     def _least(self) -> int:

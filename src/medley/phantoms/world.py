@@ -80,11 +80,13 @@ class Signs(NamedTuple):
 
 _USUAL = Signs(nodule=Sign(1.0), cyst=Sign(0.0), abscess=Sign(1.0, 0.0))
 # Each kind looks as another does elsewhere: who has not learned the modality cannot read it.
-_OTHER = Signs(nodule=Sign(0.0), cyst=Sign(1.0, 0.0), abscess=Sign(1.0), mirrored=True)
+_OTHER = Signs(nodule=Sign(0.0), cyst=Sign(1.0, 0.0), abscess=Sign(1.0))
 
 
 def signs_of(modality: str) -> Signs:
-    return _USUAL if modality in MODALITIES else _OTHER
+    if modality in MODALITIES:
+        return _USUAL
+    return _OTHER._replace(mirrored=modality in VQGAN_MODALITIES)
 
 
 def organs_of(modality: str) -> tuple[str, ...]:
