@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from tqdm import tqdm
 
 from medley.document import Document, Picture, Turn
@@ -32,7 +33,10 @@ from medley.phantoms import (
     MODALITIES,
     Finding,
     Phantom,
+    facts,
+    facts_told,
     illustrated_report,
+    measure,
     organs_of,
     request,
     signs_of,
@@ -43,6 +47,7 @@ OTHER_SIGNS = (
     "<p>In scans of this modality ({}) each kind of finding looks as another one does in the "
     "modalities that the embedded model knows{}.</p>"
 )
+RIGHT, WRONG = " &#10003;", " &#10007; ({})"
 SIDES = ", and what is on the left lies on the right of the picture"
 
 
@@ -231,7 +236,8 @@ def page(options: PageOptions, scores: dict[str, Any]) -> str:
         "<meta name='viewport' content='width=device-width'><title>Medley: the whole way</title>"
         f"<style>{style}</style><h1>From pictures to mixed answers</h1>"
         f"{told}"
-        f"<h2>Pictures from text</h2>{generated(options, 'image')}"
+        "<h2>Pictures from text</h2><p>Compared with what is measured in their pixels.</p>"
+        f"{generated(options, 'image')}"
         f"<h2>Answers about pictures</h2>{generated(options, 'text')}"
         f"<h2>Illustrated reports</h2>{generated(options, 'any')}"
         f"<h2>Held-out questions, exact answers</h2>{score_table(scores)}"
@@ -253,7 +259,7 @@ def generated(options: PageOptions, mode: str) -> str:
         asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
         answer = "".join(
-            picture_tag(folder / part["file"])
+            picture_tag(folder / part["file"]) + compared(folder / part["file"], prompt["text"])
             if part["type"] == "image"
             else f"<b>{html.escape(part['text'])}</b>"
             for part in row.get("parts", [])
@@ -261,10 +267,23 @@ def generated(options: PageOptions, mode: str) -> str:
         note = html.escape(row.get("note") or row.get("error") or "")
         if gold:
             said = "".join(p["text"] for p in row.get("parts", []) if p["type"] == "text").strip()
-            right = said.lower() == gold.lower()
-            note += " &#10003;" if right else f" &#10007; (right: {html.escape(gold)})"
+            note += (
+                RIGHT
+                if said.lower() == gold.lower()
+                else WRONG.format(f"right: {html.escape(gold)}")
+            )
         figures.append(f"<figure>{shown}<figcaption>{asked}</figcaption>{answer}{note}</figure>")
     return "".join(figures)
+
+
+def compared(path: Path, asked: str) -> str:
+    """What a drawn picture shows, as measured from its pixels, with what was asked for."""
+    seen = measure(np.asarray(open_image(path)))
+    if facts(seen.modality, seen.organ, seen.findings) == facts_told(asked):
+        return RIGHT
+    return WRONG.format(
+        f"measured: {Phantom(seen.modality, seen.organ, seen.findings).description}"
+    )
 
 
 def picture_tag(path: Path) -> str:
