@@ -47,7 +47,6 @@ OTHER_SIGNS = (
     "<p>In scans of this modality ({}) each kind of finding looks as another one does in the "
     "modalities that the embedded model knows{}.</p>"
 )
-RIGHT, WRONG = " &#10003;", " &#10007; ({})"
 SIDES = ", and what is on the left lies on the right of the picture"
 
 
@@ -259,7 +258,7 @@ def generated(options: PageOptions, mode: str) -> str:
         asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
         answer = "".join(
-            picture_tag(folder / part["file"]) + compared(folder / part["file"], prompt["text"])
+            picture_tag(folder / part["file"]) + measured(folder / part["file"], prompt["text"])
             if part["type"] == "image"
             else f"<b>{html.escape(part['text'])}</b>"
             for part in row.get("parts", [])
@@ -267,23 +266,21 @@ def generated(options: PageOptions, mode: str) -> str:
         note = html.escape(row.get("note") or row.get("error") or "")
         if gold:
             said = "".join(p["text"] for p in row.get("parts", []) if p["type"] == "text").strip()
-            note += (
-                RIGHT
-                if said.lower() == gold.lower()
-                else WRONG.format(f"right: {html.escape(gold)}")
-            )
+            note += compared(said.lower() == gold.lower(), f"right: {gold}")
         figures.append(f"<figure>{shown}<figcaption>{asked}</figcaption>{answer}{note}</figure>")
     return "".join(figures)
 
 
-def compared(path: Path, asked: str) -> str:
-    """What a drawn picture shows, as measured from its pixels, with what was asked for."""
+def compared(right: bool, why: str) -> str:
+    return " &#10003;" if right else f" &#10007; ({html.escape(why)})"
+
+
+def measured(path: Path, asked: str) -> str:
+    """Whether a drawn picture shows what was asked for, as measured from its pixels."""
     seen = measure(np.asarray(open_image(path)))
-    if facts(seen.modality, seen.organ, seen.findings) == facts_told(asked):
-        return RIGHT
-    return WRONG.format(
-        f"measured: {Phantom(seen.modality, seen.organ, seen.findings).description}"
-    )
+    right = facts(seen.modality, seen.organ, seen.findings) == facts_told(asked)
+    shown = Phantom(seen.modality, seen.organ, seen.findings).description
+    return compared(right, f"measured: {shown}")
 
 
 def picture_tag(path: Path) -> str:
