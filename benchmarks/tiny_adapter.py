@@ -57,8 +57,8 @@ class Options:
         seed: seed of the phantoms
     """
 
-    scans: int = 3000
-    known_share: float = 0.35
+    scans: int = 2600
+    known_share: float = 0.5
     test: int = 100
     questions: int = 10
     epochs: int = 1
