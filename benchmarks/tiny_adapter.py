@@ -52,6 +52,7 @@ class Options:
         batch: documents of a step
         lr: learning rate
         rank: rank of the adapters
+        bf16: all compute in bfloat16 (autocast), as the field's recipes do; else in float32
         baselines: also train with transformers' Trainer and PEFT
         keep: empty folder to keep all files in
         seed: seed of the phantoms
@@ -65,6 +66,7 @@ class Options:
     batch: int = 8
     lr: float = 3e-3
     rank: int = 32
+    bf16: bool = True
     baselines: bool = True
     keep: Path | None = None
     seed: int = SEED
@@ -93,7 +95,7 @@ def train_ours(tokens: Path, output: Path, options: Options) -> dict[str, float]
     run("training.train", "--train_data", tokens, "--ckpt", "tiny", "--output_dir", output,
         "--pack", "--max_length", row, "--bs", 1, "--epoch", options.epochs, "--lr", options.lr,
         "--lora_r", options.rank, "--lora_alpha", 2 * options.rank, "--lora_dropout", 0,
-        "--save_strategy", "no")  # fmt: skip
+        "--save_strategy", "no", *(("--bf16",) if options.bf16 else ()))  # fmt: skip
     state = json.loads((output / "trainer_state.json").read_text())
     seconds = next(e["train_runtime"] for e in state["log_history"] if "train_runtime" in e)
     return {"seconds": seconds, "steps": state["global_step"]}
@@ -119,7 +121,9 @@ def work(options: Options) -> None:
             write_questions(own, scans, options.questions, options.seed + 2)
             result.keep({f"{side}_{key}": value for key, value in question_majorities(own).items()})
         documents = list(TokenShards(tokens))
-        result.keep({"documents": len(documents), "tokens": sum(map(len, documents))})
+        result.keep(
+            {"bf16": options.bf16, "documents": len(documents), "tokens": sum(map(len, documents))}
+        )
         result.keep(scores(folder, Model("before")))
         result.keep(
             {f"ours_{k}": v for k, v in train_ours(tokens, folder / "ours", options).items()}
@@ -132,6 +136,7 @@ def work(options: Options) -> None:
             took = train_baseline(
                 documents, folder / sampling, options.batch, options.lr,
                 options.rank, 2 * options.rank, options.epochs, sampling,
+                options.bf16,
             )  # fmt: skip
             result.keep({f"{sampling}_{key}": value for key, value in took.items()})
             result.keep(scores(folder, Model(sampling, adapter=folder / sampling)))

@@ -1,4 +1,4 @@
-"""What our training is compared with: transformers' Trainer with PEFT, in float32.
+"""What our training is compared with: transformers' Trainer with PEFT.
 
 Batches of whole documents, padded on the right; the plain loss over all logits.
 """
@@ -48,11 +48,13 @@ def train_baseline(
     alpha: int = 16,
     epochs: float = 1,
     sampling: Sampling = "random",
+    bf16: bool = False,
 ) -> dict[str, float]:
     """Trains LoRA on `tiny` and saves the adapter; gives the seconds of the training alone, and
     its steps.
 
-    `sampling` is the Trainer's: its own default, or batches of documents of like lengths.
+    `sampling` is the Trainer's: its own default, or batches of documents of like lengths; `bf16`
+    is its autocast, float32 otherwise.
     """
     tiny = open_checkpoint("tiny")
     marks = tiny.text_tokenizer().vocabulary
@@ -83,6 +85,7 @@ def train_baseline(
         learning_rate=learning_rate, warmup_steps=0.1, lr_scheduler_type="cosine",
         report_to="none", use_cpu=True, logging_steps=5, save_strategy="no",
         remove_unused_columns=False, disable_tqdm=True, train_sampling_strategy=sampling,
+        bf16=bf16,
     )  # fmt: skip
     trainer = transformers.Trainer(
         model=model, args=arguments, data_collator=collate,
