@@ -12,23 +12,33 @@ from hypothesis import strategies as st
 
 from medley.document import Document
 from medley.errors import UserError
-from medley.packing import IGNORED, SequenceTooLong, best_fit, labels_for, make_row, stack_rows
+from medley.packing import IGNORED, SequenceTooLong, labels_for, make_row, pack_evenly, stack_rows
 from medley.token_shards import TokenShards, write_jsonl, write_parquet
 from medley.vocabulary import TextTokenizer
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), row=st.integers(50, 120))
 def test_every_document_is_packed_once_and_whole(lengths: list[int], row: int) -> None:
-    rows = best_fit(lengths, row)
+    rows = pack_evenly(lengths, row)
     assert sorted(i for r in rows for i in r) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in r) <= row for r in rows)
-    # No two rows could have been one: best fit leaves at most one row less than half full.
+    # No two rows could have been one: at most one is less than half full.
     assert sum(2 * sum(lengths[i] for i in r) < row for r in rows) <= 1
+
+
+def test_rows_hold_long_documents_and_short_ones() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 400, 2000).tolist()
+    rows = pack_evenly(lengths, 2048)
+    assert len(rows) <= 1.01 * sum(lengths) / 2048 + 1
+    means = [np.mean([lengths[i] for i in row]) for row in rows]
+    assert np.std(means) < 0.1 * np.mean(lengths)
+    assert np.ptp([sum(lengths[i] for i in row) for row in rows]) < 0.05 * 2048
 
 
 def test_a_document_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(SequenceTooLong, match="document 1 has 9 tokens, a row 8"):
-        best_fit([3, 9], 8)
+        pack_evenly([3, 9], 8)
 
 
 def test_labels_of_a_row(tokenizer: TextTokenizer) -> None:

@@ -5,8 +5,8 @@ Shapes: B rows of a batch, S row length.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappush, heapreplace
 from typing import Literal
 
 import numpy as np
@@ -26,30 +26,33 @@ class SequenceTooLong(UserError):
     """A document that is longer than a row."""
 
 
-def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Places whole documents into rows: longest first, each into the fullest row it fits.
+def pack_evenly(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Places whole documents into rows: longest first, each into the emptiest row.
+
+    There are as many rows as the tokens need at the least, and another one whenever a document
+    finds no room. That is about as few as best fit makes, but best fit puts documents of like
+    lengths together, as batches that a model learns less from; here every row gets long ones
+    and short ones.
 
     Gives lists of indices into `lengths`. Raises SequenceTooLong for a document that no row
     holds.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    if order and lengths[order[0]] > row_length:
+        raise SequenceTooLong(
+            f"document {order[0]} has {lengths[order[0]]} tokens, a row {row_length}: raise "
+            f"--max_length to {lengths[order[0]]} at least, or drop such documents when tokenizing "
+            "(--overflow)"
+        )
+    rows: list[list[int]] = [[] for _ in range(-(-sum(lengths) // row_length))]
+    used = [(0, row) for row in range(len(rows))]  # a heap: (tokens, row)
     for index in order:
-        length = lengths[index]
-        if length > row_length:
-            raise SequenceTooLong(
-                f"document {index} has {length} tokens, a row {row_length}: raise --max_length "
-                f"to {length} at least, or drop such documents when tokenizing (--overflow)"
-            )
-        place = bisect_left(free, (length, -1))
-        if place == len(free):
-            rows.append([index])
-            insort(free, (row_length - length, len(rows) - 1))
-        else:
-            room, row = free.pop(place)
-            rows[row].append(index)
-            insort(free, (room - length, row))
+        if used[0][0] + lengths[index] > row_length:
+            heappush(used, (0, len(rows)))
+            rows.append([])
+        tokens, row = used[0]
+        heapreplace(used, (tokens + lengths[index], row))
+        rows[row].append(index)
     return [sorted(row) for row in rows]
 
 

@@ -24,7 +24,7 @@ from medley.model import (
     decoder_config,
     tie_head_norms,
 )
-from medley.packing import IGNORED, best_fit, make_row, stack_rows
+from medley.packing import IGNORED, make_row, pack_evenly, stack_rows
 from medley.phantoms import change_document, documents, lessons
 from medley.vocabulary import TextTokenizer
 from medley.vqgan import VQGAN
@@ -168,7 +168,7 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The packed rows of one chunk of scans, but for the last ones that make no whole batch."""
     sequences = phantom_sequences(tokenizer, vqgan, options.seed, chunk)
-    rows = best_fit([len(s) for s in sequences], options.row_length)
+    rows = pack_evenly([len(s) for s in sequences], options.row_length)
     np.random.default_rng((options.seed + 2, chunk)).shuffle(rows)
     for start in range(0, len(rows) - options.decoder_rows + 1, options.decoder_rows):
         chosen = rows[start : start + options.decoder_rows]

@@ -16,7 +16,7 @@ from medley.checkpoints import Checkpoint
 from medley.errors import UserError
 from medley.files import check_fingerprint
 from medley.medmax import medmax_collate
-from medley.packing import IGNORED, Learn, SequenceTooLong, best_fit, make_row, stack_rows
+from medley.packing import IGNORED, Learn, SequenceTooLong, make_row, pack_evenly, stack_rows
 from medley.token_shards import TokenShards
 from medley.vocabulary import Vocabulary
 
@@ -82,7 +82,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         self.documents = chosen_documents(files, options) if only is None else only
         lengths = lengths_of(self.shards, self.documents).tolist()
         if options.pack:
-            self.rows = best_fit(lengths, options.max_length)
+            self.rows = pack_evenly(lengths, options.max_length)
         else:
             self.rows = [[i] for i in range(len(lengths))]
         self.lengths = [sum(lengths[i] for i in row) for row in self.rows]
