@@ -81,6 +81,9 @@ def test_the_page_says_what_is_right_and_what_is_not(data: Path, tmp_path: Path)
     assert "make &lt;demo&gt;" in page
     assert f"scans of this modality ({NEW_MODALITY}) each kind of finding looks as another" in page
 
+    wrong = page.partition("Wrong answers among them")[2].partition("<h2>")[0]
+    assert wrong.count("<figure><img ") == wrong.count("&#10007; (right: ") == pipeline_report.SHOWN
+
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["before"] == scores["after"]
     tested = rows_of(data / "test.jsonl")

@@ -116,6 +116,9 @@ class Question:
     def gold(self) -> str:
         return "".join(map(str, self.document.turns[1].parts)).strip()
 
+    def is_right(self, answer: str) -> bool:
+        return answer.lower() == self.gold.lower()
+
 
 def questions(data: Path) -> Iterator[Question]:
     """The held-out ones of test.jsonl."""
@@ -190,7 +193,7 @@ def score(asked: list[Question], answers: list[str]) -> dict[str, dict[str, int]
     found: dict[str, dict[str, int]] = {}
     for one, answer in zip(asked, answers, strict=True):
         own = found.setdefault(one.group, {"right": 0, "n": 0})
-        own["right"] += answer.lower() == one.gold.lower()
+        own["right"] += one.is_right(answer)
         own["n"] += 1
     return dict(sorted(found.items()))
 
@@ -207,18 +210,19 @@ def write_page(options: PageOptions) -> None:
         usual.get(asked_of(one.document.turns[0])) or kinds[one.group].most_common(1)[0][0]
         for one in asked
     ]
+    said = answers_of(options.after, asked)
     scores = {
         "before": score(asked, answers_of(options.before, asked)),
-        "after": score(asked, answers_of(options.after, asked)),
+        "after": score(asked, said),
         "without looking": score(asked, blind),
     }
     with whole_file(options.output / "index.html") as temporary:
-        temporary.write_text(page(options, scores), encoding="utf-8")
+        temporary.write_text(page(options, scores, wrong_answers(asked, said)), encoding="utf-8")
     write_json(options.output / "scores.json", scores)
     print(json.dumps(scores))
 
 
-def page(options: PageOptions, scores: dict[str, Any]) -> str:
+def page(options: PageOptions, scores: dict[str, Any], wrong: str) -> str:
     commands = (options.output / "commands.txt").read_text()
     modality = drawn_modality(options.data)
     told = ""
@@ -240,6 +244,7 @@ def page(options: PageOptions, scores: dict[str, Any]) -> str:
         f"<h2>Answers about pictures</h2>{generated(options, 'text')}"
         f"<h2>Illustrated reports</h2>{generated(options, 'any')}"
         f"<h2>Held-out questions, exact answers</h2>{score_table(scores)}"
+        f"<h2>Wrong answers among them</h2>{wrong}"
         f"<h2>Loss</h2>{loss_curve(options.output / 'lora' / 'trainer_state.json')}"
         f"<h2>The commands</h2><pre>{html.escape(commands)}</pre>"
         "<p>Research only, not for clinical decisions.</p></html>"
@@ -250,11 +255,11 @@ def generated(options: PageOptions, mode: str) -> str:
     prompts = [json.loads(line) for _, line in json_lines(options.output / f"prompts-{mode}.jsonl")]
     folder = options.output / f"answers-{mode}"
     rows = [json.loads(line) for _, line in json_lines(folder / "responses.jsonl")]
-    golds = [""] * len(prompts)
+    held_out: list[Question | None] = [None] * len(prompts)
     if mode == "text":
-        golds = [one.gold for one in picked(list(questions(options.data)), SHOWN)]
+        held_out = [*picked(list(questions(options.data)), SHOWN)]
     figures = []
-    for prompt, row, gold in zip(prompts, rows, golds, strict=True):
+    for prompt, row, one in zip(prompts, rows, held_out, strict=True):
         asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
         answer = "".join(
@@ -264,11 +269,27 @@ def generated(options: PageOptions, mode: str) -> str:
             for part in row.get("parts", [])
         )
         note = html.escape(row.get("note") or row.get("error") or "")
-        if gold:
+        if one is not None:
             said = "".join(p["text"] for p in row.get("parts", []) if p["type"] == "text").strip()
-            note += compared(said.lower() == gold.lower(), f"right: {gold}")
+            note += compared(one.is_right(said), f"right: {one.gold}")
         figures.append(f"<figure>{shown}<figcaption>{asked}</figcaption>{answer}{note}</figure>")
     return "".join(figures)
+
+
+def wrong_answers(asked: list[Question], answers: list[str]) -> str:
+    """Some of the held-out questions that were answered wrongly, with their pictures."""
+    wrong = [pair for pair in zip(asked, answers, strict=True) if not pair[0].is_right(pair[1])]
+    figures = []
+    for one, answer in picked(wrong, SHOWN):
+        turn = one.document.turns[0]
+        shown = "".join(
+            picture_tag(Path(str(p.path))) for p in turn.parts if isinstance(p, Picture)
+        )
+        figures.append(
+            f"<figure>{shown}<figcaption>{html.escape(asked_of(turn))}</figcaption>"
+            f"<b>{html.escape(answer)}</b>{compared(False, f'right: {one.gold}')}</figure>"
+        )
+    return "".join(figures) or "<p>None.</p>"
 
 
 def compared(right: bool, why: str) -> str:
