@@ -232,7 +232,8 @@ def page(options: PageOptions, scores: dict[str, Any], wrong: str) -> str:
         "body{font-family:sans-serif;max-width:64em;margin:2em auto;padding:0 1em;"
         "color-scheme:light dark}figure{display:inline-block;margin:.4em;width:11em;"
         "vertical-align:top;font-size:.85em}figure img{width:100%;image-rendering:pixelated}"
-        "td,th{padding:.2em 1em;text-align:left}pre{overflow:auto;font-size:.8em}"
+        "td,th{padding:.2em 1em;text-align:left}td{white-space:nowrap}"
+        "pre{overflow:auto;font-size:.8em}"
     )
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
@@ -262,7 +263,7 @@ def generated(options: PageOptions, mode: str) -> str:
     for prompt, row, one in zip(prompts, rows, held_out, strict=True):
         asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
-        answer = "".join(
+        answer = " ".join(
             picture_tag(folder / part["file"]) + measured(folder / part["file"], prompt["text"])
             if part["type"] == "image"
             else f"<b>{html.escape(part['text'])}</b>"
