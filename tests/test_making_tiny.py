@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from training import make_tiny
 from training.tiny import decoder, text
-from training.tiny.decoder import BELOW, Narrow, Optimizers, batches, empty_decoder, widened
+from training.tiny.decoder import (
+    BELOW,
+    Narrow,
+    Optimizers,
+    batches,
+    best_fit,
+    empty_decoder,
+    widened,
+)
 from training.tiny.recipe import Options
 
 from medley.checkpoints import open_checkpoint, tiny_folder
+from medley.errors import UserError
 from medley.options import resolved
 from medley.packing import IGNORED
 from medley.phantoms import lessons
@@ -102,6 +111,12 @@ def test_the_embedded_model_is_what_its_recipe_makes() -> None:
     assert log["options"] == resolved(Options())
     assert log["decoder"][-1]["step"] == Options().decoder_steps
     assert log["chunks"] > 50
+
+
+def test_the_recipe_packs_as_it_did() -> None:
+    assert best_fit([3, 9, 4, 6, 7], 10) == [[1], [0, 4], [2, 3]]
+    with pytest.raises(UserError, match="11 tokens, --row_length is 10"):
+        best_fit([11], 10)
 
 
 def test_the_whole_vocabulary_says_what_the_narrow_one_did() -> None:

@@ -261,7 +261,6 @@ def generated(options: PageOptions, mode: str) -> str:
         held_out = [*picked(list(questions(options.data)), SHOWN)]
     figures = []
     for prompt, row, one in zip(prompts, rows, held_out, strict=True):
-        asked = html.escape(prompt["text"].removeprefix("<image>"))
         shown = picture_tag(Path(prompt["image_path"])) if "image_path" in prompt else ""
         answer = " ".join(
             picture_tag(folder / part["file"]) + measured(folder / part["file"], prompt["text"])
@@ -273,8 +272,13 @@ def generated(options: PageOptions, mode: str) -> str:
         if one is not None:
             said = "".join(p["text"] for p in row.get("parts", []) if p["type"] == "text").strip()
             note += compared(one.is_right(said), f"right: {one.gold}")
-        figures.append(f"<figure>{shown}<figcaption>{asked}</figcaption>{answer}{note}</figure>")
+        figures.append(figure(shown, prompt["text"].removeprefix("<image>"), answer + note))
     return "".join(figures)
+
+
+def figure(shown: str, asked: str, answer: str) -> str:
+    """Of tags of pictures, a plain question, and tags of an answer."""
+    return f"<figure>{shown}<figcaption>{html.escape(asked)}</figcaption>{answer}</figure>"
 
 
 def wrong_answers(asked: list[Question], answers: list[str]) -> str:
@@ -286,10 +290,8 @@ def wrong_answers(asked: list[Question], answers: list[str]) -> str:
         shown = "".join(
             picture_tag(Path(str(p.path))) for p in turn.parts if isinstance(p, Picture)
         )
-        figures.append(
-            f"<figure>{shown}<figcaption>{html.escape(asked_of(turn))}</figcaption>"
-            f"<b>{html.escape(answer)}</b>{compared(False, f'right: {one.gold}')}</figure>"
-        )
+        said = f"<b>{html.escape(answer)}</b>{compared(False, f'right: {one.gold}')}"
+        figures.append(figure(shown, asked_of(turn), said))
     return "".join(figures) or "<p>None.</p>"
 
 

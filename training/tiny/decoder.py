@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from medley.model import (
     decoder_config,
     tie_head_norms,
 )
-from medley.packing import IGNORED, make_row, pack_evenly, stack_rows
+from medley.packing import IGNORED, make_row, stack_rows
 from medley.phantoms import change_document, documents, lessons
 from medley.vocabulary import TextTokenizer
 from medley.vqgan import VQGAN
@@ -163,12 +164,32 @@ def phantom_sequences(
     return [np.array(document.to_ids(tokenizer), dtype=np.int64) for document in found]
 
 
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Places whole documents into rows: longest first, each into the fullest row it fits.
+
+    Training packs evenly since (`medley.packing.pack_evenly`), which teaches more; this is what
+    the embedded model was made with, and goes with its next training.
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[index] > row_length:
+            raise UserError(f"a document of {lengths[index]} tokens, --row_length is {row_length}")
+        place = bisect_left(free, (lengths[index], -1))
+        if place == len(free):
+            rows.append([])
+        room, row = free.pop(place) if place < len(free) else (row_length, len(rows) - 1)
+        rows[row].append(index)
+        insort(free, (room - lengths[index], row))
+    return [sorted(row) for row in rows]
+
+
 def batches(
     options: Options, tokenizer: TextTokenizer, vqgan: VQGAN, chunk: int
 ) -> Iterator[dict[str, Tensor]]:
     """The packed rows of one chunk of scans, but for the last ones that make no whole batch."""
     sequences = phantom_sequences(tokenizer, vqgan, options.seed, chunk)
-    rows = pack_evenly([len(s) for s in sequences], options.row_length)
+    rows = best_fit([len(s) for s in sequences], options.row_length)
     np.random.default_rng((options.seed + 2, chunk)).shuffle(rows)
     for start in range(0, len(rows) - options.decoder_rows + 1, options.decoder_rows):
         chosen = rows[start : start + options.decoder_rows]
