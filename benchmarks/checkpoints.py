@@ -27,17 +27,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medley.adapters import PROJECTIONS
-from medley.checkpoints import (
+from medley.checkpoints.adapter import PROJECTIONS
+from medley.checkpoints.chameleon import copy_tokenizer
+from medley.checkpoints.checkpoint import (
     huggingface,
     open_checkpoint,
     write_chameleon,
 )
-from medley.checkpoints.chameleon import copy_tokenizer
-from medley.checkpoints.vqgan_files import hugging_face_tensors
-from medley.files import read_json
-from medley.model import ChameleonForConditionalGeneration
-from medley.options import run_program
+from medley.modeling.chameleon import ChameleonForConditionalGeneration
+from medley.utils.cli_options import run_program
+from medley.utils.files import read_json
+from medley.vqgan.files import hugging_face_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16
@@ -46,7 +46,7 @@ WATCHED = """
 import pathlib, re, sys, threading, time
 import peft, torch, transformers
 import conversion.bin_to_pth, conversion.merge_lora, conversion.pth_to_bin
-from medley.checkpoints import open_checkpoint
+from medley.checkpoints.checkpoint import open_checkpoint
 
 def status():
     text = pathlib.Path("/proc/self/status").read_text()

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from medley.checkpoints import open_checkpoint
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.generation import Engine, GenerationOptions, Request
 from medley.generation.sampling import choose, guide
-from medley.model import ChameleonForConditionalGeneration
-from medley.options import run_program
+from medley.modeling.chameleon import ChameleonForConditionalGeneration
+from medley.utils.cli_options import run_program
 
 MARKS = open_checkpoint("tiny").text_tokenizer().vocabulary
 

@@ -30,11 +30,11 @@ import torch
 import transformers
 from PIL import Image
 
-from medley.checkpoints.vqgan_files import to_hugging_face_config, write_vqgan
-from medley.image_tokenizer import ImageTokenizer
-from medley.images import open_image
-from medley.options import run_program
+from medley.images.preprocess import open_image
+from medley.utils.cli_options import run_program
 from medley.vqgan import VQGAN, VQGANConfig
+from medley.vqgan.files import to_hugging_face_config, write_vqgan
+from medley.vqgan.image_tokenizer import ImageTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAMELEON = VQGANConfig(128, (1, 1, 2, 2, 4), 2, 512, 256, 256, 8192)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from medley.data.vocabulary import END_TURN, IMAGE
 from medley.errors import UserError
 from medley.phantoms import Phantom, questions
-from medley.vocabulary import END_TURN, IMAGE
 
 GREEDY = ("--text_greedy", "--repetition_penalty", "1.0")
 Pair = tuple[str, str]  # a question and an answer

@@ -26,9 +26,9 @@ from typing import Any
 
 import httpx
 
-from medley.options import run_program
 from medley.phantoms import Phantom
-from medley.serving.pictures import data_address
+from medley.serving.untrusted_inputs import data_address
+from medley.utils.cli_options import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 SLICES = 8  # of the many requests, behind each of which memory is read

@@ -30,10 +30,10 @@ from phantom_questions import (
 )
 from trainer_baseline import Sampling, train_baseline
 
-from medley.checkpoints import tiny_folder
-from medley.options import run_program
+from medley.checkpoints.checkpoint import tiny_folder
+from medley.data.token_dataset import TokenShards
 from medley.phantoms import MODALITIES, NEW_MODALITY, Phantom
-from medley.token_shards import TokenShards
+from medley.utils.cli_options import run_program
 
 SEED = 50_000_000  # not what settings were chosen with
 GROUPS = {"new": (NEW_MODALITY,), "known": MODALITIES}

@@ -45,9 +45,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import medley
-from medley.checkpoints import tiny_folder
+from medley.checkpoints.checkpoint import tiny_folder
 from medley.generation import GenerationOptions
-from medley.options import run_program
 from medley.phantoms import (
     CHANGED,
     KINDS,
@@ -65,6 +64,7 @@ from medley.phantoms import (
     request,
 )
 from medley.phantoms.lessons import learned_descriptions
+from medley.utils.cli_options import run_program
 
 SEED = 40_000_000  # far from the seeds of training, and of what settings were chosen with
 NOTHING = "Show me a scan."

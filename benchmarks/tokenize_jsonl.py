@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from medley.code_shards import partition_file, write_partition
-from medley.options import run_program
-from medley.token_shards import TokenShards
-from medley.vocabulary import TextTokenizer, code_name
+from medley.data.image_token_store import partition_file, write_partition
+from medley.data.token_dataset import TokenShards
+from medley.data.vocabulary import TextTokenizer, code_name
+from medley.utils.cli_options import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS, CODES = 240, 1024

@@ -15,10 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from medley.adapters import PROJECTIONS
-from medley.checkpoints import open_checkpoint
-from medley.model import ChameleonForConditionalGeneration
-from medley.packing import IGNORED, labels_for
+from medley.checkpoints.adapter import PROJECTIONS
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.data.packing import IGNORED, labels_for
+from medley.modeling.chameleon import ChameleonForConditionalGeneration
 
 Sampling = Literal["random", "group_by_length"]
 

@@ -26,12 +26,12 @@ import peft
 import torch
 from trainer_baseline import train_baseline
 
-from medley.checkpoints import open_checkpoint
-from medley.files import write_manifest
-from medley.options import run_program
-from medley.packing import IGNORED, labels_for, make_row, stack_rows
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.data.packing import IGNORED, labels_for, make_row, stack_rows
+from medley.data.token_dataset import TokenShards, write_jsonl
 from medley.phantoms import Phantom, caption
-from medley.token_shards import TokenShards, write_jsonl
+from medley.utils.cli_options import run_program
+from medley.utils.files import write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = 1e-3
@@ -163,7 +163,7 @@ def held_out_loss(adapter: Path, documents: Sequence[Any]) -> float:
 HEAD = """
 import pathlib, re, threading, time, torch
 import torch.nn.functional as F
-from medley.loss_head import HeadLoss
+from medley.modeling.chunked_loss import HeadLoss
 
 def naive(states, head, targets):  # logits of all places, in float32, as transformers has them
     F.cross_entropy((states @ head.t()).float(), targets, ignore_index=-100).backward()

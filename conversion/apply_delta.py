@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from medley.checkpoints.deltas import DTYPES, add_delta, write_combined
-from medley.files import write_manifest
-from medley.options import resolved, run_program
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import write_manifest
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from medley.datasets.base import RecordError
+from medley.datasets.instructions.cleaning import Rules, cleaned, record_of
+from medley.datasets.llava import TURNS
+from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.files import whole_file, write_manifest
-from medley.formats.files import records_of
-from medley.formats.llava import TURNS
-from medley.formats.sample import RecordError
-from medley.instructions.cleaning import Rules, cleaned, record_of
-from medley.options import resolved, run_program
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import whole_file, write_manifest
 
 RULES = Path(__file__).parent / "prompts" / "cleaning.yaml"
 

@@ -25,8 +25,15 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
+from medley.datasets.conversion import Check, Tally, kept_line
+from medley.datasets.readers import writer
+from medley.datasets.registry import FORMATS, Choices, Format, Name, RecordError, Sample
+from medley.datasets.splits import content_hashes, leaks, paths_of
+from medley.datasets.splitting import chosen, make_plan
+from medley.datasets.statistics import PUBLISHED, Counts, SplitHash
 from medley.errors import DataLost, UserError
-from medley.files import (
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import (
     printable,
     read_json,
     whole_file,
@@ -34,13 +41,6 @@ from medley.files import (
     write_json,
     write_manifest,
 )
-from medley.formats import FORMATS, Choices, Format, Name, RecordError, Sample
-from medley.formats.conversion import Check, Tally, kept_line
-from medley.formats.files import writer
-from medley.formats.planning import chosen, make_plan
-from medley.formats.splits import content_hashes, leaks, paths_of
-from medley.formats.tallies import PUBLISHED, Counts, SplitHash
-from medley.options import resolved, run_program
 
 
 @dataclass(frozen=True)

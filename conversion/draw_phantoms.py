@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medley.checkpoints import TINY, open_checkpoint
-from medley.document import Document, Picture, Turn
+from medley.checkpoints.checkpoint import TINY, open_checkpoint
+from medley.data.document import Document, Picture, Turn
+from medley.data.vocabulary import END_TURN, IMAGE
 from medley.errors import UserError
-from medley.files import whole_folder, write_manifest
-from medley.options import resolved, run_program
 from medley.phantoms import (
     ALL_MODALITIES,
     MODALITIES,
@@ -30,7 +29,8 @@ from medley.phantoms import (
     documents,
     questions,
 )
-from medley.vocabulary import END_TURN, IMAGE
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import whole_folder, write_manifest
 
 STREAM = 1_000_003  # beside the seed: no scan of another program that has the same seed comes again
 

@@ -20,12 +20,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medley.datasets.figures.download import FetchError, Patience, download, hash_of
+from medley.datasets.figures.manifest import FILES
+from medley.datasets.figures.pmc_archives import (
+    LOG,
+    Figure,
+    fetch_all,
+    log_line,
+    read_figures,
+    there_already,
+)
 from medley.errors import DataLost, UserError
-from medley.figures.articles import LOG, Figure, fetch_all, log_line, read_figures, there_already
-from medley.figures.catalogue import FILES
-from medley.figures.download import FetchError, Patience, download, hash_of
-from medley.files import append_line, whole_file
-from medley.options import run_program
+from medley.utils.cli_options import run_program
+from medley.utils.files import append_line, whole_file
 
 MISSING = "missing.jsonl"
 _ROOM = 1 << 30  # bytes that the disk must have left

@@ -21,15 +21,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medley.document import Document, Turn
-from medley.endpoint import Endpoint, Failed, Message, Replies, ask_all
+from medley.data.document import Document, Turn
+from medley.datasets import documents
+from medley.datasets.base import RecordError, Sample
+from medley.datasets.instructions.captions import Prompts, context_of, read_captions
+from medley.datasets.readers import records_of
+from medley.datasets.registry import Choices
 from medley.errors import DataLost, UserError
-from medley.files import whole_file, write_manifest
-from medley.formats import Choices, documents
-from medley.formats.files import records_of
-from medley.formats.sample import RecordError, Sample
-from medley.instructions.captions import Prompts, context_of, read_captions
-from medley.options import resolved, run_program
+from medley.utils.chat_client import Endpoint, Failed, Message, Replies, ask_all
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import whole_file, write_manifest
 
 PROMPTS = Path(__file__).parent / "prompts"
 

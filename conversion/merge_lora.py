@@ -9,11 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from medley.adapters import base_of, find_adapter, merged_tensors, verify_merge
-from medley.checkpoints import open_checkpoint, write_hugging_face
+from medley.checkpoints.adapter import base_of, find_adapter, merged_tensors, verify_merge
+from medley.checkpoints.checkpoint import open_checkpoint, write_hugging_face
 from medley.errors import UserError
-from medley.files import check_fingerprint, write_manifest
-from medley.options import resolved, run_program
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import check_fingerprint, write_manifest
 
 TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 0.3, "torch.float16": 0.05}
 

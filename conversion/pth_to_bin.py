@@ -9,15 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from medley.checkpoints import (
+from medley.checkpoints.checkpoint import (
     largest_difference,
     largest_logit_difference,
     open_checkpoint,
     write_hugging_face,
 )
 from medley.errors import UserError
-from medley.files import write_manifest
-from medley.options import resolved, run_program
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import write_manifest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import settings
 from model_server import Server, running_server
 from training_runs import write_tokens
 
-from medley.vocabulary import TextTokenizer
+from medley.data.vocabulary import TextTokenizer
 
 settings.register_profile("untimed", deadline=None)  # no test measures time
 settings.load_profile("untimed")

@@ -18,7 +18,7 @@ from running_server import Running
 from medley.phantoms import Phantom
 from medley.phantoms.world import Finding
 from medley.serving.limits import Limits
-from medley.serving.page.mount import add_page
+from medley.serving.ui.mount import add_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NEEDS_CHROMIUM = pytest.mark.skipif(

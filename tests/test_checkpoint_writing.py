@@ -15,18 +15,18 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from medley import checkpoints
-from medley.checkpoints import huggingface as huggingface_layout
-from medley.checkpoints import (
+from medley.checkpoints.checkpoint import huggingface as huggingface_layout
+from medley.checkpoints.checkpoint import (
     largest_difference,
     largest_logit_difference,
     open_checkpoint,
     write_chameleon,
     write_hugging_face,
 )
-from medley.checkpoints.safetensors_stream import SafetensorsFile
-from medley.checkpoints.torch_stream import TorchFile
+from medley.checkpoints.safetensors_writer import SafetensorsFile
+from medley.checkpoints.torch_writer import TorchFile
 from medley.errors import UserError
-from medley.files import read_json, write_json
+from medley.utils.files import read_json, write_json
 
 
 def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from medley.code_shards import (
+from medley.data.document import Document, Picture
+from medley.data.image_token_store import (
     CodeShards,
     Failure,
     read_failures,
     write_error_lists,
     write_partition,
 )
-from medley.document import Document, Picture
+from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
-from medley.vocabulary import TextTokenizer
 
 REAL = ROOT.parent / "shared" / "data" / "chameleon_tokens"
 

@@ -14,14 +14,14 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from medley import cli
-from medley.answer_files import chunk, keys_of, model_name, row_of
 from medley.commands.answer import devices_of, gathered, part_file
 from medley.commands.chat import parts_of
-from medley.document import Document, Picture, Turn
+from medley.data.document import Document, Picture, Turn
+from medley.datasets.registry import Choices
 from medley.errors import UserError
-from medley.formats import Choices
+from medley.evaluation.answer_files import chunk, keys_of, model_name, row_of
+from medley.evaluation.questions import Question, read_questions
 from medley.phantoms import Phantom
-from medley.questions import Question, read_questions
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,7 +86,7 @@ def test_a_prompt_that_cannot_be_read_costs_no_other(
 def test_weights_that_have_no_room_are_refused_before_they_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medley.commands.common.memory_free", lambda device: 1 << 20)
+    monkeypatch.setattr("medley.commands.model_options.memory_free", lambda device: 1 << 20)
     words = ["generate", "--ckpt", "tiny", "--prompt", "x", "--output", str(tmp_path)]
     assert cli.main(words) == 2
     assert "0.0 GB free; --quantize 4bit" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medley.document import Document
-from medley.formats.splits import balanced, groups, half_of
-from medley.formats.tallies import Duplicates, SplitHash
-from medley.token_shards import TokenShards
+from medley.data.document import Document
+from medley.data.token_dataset import TokenShards
+from medley.datasets.splits import balanced, groups, half_of
+from medley.datasets.statistics import Duplicates, SplitHash
 
 VQA_RAD = ROOT.parent / "shared" / "data" / "vqa_rad"
 
@@ -250,7 +250,7 @@ def test_vqa_rad_whole_is_the_published_one(
 def test_a_converted_file_becomes_tokens(folder: Path, tmp_path: Path) -> None:
     from tokenizer import image_tokenization, tokenize_jsonl
 
-    from medley.checkpoints import tiny_folder
+    from medley.checkpoints.checkpoint import tiny_folder
 
     out = tmp_path / "out"
     assert run("--from", "vqa_rad", "--input", folder, "--output", out) == 0

@@ -17,7 +17,7 @@ from conftest import ROOT
 from fastapi.testclient import TestClient
 
 from medley.commands.serve import ServeOptions
-from medley.options import parse
+from medley.utils.cli_options import parse
 
 DEPLOY = ROOT / "deploy"
 

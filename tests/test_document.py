@@ -7,9 +7,9 @@ from conftest import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medley.document import Document, DocumentError, Picture, Turn, answer_spans, ids_to_parts
-from medley.medmax import medmax_collate, medmax_ids
-from medley.vocabulary import TextTokenizer
+from medley.data.document import Document, DocumentError, Picture, Turn, answer_spans, ids_to_parts
+from medley.data.medmax_compat import medmax_collate, medmax_ids
+from medley.data.vocabulary import TextTokenizer
 
 CASES = golden("medmax_tokenization.json")["cases"]
 LABELS = golden("medmax_labels.json")["cases"]
@@ -85,7 +85,7 @@ documents = st.lists(some_parts(), min_size=2, max_size=6).map(
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer() -> TextTokenizer:
-    from medley.checkpoints import open_checkpoint
+    from medley.checkpoints.checkpoint import open_checkpoint
 
     return open_checkpoint("tiny").text_tokenizer()
 

@@ -17,11 +17,11 @@ from conftest import ROOT
 from PIL import Image
 
 import medley
-from medley.adapters import read_adapter
-from medley.checkpoints import open_checkpoint, tiny_folder
-from medley.files import read_manifest
-from medley.token_shards import TokenShards
-from medley.training.saving import COMPLETE
+from medley.checkpoints.adapter import read_adapter
+from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
+from medley.data.token_dataset import TokenShards
+from medley.trainer.checkpointing import COMPLETE
+from medley.utils.files import read_manifest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TOKENIZER = tiny_folder() / "tokenizer" / "text_tokenizer.json"

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 import medley
-from medley.assistant import Model
-from medley.checkpoints import open_checkpoint
-from medley.commands.common import Need
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.commands.model_options import Need
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
-from medley.generation.cache import KeyValueCache, Prefix
-from medley.generation.decode_step import FusedStep
-from medley.generation.prefixes import Prefixes
+from medley.generation.fused_decode import FusedStep
+from medley.generation.kv_cache import KeyValueCache, Prefix
+from medley.generation.prefix_cache import Prefixes
+from medley.inference.model import Model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
 

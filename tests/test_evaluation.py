@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from medley import cli
+from medley.datasets.registry import Choices
 from medley.errors import UserError
 from medley.evaluation.cases import Case, Scored, picked, read_scored
 from medley.evaluation.comparison import differences
-from medley.evaluation.intervals import mean_interval, paired_difference, share_interval
-from medley.evaluation.pairs import paired
-from medley.evaluation.published import is_known
+from medley.evaluation.confidence import mean_interval, paired_difference, share_interval
+from medley.evaluation.predictions import paired
+from medley.evaluation.questions import Question, read_questions
+from medley.evaluation.reference_scorers import is_known
 from medley.evaluation.science_qa import parsed_letter
 from medley.evaluation.vqa import (
     choice_of,
@@ -27,9 +29,7 @@ from medley.evaluation.vqa import (
     score,
     yes_or_no,
 )
-from medley.evaluation.words import normalise
-from medley.formats import Choices
-from medley.questions import Question, read_questions
+from medley.evaluation.vqa_normalize import normalise
 
 # --- ours -------------------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ import pytest
 from conversion import fetch_figures
 from PIL import Image
 
+from medley.datasets.figures import catalogue
+from medley.datasets.figures.download import FetchError, Patience, download
+from medley.datasets.figures.manifest import Published
+from medley.datasets.figures.pmc_archives import Figure, fetch_all, read_figures, take_out
 from medley.errors import UserError
-from medley.figures import catalogue
-from medley.figures.articles import Figure, fetch_all, read_figures, take_out
-from medley.figures.catalogue import Published
-from medley.figures.download import FetchError, Patience, download
 
 QUICK = Patience(tries=3, pause=0.0, timeout=0.5)
 
@@ -282,7 +282,7 @@ def run(*words: Any) -> int:
 def test_articles_are_fetched_once_and_what_is_missing_is_named(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("medley.figures.download.Patience.pause", 0.0)
+    monkeypatch.setattr("medley.datasets.figures.download.Patience.pause", 0.0)
     server.files |= {
         "/1.tar.gz": archive(PMC1__a_DOT_jpg=picture(1), PMC1__b_DOT_jpg=picture(2)),
         "/2.tar.gz": archive(PMC2__a_DOT_jpg=b"no picture"),
@@ -340,7 +340,7 @@ def test_data_files_are_checked_against_the_catalogue(
     assert "is there, and whole" in capsys.readouterr().out
     assert sum(server.asked.values()) == 1
     monkeypatch.setitem(catalogue.FILES, name, Published(len(data), "0" * 64, "instruct"))
-    monkeypatch.setattr("medley.figures.download.Patience.pause", 0.0)
+    monkeypatch.setattr("medley.datasets.figures.download.Patience.pause", 0.0)
     assert run(*words, "--allow_network") == 3
     assert "SHA-256" in capsys.readouterr().err
 

@@ -18,12 +18,12 @@ from conftest import ROOT
 from PIL import Image
 
 from medley import ImageTokenizer
-from medley.checkpoints.vqgan_files import read_vqgan, write_vqgan
 from medley.errors import UserError
-from medley.image_tokenizer import token_space_fingerprint
-from medley.loading import load
+from medley.inference.loading import load
 from medley.phantoms import Phantom
 from medley.vqgan import VQGAN, VQGANConfig
+from medley.vqgan.files import read_vqgan, write_vqgan
+from medley.vqgan.image_tokenizer import token_space_fingerprint
 
 PROGRAM = "tokenizer.finetune_vqgan"
 DATA = ROOT.parent / "shared" / "data"

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medley.document import Document, Picture, Turn
+from medley.data.document import Document, Picture, Turn
+from medley.data.vocabulary import IMAGE
+from medley.datasets.pathvqa import read_pickle
+from medley.datasets.readers import writer
+from medley.datasets.registry import FORMATS, Choices, RecordError, Sample
+from medley.datasets.sharegpt import layout_of
 from medley.errors import UserError
-from medley.formats import FORMATS, Choices, RecordError, Sample
-from medley.formats.files import writer
-from medley.formats.pathvqa import read_pickle
-from medley.formats.sharegpt import layout_of
-from medley.vocabulary import IMAGE
 
 HERE = Choices(Path())
 
@@ -320,7 +320,7 @@ def test_medtrinity_in_its_three_forms(kind: str, tmp_path: Path) -> None:
 
 
 def test_medmaxs_rows_that_need_credentials(tmp_path: Path) -> None:
-    from medley.code_shards import write_partition
+    from medley.data.image_token_store import write_partition
 
     row = {"text": "<image>Why?<reserved08706>So.", "credential": "yes", "source": "mimic",
            "id": "study7"}  # fmt: skip

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from medley.document import Document
+from medley.data.document import Document
+from medley.data.vocabulary import IMAGE
+from medley.datasets.conversion import read_one
+from medley.datasets.readers import records_of
+from medley.datasets.registry import FORMATS, Choices, RecordError, Sample
 from medley.errors import UserError
-from medley.formats import FORMATS, Choices, RecordError, Sample
-from medley.formats.conversion import read_one
-from medley.formats.files import records_of
-from medley.vocabulary import IMAGE
 
 HERE = Choices(Path())
 
@@ -165,7 +165,7 @@ def test_half_a_file_gives_what_is_whole_and_names_where_it_breaks(
 
 
 def test_a_long_list_is_read_piece_by_piece(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("medley.formats.files._PIECE", 7)
+    monkeypatch.setattr("medley.datasets.readers._PIECE", 7)
     rows = [{"id": i, "text": "größe " * (i % 5), "list": [1, [2.5, None]]} for i in range(60)]
     for indent in (None, 1):
         path = tmp_path / "a.json"

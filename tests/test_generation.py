@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import medley
-from medley.document import ids_to_parts
+from medley.data.document import ids_to_parts
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
 from medley.generation.sampling import choose, uniforms
@@ -208,7 +208,7 @@ def test_greedy_pictures_are_warned_about(model: medley.Model) -> None:
 def test_a_published_hugging_face_folder_reads_but_does_not_draw(tmp_path: Path) -> None:
     import shutil
 
-    from medley.checkpoints import open_checkpoint, tiny_folder, write_hugging_face
+    from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder, write_hugging_face
 
     write_hugging_face(tmp_path / "hf", open_checkpoint(TINY_FOLDER))
     shutil.move(tmp_path / "hf" / "tokenizer", tmp_path / "vqgan")

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from medley.code_shards import finished_partitions
-from medley.files import read_manifest
+from medley.data.image_token_store import finished_partitions
+from medley.utils.files import read_manifest
 
 PROGRAM = "tokenizer.image_tokenization"
 ROWS, SIZE = 240, 8
@@ -112,7 +112,7 @@ def test_a_folder_of_another_run_is_refused(
 def test_a_second_run_cannot_write_the_same_partition(tmp_path: Path) -> None:
     import numpy as np
 
-    from medley.code_shards import partition_file, write_partition
+    from medley.data.image_token_store import partition_file, write_partition
     from medley.errors import UserError
 
     codes = np.zeros((1, 4), np.uint16)

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medley.image_tokenizer import ImageTokenizer
-from medley.images import ImageError, bytes_to_pixels, from_pixels, open_image, to_pixels, to_rgb
+from medley.images.preprocess import (
+    ImageError,
+    bytes_to_pixels,
+    from_pixels,
+    open_image,
+    to_pixels,
+    to_rgb,
+)
 from medley.vqgan import VQGAN, VQGANConfig
+from medley.vqgan.image_tokenizer import ImageTokenizer
 
 SMALL = ImageTokenizer(VQGAN(VQGANConfig(32, (1, 1, 1), 1, 32, 8, 8, 128)))
 CASES = [c for c in golden("medmax_image_preprocess.json")["cases"] if c["input"]["png"]]

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from medley.errors import UserError
-from medley.images import ImageError
-from medley.images.lists import ImageList, Part
-from medley.images.loading import Squares, square_batches
+from medley.images.dataloader import Squares, square_batches
+from medley.images.preprocess import ImageError
+from medley.images.sources import ImageList, Part
 
 
 def names(parts: list[Part]) -> list[list[str]]:

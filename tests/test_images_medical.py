@@ -10,7 +10,7 @@ from conftest import ROOT
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from medley.images import ImageError, count_frames, open_image
+from medley.images.preprocess import ImageError, count_frames, open_image
 
 REAL = ROOT.parent / "shared" / "data" / "medical_formats"
 

@@ -13,10 +13,15 @@ from conftest import ROOT, golden
 from conversion import clean_instructions, generate_instructions
 from model_server import Server
 
+from medley.datasets.base import RecordError
+from medley.datasets.instructions.captions import (
+    Prompts,
+    context_of,
+    conversation_text,
+    read_captions,
+)
+from medley.datasets.instructions.cleaning import Rules, cleaned, record_of
 from medley.errors import UserError
-from medley.formats.sample import RecordError
-from medley.instructions.captions import Prompts, context_of, conversation_text, read_captions
-from medley.instructions.cleaning import Rules, cleaned, record_of
 
 CASES = golden("llava_med_instruct.json")
 RULES = Rules.read(ROOT / "conversion" / "prompts" / "cleaning.yaml")

@@ -12,7 +12,7 @@ from conftest import golden
 
 from medley import cli
 from medley.errors import UserError
-from medley.evaluation.judging import (
+from medley.evaluation.judge_scores import (
     Summary,
     by_group,
     llava_lines,

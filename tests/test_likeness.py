@@ -12,11 +12,11 @@ from tiny_models import clip_folder, llava_folder, sentence_folder
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from medley import cli
-from medley.baseline import Baseline, answer_file
-from medley.document import Document, Picture, Turn
+from medley.data.document import Document, Picture, Turn
 from medley.errors import UserError
+from medley.evaluation.baseline import Baseline, answer_file
+from medley.evaluation.questions import Question
 from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
-from medley.questions import Question
 
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"

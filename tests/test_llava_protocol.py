@@ -15,8 +15,8 @@ import medley
 from medley.serving.controller import Controller, Known, Status, make_controller_app
 from medley.serving.limits import Limits, RequestError
 from medley.serving.llava_api import GenerateRequest, told
-from medley.serving.pictures import Reader
-from medley.serving.stops import StopWords
+from medley.serving.stop_strings import StopWords
+from medley.serving.untrusted_inputs import Reader
 
 CASES = golden("serve_protocol.json")
 

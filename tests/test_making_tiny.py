@@ -21,11 +21,11 @@ from training.tiny.decoder import (
 )
 from training.tiny.recipe import Options
 
-from medley.checkpoints import open_checkpoint, tiny_folder
+from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
+from medley.data.packing import IGNORED
 from medley.errors import UserError
-from medley.options import resolved
-from medley.packing import IGNORED
 from medley.phantoms import lessons
+from medley.utils.cli_options import resolved
 
 SMALL = {
     "vqgan_steps": 3, "vqgan_batch": 4, "active_codes": 16, "codebook_start": 1, "merges": 40,

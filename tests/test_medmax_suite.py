@@ -14,7 +14,7 @@ from tiny_models import clip_folder, sentence_folder
 
 from medley import cli
 from medley.commands.evaluate.medmax_options import MedmaxOptions
-from medley.document import Picture
+from medley.data.document import Picture
 from medley.errors import UserError
 from medley.evaluation.medmax_scores import Given, Scores, accuracy, merged, verdict
 from medley.evaluation.medmax_suite import (
@@ -26,8 +26,8 @@ from medley.evaluation.medmax_suite import (
     prompt_for,
     row_of,
 )
-from medley.files import finite
 from medley.phantoms import Phantom
+from medley.utils.files import finite
 
 CASES = golden("medmax_eval.json")
 PROCESSORS: Any = ("sft", "chameleon", "default")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from medley.checkpoints import open_checkpoint, write_chameleon, write_hugging_face
-from medley.model import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
-from medley.packing import IGNORED, make_row, stack_rows
+from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
+from medley.data.packing import IGNORED, make_row, stack_rows
+from medley.modeling.chameleon import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medley.document import Document
+from medley.data.document import Document
+from medley.data.packing import (
+    IGNORED,
+    SequenceTooLong,
+    labels_for,
+    make_row,
+    pack_evenly,
+    stack_rows,
+)
+from medley.data.token_dataset import TokenShards, write_jsonl, write_parquet
+from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
-from medley.packing import IGNORED, SequenceTooLong, labels_for, make_row, pack_evenly, stack_rows
-from medley.token_shards import TokenShards, write_jsonl, write_parquet
-from medley.vocabulary import TextTokenizer
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), row=st.integers(50, 120))

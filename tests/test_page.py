@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from medley.document import Document
+from medley.data.document import Document
 from medley.errors import UserError
 from medley.serving.limits import Limits, RequestError
-from medley.serving.page.asking import options_of
-from medley.serving.page.examples import read_examples
-from medley.serving.page.export import as_html, as_json
-from medley.serving.page.gallery import KEPT, Gallery
-from medley.serving.page.layout import SETTINGS
-from medley.serving.page.talk import Said, Talk, messages_of, parts_of
-from medley.serving.page.votes import Votes
+from medley.serving.ui.conversation import Said, Talk, messages_of, parts_of
+from medley.serving.ui.examples import read_examples
+from medley.serving.ui.export import as_html, as_json
+from medley.serving.ui.feedback import Votes
+from medley.serving.ui.generate import options_of
+from medley.serving.ui.image_store import KEPT, Gallery
+from medley.serving.ui.layout import SETTINGS
 
 SETTING = {
     "mode": "any", "seed": 3, "min_images": 0, "max_images": 0, "max_new_tokens": 9,
@@ -146,7 +146,7 @@ def test_pictures_go_a_day_after_they_were_last_asked_for(
 ) -> None:
     gallery = Gallery(tmp_path)
     old, used = (gallery.drawn(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
-    monkeypatch.setattr("medley.serving.page.gallery.SWEEP", 0.0)
+    monkeypatch.setattr("medley.serving.ui.image_store.SWEEP", 0.0)
     for kept in (old, used):
         os.utime(kept.file, (time.time() - KEPT - 9,) * 2)
     used.read()

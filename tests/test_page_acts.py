@@ -17,10 +17,10 @@ from running_server import Running
 from test_page import SETTING, files
 
 from medley.serving.limits import Limits
-from medley.serving.page.acts import SKIP, Acts, Desk
-from medley.serving.page.gallery import KEPT, Gallery, private_folder
-from medley.serving.page.layout import Page
-from medley.serving.page.talk import Talk
+from medley.serving.ui.conversation import Talk
+from medley.serving.ui.handlers import SKIP, Acts, Desk
+from medley.serving.ui.image_store import KEPT, Gallery, private_folder
+from medley.serving.ui.layout import Page
 
 QUESTION = {"text": "Which organ is shown?", "files": []}
 

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, expect
 from running_server import Running, started
 
 from medley.serving.limits import Limits
-from medley.serving.page.mount import add_page
+from medley.serving.ui.mount import add_page
 
 __all__ = ["browser"]  # the fixture
 pytestmark = NEEDS_CHROMIUM

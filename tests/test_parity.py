@@ -13,13 +13,13 @@ import transformers
 from safetensors.torch import load_file
 
 import medley
-from medley.adapters import merged_tensors, trainable_model
-from medley.checkpoints import open_checkpoint, write_chameleon, write_hugging_face
+from medley.checkpoints.adapter import merged_tensors, trainable_model
 from medley.checkpoints.chameleon import ChameleonWeights
+from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
+from medley.data.packing import make_row, stack_rows
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
 from medley.generation.sampling import kept, penalise_repetition
-from medley.packing import make_row, stack_rows
 
 
 def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medley.document import Picture
+from medley.data.document import Picture
 from medley.phantoms import (
     ALL_MODALITIES,
     KINDS,

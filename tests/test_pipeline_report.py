@@ -10,8 +10,8 @@ import pytest
 from conversion import draw_phantoms
 from training import pipeline_report
 
-from medley.files import json_lines
 from medley.phantoms import MODALITIES, NEW_MODALITY, Finding, Phantom, facts_told
+from medley.utils.files import json_lines
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

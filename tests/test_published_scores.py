@@ -13,8 +13,8 @@ from medley import cli
 from medley.commands.evaluate.vqa import gold_of
 from medley.errors import UserError
 from medley.evaluation.cases import Case
-from medley.evaluation.measures import bleu, exact_match, f1, likeness
-from medley.evaluation.published import (
+from medley.evaluation.metrics import bleu, exact_match, f1, likeness
+from medley.evaluation.reference_scorers import (
     _WEIGHTS,
     likeliest,
     normalised,
@@ -22,7 +22,7 @@ from medley.evaluation.published import (
     published_table,
 )
 from medley.evaluation.science_qa import score
-from medley.evaluation.words import normalise
+from medley.evaluation.vqa_normalize import normalise
 
 METRICS = golden("vqa_metrics.json")["cases"]
 RUNS = golden("vqa_run_eval.json")["cases"]

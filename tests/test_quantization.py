@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import medley
-from medley.adapters import trainable_model
-from medley.checkpoints import open_checkpoint
+from medley.checkpoints.adapter import trainable_model
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from medley.images import ImageError
+from medley.images.preprocess import ImageError
 from medley.images.remote import fetch_image
 
 

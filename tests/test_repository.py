@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medley.training.options import TrainOptions
+from medley.trainer.options import TrainOptions
 
 STAGES = ("tokenizer", "training", "conversion")
 

@@ -14,8 +14,8 @@ from model_server import Server
 from medley import cli
 from medley.errors import UserError
 from medley.evaluation.judge import filled, read_prompts
-from medley.evaluation.judging import parse_pair_as_llava
-from medley.evaluation.reviews import Rules, review_row, reviews_of
+from medley.evaluation.judge_prompts import Rules, review_row, reviews_of
+from medley.evaluation.judge_scores import parse_pair_as_llava
 
 CASES = golden("gpt_review_parse.json")
 LAYOUTS = {

@@ -18,8 +18,8 @@ from running_server import Running
 import medley
 from medley.phantoms import Phantom
 from medley.serving.limits import Limits
-from medley.serving.pictures import data_address
-from medley.serving.stops import StopWords
+from medley.serving.stop_strings import StopWords
+from medley.serving.untrusted_inputs import data_address
 
 GREEDY = {"mode": "text", "repetition_penalty": 1.0}
 ASKED = "Show me a CT scan of the head."

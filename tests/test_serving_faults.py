@@ -21,11 +21,11 @@ import medley
 from medley.generation import GenerationOptions
 from medley.images.remote import on_hosts
 from medley.phantoms import Phantom
-from medley.serving.answering import Answering
 from medley.serving.controller import make_controller_app
 from medley.serving.limits import Limits, RequestError
-from medley.serving.pictures import FORMATS, Reader, data_address, read_unknown
-from medley.serving.registering import keep_registered
+from medley.serving.response_stream import Answering
+from medley.serving.untrusted_inputs import FORMATS, Reader, data_address, read_unknown
+from medley.serving.worker_heartbeat import keep_registered
 
 CHAT = "/v1/chat/completions"
 SHORT = {"model": "tiny", "messages": [{"role": "user", "content": "Which organ is shown?"}],

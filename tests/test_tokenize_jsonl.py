@@ -14,13 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import tokenize_jsonl
 
-from medley.code_shards import write_partition
-from medley.document import Document, DocumentError, Picture, Turn
+from medley.data.document import Document, DocumentError, Picture, Turn
+from medley.data.document_tokenizer import (
+    LineTokenizer,
+    MissingCodes,
+    TooLong,
+    parse_line,
+    trim_text,
+)
+from medley.data.image_token_store import write_partition
+from medley.data.token_dataset import TokenShards
+from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
-from medley.files import line_ranges, read_manifest
-from medley.line_tokenizer import LineTokenizer, MissingCodes, TooLong, parse_line, trim_text
-from medley.token_shards import TokenShards
-from medley.vocabulary import TextTokenizer
+from medley.utils.files import line_ranges, read_manifest
 
 PROGRAM = "tokenizer.tokenize_jsonl"
 TOKENIZER = GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json"

@@ -19,18 +19,18 @@ from training import train
 from training_runs import MARKS, TINY, document, losses, words
 
 from medley import attention
-from medley.adapters import attach, merged_tensors, read_adapter
-from medley.attention import document_lengths, set_attention
+from medley.checkpoints.adapter import attach, merged_tensors, read_adapter
+from medley.data.packing import IGNORED, SequenceTooLong, make_row, stack_rows
+from medley.data.token_dataset import TokenShards, write_jsonl
 from medley.errors import UserError
-from medley.files import write_manifest
-from medley.loss_head import HeadLoss
-from medley.packing import IGNORED, SequenceTooLong, make_row, stack_rows
-from medley.token_shards import TokenShards, write_jsonl
-from medley.training import preflight
-from medley.training.data import RowOptions, Rows, Weighted, by_task
-from medley.training.options import TrainOptions
-from medley.training.preflight import Plan
-from medley.training.watching import GradientProof
+from medley.modeling.attention import document_lengths, set_attention
+from medley.modeling.chunked_loss import HeadLoss
+from medley.trainer import preflight
+from medley.trainer.callbacks import GradientProof
+from medley.trainer.data import RowOptions, Rows, Weighted, by_task
+from medley.trainer.options import TrainOptions
+from medley.trainer.preflight import Plan
+from medley.utils.files import write_manifest
 
 # --- rows -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from training import train
 from training_runs import losses, words, write_tokens
 
-from medley.training import saving
+from medley.trainer import checkpointing
 
 
 def refused(flags: list[str]) -> str:
@@ -53,7 +53,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(
     killed = tmp_path / "killed"
     wait = random.Random(os.getpid())
     for after in (1, 4):
-        resume = ["--resume"] if saving.last_complete_checkpoint(killed) else []
+        resume = ["--resume"] if checkpointing.last_complete_checkpoint(killed) else []
         process = start([*command, *words(training_data, killed, *more, *resume)], log)
         while not (killed / f"checkpoint-{after}").exists():  # begun; the save may be halfway
             assert process.poll() is None, log.read_text()[-3000:]
@@ -62,10 +62,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not (killed / "adapter_model.safetensors").exists()
-        last = saving.last_complete_checkpoint(killed)
+        last = checkpointing.last_complete_checkpoint(killed)
         torn = killed / "checkpoint-99"  # a save that a kill cut short
         shutil.copytree(last or killed / f"checkpoint-{after}", torn, dirs_exist_ok=True)
-        (torn / saving.COMPLETE).unlink(missing_ok=True)
+        (torn / checkpointing.COMPLETE).unlink(missing_ok=True)
         if last is None:
             shutil.rmtree(killed)
     run([*command, *words(training_data, killed, *more, "--resume")], log)
@@ -84,7 +84,7 @@ def test_rows_of_like_lengths_come_in_the_same_order_after_a_stop(
     assert train.main(words(training_data, tmp_path / "whole", *more)) == 0
     stopped = tmp_path / "stopped"
     stopped.mkdir()
-    shutil.copy(tmp_path / "whole" / saving.RUN, stopped)
+    shutil.copy(tmp_path / "whole" / checkpointing.RUN, stopped)
     shutil.copytree(tmp_path / "whole" / "checkpoint-14", stopped / "checkpoint-14")
     assert train.main(words(training_data, stopped, *more, "--resume")) == 0
     assert losses(stopped) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
@@ -142,7 +142,7 @@ def test_two_ranks_under_zero_equal_one_process_and_go_on_as_one(
         sum(p.stat().st_size for p in (two / "checkpoint-3").rglob("*")) < 5e6
     )  # no frozen weight
     less.mkdir()
-    shutil.copy(two / saving.RUN, less)
+    shutil.copy(two / checkpointing.RUN, less)
     shutil.copytree(two / "checkpoint-3", less / "checkpoint-3")
     going_on = words(training_data, less, *zero, "--bs", 4, "--resume")
     run([*ranks[:3], "--nproc-per-node=1", *ranks[3:], *going_on], log)

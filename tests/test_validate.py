@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from conftest import GOLDEN
 
-from medley.document import Document
+from medley.data.document import Document
+from medley.data.preview import example_text
+from medley.data.token_dataset import write_parquet
+from medley.data.vocabulary import TextTokenizer
 from medley.phantoms import Phantom
-from medley.preview import example_text
-from medley.token_shards import write_parquet
-from medley.vocabulary import TextTokenizer
 
 PROGRAM = "tokenizer.validate"
 TOKENIZER = GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json"

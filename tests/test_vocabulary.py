@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import GOLDEN, golden
 
-from medley.vocabulary import TextTokenizer, Vocabulary, VocabularyError, code_name
+from medley.data.vocabulary import TextTokenizer, Vocabulary, VocabularyError, code_name
 
 FILE = GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer.json"
 

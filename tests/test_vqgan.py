@@ -8,11 +8,11 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
-from medley.checkpoints import open_checkpoint
-from medley.checkpoints.vqgan_files import read_vqgan, to_hugging_face_config
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
-from medley.image_tokenizer import ImageTokenizer, token_space_fingerprint
 from medley.vqgan import VQGAN, VQGANConfig
+from medley.vqgan.files import read_vqgan, to_hugging_face_config
+from medley.vqgan.image_tokenizer import ImageTokenizer, token_space_fingerprint
 
 
 def test_codes_and_pixels_equal_the_recorded(layout: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from medley.errors import UserError
 from medley.vqgan.discriminator import PatchDiscriminator
-from medley.vqgan.measures import CodeUsage, psnr, ssim
+from medley.vqgan.metrics import CodeUsage, psnr, ssim
 from medley.vqgan.perceptual import PerceptualDistance
 
 

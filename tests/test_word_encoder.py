@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from medley.checkpoints import tiny_folder
-from medley.word_encoder import WordEncoder
+from medley.checkpoints.checkpoint import tiny_folder
+from medley.data.bpe_cache import WordEncoder
 
 FILES = [
     GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json",

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from medley.checkpoints import open_checkpoint
-from medley.files import write_manifest
-from medley.token_shards import write_jsonl
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.data.token_dataset import write_jsonl
+from medley.utils.files import write_manifest
 
 TINY = open_checkpoint("tiny")
 MARKS = TINY.text_tokenizer().vocabulary

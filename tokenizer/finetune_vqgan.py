@@ -27,10 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from medley.checkpoints import vqgan_folder
-from medley.checkpoints.vqgan_files import load_tensors, read_vqgan, write_vqgan
+from medley.checkpoints.checkpoint import vqgan_folder
 from medley.errors import DataLost, UserError
-from medley.files import (
+from medley.images.dataloader import Squares, square_batches
+from medley.images.preprocess import Fit, bytes_to_pixels
+from medley.images.sources import Frames, ImageList, Part, Source
+from medley.inference.loading import own_device
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.distributed import all_ranks, from_main_rank, is_main_rank, rank, world_size
+from medley.utils.files import (
     append_line,
     printable,
     read_manifest,
@@ -38,18 +43,13 @@ from medley.files import (
     whole_folder,
     write_manifest,
 )
-from medley.image_tokenizer import ImageTokenizer, token_space_fingerprint
-from medley.images import Fit, bytes_to_pixels
-from medley.images.lists import Frames, ImageList, Part, Source
-from medley.images.loading import Squares, square_batches
-from medley.loading import own_device
-from medley.options import resolved, run_program
-from medley.process_memory import keep_freed_memory
-from medley.ranks import all_ranks, from_main_rank, is_main_rank, rank, world_size
+from medley.utils.malloc import keep_freed_memory
 from medley.vqgan import VQGAN
-from medley.vqgan.finetuning import Finetuner, FinetuningOptions
-from medley.vqgan.measures import CodeUsage, comparison, psnr, ssim
+from medley.vqgan.files import load_tensors, read_vqgan, write_vqgan
+from medley.vqgan.image_tokenizer import ImageTokenizer, token_space_fingerprint
+from medley.vqgan.metrics import CodeUsage, comparison, psnr, ssim
 from medley.vqgan.perceptual import PerceptualDistance
+from medley.vqgan.trainer import Finetuner, FinetuningOptions
 
 GRID = 8  # pictures of a grid
 COLLAPSED = 0.1  # of the perplexity at the start

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from medley.code_shards import (
+from medley.data.image_token_store import (
     Failure,
     finished_partitions,
     partition_file,
@@ -34,15 +34,12 @@ from medley.code_shards import (
     write_partition,
 )
 from medley.errors import DataLost, UserError
-from medley.files import read_manifest, write_manifest
-from medley.image_tokenizer import ImageTokenizer
-from medley.images import Fit
-from medley.images.lists import Digest, Frames, ImageList, Part
-from medley.images.loading import Squares, SquaresBatch, auto_workers, square_batches
-from medley.loading import own_device
-from medley.options import resolved, run_program
-from medley.process_memory import keep_freed_memory
-from medley.ranks import (
+from medley.images.dataloader import Squares, SquaresBatch, auto_workers, square_batches
+from medley.images.preprocess import Fit
+from medley.images.sources import Digest, Frames, ImageList, Part
+from medley.inference.loading import own_device
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.distributed import (
     all_ranks,
     barrier,
     from_main_rank,
@@ -51,6 +48,9 @@ from medley.ranks import (
     rank,
     world_size,
 )
+from medley.utils.files import read_manifest, write_manifest
+from medley.utils.malloc import keep_freed_memory
+from medley.vqgan.image_tokenizer import ImageTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -22,15 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medley.errors import DataLost, UserError
-from medley.files import whole_file, write_json, write_manifest
-from medley.image_tokenizer import ImageTokenizer
-from medley.images import bytes_to_pixels
-from medley.images.lists import Frames, ImageList, Part
-from medley.images.loading import Squares, square_batches
-from medley.loading import pick_device
-from medley.options import resolved, run_program
-from medley.process_memory import keep_freed_memory
-from medley.vqgan.measures import CodeUsage, comparison, psnr, ssim
+from medley.images.dataloader import Squares, square_batches
+from medley.images.preprocess import bytes_to_pixels
+from medley.images.sources import Frames, ImageList, Part
+from medley.inference.loading import pick_device
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import whole_file, write_json, write_manifest
+from medley.utils.malloc import keep_freed_memory
+from medley.vqgan.image_tokenizer import ImageTokenizer
+from medley.vqgan.metrics import CodeUsage, comparison, psnr, ssim
 from medley.vqgan.perceptual import PerceptualDistance
 
 FOLDER = "folder"

@@ -28,12 +28,18 @@ from typing import Any, Literal
 import pyarrow as pa
 from tqdm import tqdm
 
+from medley.data.document_tokenizer import (
+    LARGEST_LINE,
+    LineTokenizer,
+    MissingCodes,
+    Overflow,
+    TooLong,
+)
+from medley.data.token_dataset import ParquetOutput, json_line, parquet_batch
 from medley.errors import DataLost, UserError
-from medley.files import LineRange, line_ranges, read_manifest, whole_file, write_manifest
-from medley.line_tokenizer import LARGEST_LINE, LineTokenizer, MissingCodes, Overflow, TooLong
-from medley.options import resolved, run_program
-from medley.parallel import ordered_map
-from medley.token_shards import ParquetOutput, json_line, parquet_batch
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import LineRange, line_ranges, read_manifest, whole_file, write_manifest
+from medley.utils.parallel import ordered_map
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from medley.document import Document, DocumentError, Picture, answer_spans
+from medley.data.document import Document, DocumentError, Picture, answer_spans
+from medley.data.document_tokenizer import LineTokenizer, parse_line
+from medley.data.preview import example_text, page
+from medley.data.token_dataset import read_rows
 from medley.errors import DataLost, UserError
-from medley.files import line_ranges, whole_file
-from medley.image_tokenizer import ImageTokenizer
-from medley.images import ImageError, open_image
-from medley.line_tokenizer import LineTokenizer, parse_line
-from medley.options import run_program
-from medley.preview import example_text, page
-from medley.token_shards import read_rows
+from medley.images.preprocess import ImageError, open_image
+from medley.utils.cli_options import run_program
+from medley.utils.files import line_ranges, whole_file
+from medley.vqgan.image_tokenizer import ImageTokenizer
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from medley.checkpoints.chameleon import Sizes, write_checklist, write_model
-from medley.checkpoints.vqgan_files import HUGGING_FACE_PREFIX, read_vqgan, write_vqgan
+from medley.data.vocabulary import TextTokenizer
 from medley.doctor import SELF_TEST, self_test_values
 from medley.errors import UserError
-from medley.files import whole_file, write_json
-from medley.model import ChameleonForConditionalGeneration
-from medley.options import resolved, run_program
-from medley.process_memory import keep_freed_memory
-from medley.vocabulary import TextTokenizer
+from medley.modeling.chameleon import ChameleonForConditionalGeneration
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.files import whole_file, write_json
+from medley.utils.malloc import keep_freed_memory
+from medley.vqgan.files import HUGGING_FACE_PREFIX, read_vqgan, write_vqgan
 from training.tiny.decoder import train_decoder
 from training.tiny.recipe import Options
 from training.tiny.text import make_tokenizer

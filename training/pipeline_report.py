@@ -22,13 +22,11 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from medley.document import Document, Picture, Turn
+from medley.data.document import Document, Picture, Turn
 from medley.errors import UserError
-from medley.files import json_lines, read_json, read_manifest, whole_file, write_json
 from medley.generation import GenerationOptions
-from medley.images import open_image
-from medley.loading import load
-from medley.options import run_program
+from medley.images.preprocess import open_image
+from medley.inference.loading import load
 from medley.phantoms import (
     MODALITIES,
     Finding,
@@ -41,6 +39,8 @@ from medley.phantoms import (
     request,
     signs_of,
 )
+from medley.utils.cli_options import run_program
+from medley.utils.files import json_lines, read_json, read_manifest, whole_file, write_json
 
 SHOWN = 8  # pictures of a row of the page
 OTHER_SIGNS = (

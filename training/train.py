@@ -24,28 +24,34 @@ import transformers
 from transformers import TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from medley.adapters import trainable_model
-from medley.assistant import Model
-from medley.attention import set_attention
-from medley.checkpoints import TINY, Checkpoint, open_checkpoint, write_hugging_face
+from medley.checkpoints.adapter import trainable_model
+from medley.checkpoints.checkpoint import TINY, Checkpoint, open_checkpoint, write_hugging_face
+from medley.data.packing import IGNORED
+from medley.data.preview import example_text
+from medley.data.vocabulary import TextTokenizer, Vocabulary
 from medley.doctor import versions
 from medley.errors import UserError
-from medley.files import quick_hash, write_json, write_manifest
 from medley.generation import GenerationOptions
-from medley.loading import own_device
-from medley.model import LossOptions, tie_head_norms
-from medley.options import resolved, run_program
-from medley.packing import IGNORED
-from medley.preview import example_text
-from medley.quantization import quantize_layers
-from medley.ranks import barrier, from_main_rank, is_main_rank, local_world_size, world_size
-from medley.responses import answers, prompts_in, save_answer
-from medley.training import preflight, saving
-from medley.training.data import RowOptions, Rows, Weighted, by_task, open_shards
-from medley.training.options import TrainOptions
-from medley.training.trainer import MixedModalTrainer
-from medley.training.watching import Course, GradientProof, Samples, write_course
-from medley.vocabulary import TextTokenizer, Vocabulary
+from medley.inference.batch import answers, prompts_in, save_answer
+from medley.inference.loading import own_device
+from medley.inference.model import Model
+from medley.modeling.attention import set_attention
+from medley.modeling.chameleon import LossOptions, tie_head_norms
+from medley.modeling.quantization import quantize_layers
+from medley.trainer import checkpointing, preflight
+from medley.trainer.callbacks import Course, GradientProof, Samples, write_course
+from medley.trainer.data import RowOptions, Rows, Weighted, by_task, open_shards
+from medley.trainer.options import TrainOptions
+from medley.trainer.trainer import MixedModalTrainer
+from medley.utils.cli_options import resolved, run_program
+from medley.utils.distributed import (
+    barrier,
+    from_main_rank,
+    is_main_rank,
+    local_world_size,
+    world_size,
+)
+from medley.utils.files import quick_hash, write_json, write_manifest
 
 # What a run that is gone on with must not change: its next losses and weights hang on these.
 KEPT = (
@@ -132,7 +138,7 @@ def go_on_from(options: TrainOptions, train: Rows) -> Path | None:
         "train_data": [quick_hash(shards.path) for shards in train.shards],
         "zero_stage": options.zero_stage, **{name: getattr(options, name) for name in KEPT},
     }  # fmt: skip
-    return saving.start_or_go_on(options.output_dir, options.resume, run)
+    return checkpointing.start_or_go_on(options.output_dir, options.resume, run)
 
 
 def make_model(options: TrainOptions, base: Checkpoint, vocabulary: Vocabulary) -> tuple[Any, str]:
@@ -236,18 +242,18 @@ def work(options: TrainOptions) -> None:
     if start is not None and (options.output_dir / "manifest.json").exists():
         print(f"{options.output_dir}: this run has finished already")
         return
-    universal = start is not None and saving.needs_conversion(start, world_size())
+    universal = start is not None and checkpointing.needs_conversion(start, world_size())
     # Before the arguments: once they name ZeRO-3, transformers has every new model taken apart.
     model, kernel = make_model(options, base, vocabulary)
     arguments = options.arguments(universal)
     if start is not None and universal:
-        from_main_rank(lambda: saving.convert_for_any_ranks(start))
+        from_main_rank(lambda: checkpointing.convert_for_any_ranks(start))
     full = options.trainable == "full"
     trainer = MixedModalTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=val,
         data_collator=train.collate,
         callbacks=[
-            saving.ProvenSaves(options.trainer.get("save_total_limit")), Course(),
+            checkpointing.ProvenSaves(options.trainer.get("save_total_limit")), Course(),
         ],
         work=preflight.work_of(model, full, options.gradient_checkpointing, arguments.device),
         group_by_length=options.group_by_length,
@@ -258,7 +264,7 @@ def work(options: TrainOptions) -> None:
     if is_main_rank():
         print(f"attention: {kernel}")
     tell_before_the_first_step(options, trainer, train, text)
-    if start is not None and saving.is_finished(start):  # stopped before its last save
+    if start is not None and checkpointing.is_finished(start):  # stopped before its last save
         trainer._load_from_checkpoint(str(start))
         trainer.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
     else:
@@ -287,7 +293,7 @@ def save(trainer: MixedModalTrainer, base: Checkpoint, options: TrainOptions) ->
     else:
         trainer.save_model(str(options.output_dir))
         if is_main_rank():
-            saving.check_saved_adapter(options.output_dir, trainer.model)
+            checkpointing.check_saved_adapter(options.output_dir, trainer.model)
     if is_main_rank():
         data = [Weighted.parse(text).path for text in options.train_data]
         write_manifest(options.output_dir, resolved(options), data, base.fingerprint())

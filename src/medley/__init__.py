@@ -12,12 +12,12 @@ from medley.version import __version__
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from medley.assistant import Model
-    from medley.document import Document, Picture, Turn
+    from medley.data.document import Document, Picture, Turn
+    from medley.data.vocabulary import Vocabulary
     from medley.generation import GenerationOptions
-    from medley.image_tokenizer import ImageTokenizer
-    from medley.loading import load
-    from medley.vocabulary import Vocabulary
+    from medley.inference.loading import load
+    from medley.inference.model import Model
+    from medley.vqgan.image_tokenizer import ImageTokenizer
 
 __all__ = [
     "Document", "GenerationOptions", "ImageTokenizer", "Model", "Picture", "Turn", "Vocabulary",
@@ -26,14 +26,14 @@ __all__ = [
 
 # Imported when they are asked for: a program that needs no torch starts in a second, not four.
 _HOMES = {
-    "Document": "document",
-    "Picture": "document",
-    "Turn": "document",
-    "GenerationOptions": "generation",
-    "ImageTokenizer": "image_tokenizer",
-    "Model": "assistant",
-    "load": "loading",
-    "Vocabulary": "vocabulary",
+    "Document": "data.document",
+    "Picture": "data.document",
+    "Turn": "data.document",
+    "GenerationOptions": "generation.config",
+    "ImageTokenizer": "vqgan.image_tokenizer",
+    "Model": "inference.model",
+    "load": "inference.loading",
+    "Vocabulary": "data.vocabulary",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from itertools import takewhile
 from typing import Any
 
-from medley.options import run_program
+from medley.utils.cli_options import run_program
 
 # Module, options and function of each; imported when asked for: a list of commands needs no torch.
 COMMANDS = {

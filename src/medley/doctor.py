@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from medley.checkpoints import TINY, open_checkpoint, tiny_folder
+from medley.checkpoints.checkpoint import TINY, open_checkpoint, tiny_folder
 from medley.errors import UserError
-from medley.files import read_json
 from medley.phantoms import Phantom
+from medley.utils.files import read_json
 
 # From the first to, not including, the last; the newest of each is what the tests run with.
 TESTED = {

@@ -14,21 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medley.attention import set_attention
-from medley.checkpoints.vqgan_files import to_hugging_face_config
-from medley.document import Document, Picture
+from medley.data.document import Document, Picture
+from medley.data.packing import IGNORED, make_row, stack_rows
+from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
-from medley.files import whole_file
-from medley.model import (
+from medley.modeling.attention import set_attention
+from medley.modeling.chameleon import (
     ChameleonForConditionalGeneration,
     LossOptions,
     decoder_config,
     tie_head_norms,
 )
-from medley.packing import IGNORED, make_row, stack_rows
 from medley.phantoms import change_document, documents, lessons
-from medley.vocabulary import TextTokenizer
+from medley.utils.files import whole_file
 from medley.vqgan import VQGAN
+from medley.vqgan.files import to_hugging_face_config
 from training.tiny.recipe import Options, cosine
 
 BELOW = 20.0  # the log-partition: where the logits of codes that are never given lie, about
@@ -167,8 +167,8 @@ def phantom_sequences(
 def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Places whole documents into rows: longest first, each into the fullest row it fits.
 
-    Training packs evenly since (`medley.packing.pack_evenly`), which teaches more; this is what
-    the embedded model was made with, and goes with its next training.
+    Training packs evenly since (`medley.data.packing.pack_evenly`), which teaches more; this is
+    what the embedded model was made with, and goes with its next training.
     """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room left, row), sorted

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from medley.document import Picture
+from medley.data.document import Picture
+from medley.data.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, EOS, PAD, UNK, code_name
 from medley.phantoms import VQGAN_MODALITIES, Phantom, change_document, documents
-from medley.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, EOS, PAD, UNK, code_name
 from training.tiny.recipe import CODES, Options
 
 FIRST_TEXT_PIECE = 8712  # words begin behind the last reserved token

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medley.checkpoints.vqgan_files import fill
 from medley.phantoms import VQGAN_MODALITIES, Phantom
 from medley.vqgan import VQGAN, VQGANConfig
-from medley.vqgan.training import CodebookAverage, training_step
+from medley.vqgan.files import fill
+from medley.vqgan.losses import CodebookAverage, training_step
 from training.tiny.recipe import CODES, Options, cosine
 
 FINDING_WEIGHT = 3.0  # of a pixel that a finding changes, beside 1

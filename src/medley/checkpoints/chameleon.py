@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medley.checkpoints.names import (
+from medley.checkpoints.torch_writer import TorchFile
+from medley.checkpoints.weight_map import (
     ROPE,
     Heads,
     Norms,
@@ -25,10 +26,9 @@ from medley.checkpoints.names import (
     to_chameleon,
     to_hugging_face,
 )
-from medley.checkpoints.torch_stream import TorchFile
-from medley.checkpoints.vqgan_files import check_names, load_tensors
 from medley.errors import UserError
-from medley.files import read_json, whole_file, write_json
+from medley.utils.files import read_json, whole_file, write_json
+from medley.vqgan.files import check_names, load_tensors
 
 DEFAULT_CONTEXT = 4096  # Chameleon's files do not say it; its loader has this number
 TOKENIZER_FILES = ("text_tokenizer.json", "vqgan.yaml", "vqgan.ckpt")

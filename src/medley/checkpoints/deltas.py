@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medley.checkpoints.huggingface import HuggingFaceWeights, other_files, write_weights
 from medley.errors import UserError
-from medley.files import whole_folder
+from medley.utils.files import whole_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")

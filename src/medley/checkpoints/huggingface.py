@@ -25,11 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medley.checkpoints.safetensors_stream import SafetensorsFile
-from medley.checkpoints.vqgan_files import load_tensors, refuse_missing_or_pointer
-from medley.errors import UserError
-from medley.files import read_json, write_json
-from medley.vocabulary import (
+from medley.checkpoints.safetensors_writer import SafetensorsFile
+from medley.data.vocabulary import (
     BOS,
     END_TURN,
     EOS,
@@ -38,6 +35,9 @@ from medley.vocabulary import (
     PAD,
     UNK,
 )
+from medley.errors import UserError
+from medley.utils.files import read_json, write_json
+from medley.vqgan.files import load_tensors, refuse_missing_or_pointer
 
 SHARD_BYTES = 2 << 30
 _INDEX = {

@@ -21,7 +21,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from medley.answer_files import (
+from medley.commands.model_options import BatchOptions, QuestionOptions
+from medley.data.document import Document, Turn
+from medley.errors import DataLost, UserError
+from medley.evaluation.answer_files import (
     Key,
     answers_there,
     chunk,
@@ -31,22 +34,19 @@ from medley.answer_files import (
     row_of,
     write_rows,
 )
-from medley.assistant import Answer, Model
-from medley.commands.common import BatchOptions, QuestionOptions
-from medley.document import Document, Turn
-from medley.errors import DataLost, UserError
-from medley.files import (
+from medley.evaluation.questions import Question
+from medley.generation import GenerationOptions
+from medley.generation.config import Mode
+from medley.inference.batch import answers, refuse_other_options
+from medley.inference.model import Answer, Model
+from medley.utils.cli_options import resolved
+from medley.utils.files import (
     append_line,
     hash_of,
     manifest_path,
     read_manifest,
     write_manifest,
 )
-from medley.generation import GenerationOptions
-from medley.generation.options import Mode
-from medley.options import resolved
-from medley.questions import Question
-from medley.responses import answers, refuse_other_options
 
 PROMPTER_TOKENS = 64  # of the second answer that --answer_prompter asks for
 PROMPTER = "The answer is"

@@ -14,10 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medley.assistant import Chat, Event
-from medley.commands.common import ModelOptions
-from medley.document import Picture
+from medley.commands.model_options import ModelOptions
+from medley.data.document import Picture
 from medley.errors import UserError
+from medley.inference.model import Chat, Event
 
 _PICTURE = re.compile(r'(?:(?<=\s)|^)@(?:"([^"]+)"|(\S+))')
 PREVIEWS = 8  # of a picture, while it is drawn

@@ -11,15 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medley.assistant import Model, Prompt
-from medley.commands.common import BatchOptions
-from medley.document import Document, Part, Picture
+from medley.commands.model_options import BatchOptions
+from medley.data.document import Document, Part, Picture
 from medley.errors import DataLost, UserError
-from medley.files import append_line, quick_hash, read_json, whole_file, write_json
-from medley.images.lists import ImageList
 from medley.images.remote import fetch_image, is_address
-from medley.options import resolved
-from medley.responses import (
+from medley.images.sources import ImageList
+from medley.inference.batch import (
     answers,
     page,
     prompts_in,
@@ -27,6 +24,9 @@ from medley.responses import (
     rows_there,
     save_answer,
 )
+from medley.inference.model import Model, Prompt
+from medley.utils.cli_options import resolved
+from medley.utils.files import append_line, quick_hash, read_json, whole_file, write_json
 
 RESPONSES, OPTIONS = "responses.jsonl", "options.json"
 _WITHOUT_EFFECT = (

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from medley.assistant import Model
-from medley.commands.common import ModelOptions
+from medley.commands.model_options import ModelOptions
 from medley.errors import DataLost, UserError
-from medley.loading import find, with_adapter
-from medley.quantization import Quantize
+from medley.inference.loading import find, with_adapter
+from medley.inference.model import Model
+from medley.modeling.quantization import Quantize
 
 _TOKEN = "MEDLEY_TOKEN"
 _ANY_HOST = ("0.0.0.0", "::")
@@ -165,8 +165,8 @@ def serve(options: ServeOptions) -> None:
     state = state_of(options)
     app = make_app(state)
     if options.page:
-        from medley.serving.page.examples import read_examples
-        from medley.serving.page.mount import add_page
+        from medley.serving.ui.examples import read_examples
+        from medley.serving.ui.mount import add_page
 
         own = read_examples(options.examples) if options.examples is not None else []
         add_page(app, state, options.votes, own)
@@ -226,7 +226,7 @@ def load_models(options: ServeOptions) -> dict[str, Model]:
 
 def _register(app: Any, state: Any, options: ServeOptions) -> None:
     """Has the application keep itself registered while it runs."""
-    from medley.serving.registering import keep_registered
+    from medley.serving.worker_heartbeat import keep_registered
 
     own = (options.own_address or f"http://{options.host}:{options.port}").rstrip("/")
     controller = str(options.register).rstrip("/")

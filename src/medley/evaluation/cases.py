@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.files import json_lines, whole_file
+from medley.utils.files import json_lines, whole_file
 
 
 @dataclass(frozen=True)

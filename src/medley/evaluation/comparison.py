@@ -8,7 +8,7 @@ from typing import Any
 
 from medley.errors import UserError
 from medley.evaluation.cases import Scored
-from medley.evaluation.intervals import paired_difference
+from medley.evaluation.confidence import paired_difference
 from medley.evaluation.report import Cell, Table
 
 Key = tuple[str, str, str, int]

@@ -11,8 +11,8 @@ from typing import TypeVar
 import yaml
 from tqdm import tqdm
 
-from medley.endpoint import Endpoint, Failed, Message, Replies, ask_all
 from medley.errors import DataLost, UserError
+from medley.utils.chat_client import Endpoint, Failed, Message, Replies, ask_all
 
 Name = TypeVar("Name")
 _CHARACTERS = 4  # of a token, about

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from medley.endpoint import Failed
 from medley.errors import UserError
 from medley.evaluation.judge import note_of
-from medley.evaluation.judging import Pair, by_group, parse_pair, parse_pair_as_llava_med
+from medley.evaluation.judge_scores import Pair, by_group, parse_pair, parse_pair_as_llava_med
 from medley.evaluation.matching import is_yes_or_no, yes_or_no
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
@@ -26,6 +25,7 @@ from medley.evaluation.medmax_suite import (
     chat_reference,
 )  # fmt: skip
 from medley.evaluation.science_qa import parsed_letter
+from medley.utils.chat_client import Failed
 
 JUDGED = ("open", MIXED, CHAT)
 LIKENESS, RELATIVE = "similarity of pictures", "relative to the reference (judge)"

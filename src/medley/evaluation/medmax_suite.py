@@ -7,13 +7,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medley.document import Part, Picture
+from medley.data.document import Part, Picture
+from medley.data.vocabulary import IMAGE
+from medley.datasets.base import CAPTION_PROMPT
 from medley.errors import UserError
+from medley.evaluation.judge_prompts import is_list_of
 from medley.evaluation.matching import is_yes_or_no
-from medley.evaluation.reviews import is_list_of
 from medley.evaluation.science_qa import LETTERS
-from medley.formats.sample import CAPTION_PROMPT
-from medley.vocabulary import IMAGE
 
 Processor = Literal["sft", "chameleon", "default"]
 CAPTIONING, GENERATION, MIXED, CHAT = (

@@ -13,9 +13,9 @@ from typing import Any
 
 from medley.errors import UserError
 from medley.evaluation.cases import Scored, picked, write_scored
-from medley.evaluation.intervals import interval_of
-from medley.files import whole_file, write_json
-from medley.images import ImageError, open_image
+from medley.evaluation.confidence import interval_of
+from medley.images.preprocess import ImageError, open_image
+from medley.utils.files import whole_file, write_json
 from medley.version import __version__
 
 GALLERY = 48  # answers that a page shows

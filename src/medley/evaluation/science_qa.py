@@ -11,11 +11,11 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from medley.data.vocabulary import IMAGE
+from medley.datasets.base import picture_path
+from medley.datasets.science_qa import folder_of
 from medley.errors import UserError
 from medley.evaluation.cases import Case, Scored
-from medley.formats.sample import picture_path
-from medley.formats.science_qa import folder_of
-from medley.vocabulary import IMAGE
 
 Compat = Literal["none", "llava", "llava_med"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from medley.errors import UserError
-from medley.files import read_json
-from medley.images import to_rgb
-from medley.loading import pick_device
+from medley.images.preprocess import to_rgb
+from medley.inference.loading import pick_device
+from medley.utils.files import read_json
 
 _BATCH = 64
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from medley.evaluation.cases import Case, Scored
 from medley.evaluation.matching import holds, is_yes_or_no, says_the_same, words_of, yes_or_no
-from medley.evaluation.measures import f1
+from medley.evaluation.metrics import f1
+from medley.evaluation.questions import CLOSED
 from medley.evaluation.report import measures_of
 from medley.evaluation.science_qa import FAILED, LETTERS, parsed_letter
-from medley.questions import CLOSED
 
 _MOST_VALUES = 40  # of a record's value that tells groups apart
 UNCLEAR = "neither"  # of the answers that can be right, or several

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
-from medley.generation.burst import Burst
-from medley.generation.cache import bytes_a_token
-from medley.generation.choosing import Chooser
+from medley.generation.cuda_graph import Burst
 from medley.generation.grammar import Grammar, TokenClasses
-from medley.generation.passes import Passes
-from medley.generation.prefixes import LEAST, Prefixes, shared
-from medley.generation.rows import Request, Result, Row, Stream
-from medley.vocabulary import Vocabulary
+from medley.generation.kv_cache import bytes_a_token
+from medley.generation.model_runner import Passes
+from medley.generation.prefix_cache import LEAST, Prefixes, shared
+from medley.generation.sampler import Chooser
+from medley.generation.sequence import Request, Result, Row, Stream
 
 ROWS = 32  # that are worked on at once, unless said otherwise
 PREFILL_TOKENS = 8192  # of all prompts that are read in one pass

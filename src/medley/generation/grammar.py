@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from medley.generation.options import GenerationOptions
-from medley.vocabulary import Vocabulary
+from medley.data.vocabulary import Vocabulary
+from medley.generation.config import GenerationOptions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from medley.images import ImageError, read_image
+from medley.images.preprocess import ImageError, read_image
 
 LARGEST = 64 << 20  # bytes of a picture that is fetched
 TIMEOUT = 30.0  # seconds without an answer

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from medley.document import Document, Part, Picture, Turn
+from medley.data.document import Document, Part, Picture, Turn
 from medley.phantoms.world import (
     BRIGHTNESSES,
     KINDS,

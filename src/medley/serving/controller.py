@@ -25,8 +25,8 @@ from starlette.requests import ClientDisconnect
 from medley.serving.app import Gate
 from medley.serving.limits import RequestError
 from medley.serving.llava_api import message
-from medley.serving.pictures import shown
 from medley.serving.state import State, error_body
+from medley.serving.untrusted_inputs import shown
 
 EXPIRES = 30.0  # seconds without a heart beat, after which a worker is forgotten
 ASKS = 5.0  # seconds that a worker has to tell its status

@@ -18,15 +18,15 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from medley.document import Document, Part, Picture, Turn
+from medley.data.document import Document, Part, Picture, Turn
+from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.serving.answering import Answering
 from medley.serving.limits import RequestError
-from medley.serving.pictures import Reader
+from medley.serving.response_stream import Answering
 from medley.serving.schema import StopWord, any_seed
 from medley.serving.state import State, error_body
-from medley.vocabulary import IMAGE
+from medley.serving.untrusted_inputs import Reader
 
 log = logging.getLogger("medley.serving")
 router = APIRouter()

@@ -17,12 +17,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
-from medley.serving.answering import Answering
-from medley.serving.content import document_of
 from medley.serving.limits import RequestError
-from medley.serving.pictures import Reader, data_address, png_base64
+from medley.serving.messages import document_of
+from medley.serving.response_stream import Answering
 from medley.serving.schema import ChatRequest, ImageRequest
 from medley.serving.state import State, error_body, first_unless_gone, unless_gone
+from medley.serving.untrusted_inputs import Reader, data_address, png_base64
 from medley.serving.worker import Worker
 
 router = APIRouter()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.generation.options import COLDEST, Mode
+from medley.generation.config import COLDEST, Mode
 from medley.serving.limits import Limits, RequestError
 
 _DEFAULTS = GenerationOptions()

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from medley.errors import UserError
-from medley.serving.answering import Answering, Piece
 from medley.serving.limits import Busy, Limits, RequestError
 from medley.serving.metrics import Metrics
+from medley.serving.response_stream import Answering, Piece
 from medley.serving.worker import Worker
 
 Result = TypeVar("Result")

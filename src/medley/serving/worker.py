@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from medley.assistant import Event, Model, Prompt, Telling
-from medley.document import Document
+from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
+from medley.inference.model import Event, Model, Prompt, Telling
 from medley.serving.limits import Busy, Limits, RequestError
 
 log = logging.getLogger("medley.serving")

@@ -48,7 +48,7 @@ class PerceptualDistance(nn.Module):
     @classmethod
     def from_files(cls, vgg: Path, linear: Path) -> PerceptualDistance:
         """Reads both files. Raises UserError naming what is missing in which."""
-        from medley.checkpoints.vqgan_files import load_tensors
+        from medley.vqgan.files import load_tensors
 
         distance = cls()
         backbone, heads = load_tensors(vgg), load_tensors(linear)

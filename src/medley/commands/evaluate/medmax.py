@@ -16,10 +16,12 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from medley.assistant import Answer
 from medley.commands.evaluate.medmax_options import MedmaxOptions, image_path
-from medley.document import Document, Part, Picture, Turn
-from medley.endpoint import Message
+from medley.data.document import Document, Part, Picture, Turn
+from medley.data.vocabulary import IMAGE
+from medley.datasets.base import RecordError
+from medley.datasets.instructions.captions import context_of
+from medley.datasets.readers import records_of
 from medley.errors import DataLost, UserError
 from medley.evaluation import medmax_suite as suite
 from medley.evaluation.cases import Case, Scored
@@ -30,6 +32,7 @@ from medley.evaluation.judge import (
     filled,
     read_prompts,
 )
+from medley.evaluation.judge_prompts import Review, Rules
 from medley.evaluation.medmax_scores import (
     JUDGED,
     LIKENESS,
@@ -39,9 +42,12 @@ from medley.evaluation.medmax_scores import (
 )
 from medley.evaluation.medmax_suite import CAPTIONING, CHAT, GENERATION, MIXED, Row
 from medley.evaluation.report import kinds_table, measures_of, page_path, text_table, write_report
-from medley.evaluation.reviews import Review, Rules
 from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
-from medley.files import (
+from medley.images.preprocess import ImageError, open_image
+from medley.inference.batch import answers, refuse_other_options, rows_there
+from medley.inference.model import Answer
+from medley.utils.chat_client import Message
+from medley.utils.files import (
     append_line,
     finite,
     read_json,
@@ -50,12 +56,6 @@ from medley.files import (
     write_json,
     write_manifest,
 )
-from medley.formats.files import records_of
-from medley.formats.sample import RecordError
-from medley.images import ImageError, open_image
-from medley.instructions.captions import context_of
-from medley.responses import answers, refuse_other_options, rows_there
-from medley.vocabulary import IMAGE
 
 
 def medmax(options: MedmaxOptions) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.assistant import Model
-from medley.commands.common import BatchOptions
+from medley.commands.model_options import BatchOptions
+from medley.datasets.base import picture_path
 from medley.errors import UserError
 from medley.evaluation import medmax_suite as suite
 from medley.evaluation.judge import (
@@ -16,12 +16,12 @@ from medley.evaluation.judge import (
 )
 from medley.evaluation.medmax_suite import GENERATION, MIXED, Processor, Row
 from medley.evaluation.similarity import require_folder
-from medley.files import (
+from medley.generation import GenerationOptions
+from medley.inference.model import Model
+from medley.utils.cli_options import resolved
+from medley.utils.files import (
     quick_hash,
 )
-from medley.formats.sample import picture_path
-from medley.generation import GenerationOptions
-from medley.options import resolved
 
 Task = Literal[
     "all", "vqa", "closed", "open", "mcq", "image_captioning", "image_generation", "mm_out",

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medley.commands.common import check_output, check_seed
-from medley.endpoint import Message
+from medley.commands.model_options import check_output, check_seed
+from medley.datasets.base import RecordError
+from medley.datasets.science_qa import PROBLEMS, SPLITS, texts
 from medley.errors import UserError
 from medley.evaluation import science_qa
 from medley.evaluation.cases import Scored
-from medley.evaluation.intervals import share_interval
+from medley.evaluation.confidence import share_interval
 from medley.evaluation.judge import (
     PROMPTS,
     Counts,
@@ -23,12 +24,11 @@ from medley.evaluation.judge import (
     note_of,
     read_prompts,
 )
-from medley.evaluation.pairs import by_identifier, missing_of
+from medley.evaluation.predictions import by_identifier, missing_of
 from medley.evaluation.report import confusion_table, measures_table, page_path, write_report
-from medley.files import read_json, whole_file, write_json, write_manifest
-from medley.formats.sample import RecordError
-from medley.formats.science_qa import PROBLEMS, SPLITS, texts
-from medley.options import resolved
+from medley.utils.chat_client import Message
+from medley.utils.cli_options import resolved
+from medley.utils.files import read_json, whole_file, write_json, write_manifest
 
 
 @dataclass(frozen=True)

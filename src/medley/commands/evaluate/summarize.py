@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.commands.common import check_output
+from medley.commands.model_options import check_output
+from medley.datasets.base import RecordError
+from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.evaluation import judging
-from medley.files import refuse_half_characters, write_json
-from medley.formats.files import records_of
-from medley.formats.sample import RecordError
+from medley.evaluation import judge_scores
+from medley.utils.files import refuse_half_characters, write_json
 
 REPLIES = ("gpt_eval", "result", "content")  # LLaVA-Med v1.5, v1.0, LLaVA
 
@@ -38,7 +38,7 @@ def summarize(options: SummarizeOptions) -> None:
     rows = list(reviews(options.input))
     if options.compat == "llava":
         scored = [(p, r) for p, r in rows if r.get("tuple", r.get("score")) is not None]
-        lines = judging.llava_lines(row for _, row in scored)
+        lines = judge_scores.llava_lines(row for _, row in scored)
         write_json(options.output, {"lines": lines, "without scores": len(rows) - len(scored)})
         print("\n".join(lines))
         if len(scored) < len(rows):
@@ -46,7 +46,7 @@ def summarize(options: SummarizeOptions) -> None:
         return
     if not rows:
         raise UserError(f"{options.input}: no reviews in it")
-    read: list[tuple[dict[str, Any], judging.Pair]] = []
+    read: list[tuple[dict[str, Any], judge_scores.Pair]] = []
     unread: list[str] = []
     for place, row in rows:
         reply = next((row[name] for name in REPLIES if name in row), options)
@@ -55,13 +55,13 @@ def summarize(options: SummarizeOptions) -> None:
         published = options.compat == "llava_med"
         pair = None
         if reply is not None:
-            parse = judging.parse_pair_as_llava_med if published else judging.parse_pair
+            parse = judge_scores.parse_pair_as_llava_med if published else judge_scores.parse_pair
             pair = parse(reply)
         if pair is None:
             unread.append(f"{place}: {'no reply' if reply is None else repr(reply[:80])}")
         else:
             read.append(({"type": row.get("category"), **row}, pair))
-    groups = judging.by_group(read, "overall")
+    groups = judge_scores.by_group(read, "overall")
     scores = {name: summary.published() for name, summary in groups.items()}
     write_json(options.output, {"groups": scores, "replies without two scores": unread})
     print(groups_text(groups))
@@ -69,7 +69,7 @@ def summarize(options: SummarizeOptions) -> None:
         print(f"{len(unread)} replies have no two scores, the first: {unread[0]}")
 
 
-def groups_text(groups: Mapping[str, judging.Summary]) -> str:
+def groups_text(groups: Mapping[str, judge_scores.Summary]) -> str:
     lines = [f"{'':24} reference    model   relative      n"]
     lines += [
         f"{name:24} {s.reference:9.2f} {s.model:8.2f} {s.of_ratios:9.1f}% {s.n:6}"

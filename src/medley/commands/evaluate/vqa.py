@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medley.commands.common import QuestionOptions, check_output, check_seed
+from medley.commands.model_options import QuestionOptions, check_output, check_seed
 from medley.errors import DataLost, UserError
 from medley.evaluation.cases import Case, Scored
 from medley.evaluation.comparison import comparison_table, differences
-from medley.evaluation.pairs import answers_by, paired, read_candidates
-from medley.evaluation.published import Compat, is_known, published_scores, published_table
+from medley.evaluation.predictions import answers_by, paired, read_candidates
+from medley.evaluation.questions import Question
+from medley.evaluation.reference_scorers import Compat, is_known, published_scores, published_table
 from medley.evaluation.report import (
     Cell,
     Table,
@@ -27,9 +28,8 @@ from medley.evaluation.report import (
     write_report,
 )
 from medley.evaluation.vqa import commonest, confusion, drawn, own_scores, score
-from medley.files import hash_of, whole_file, write_manifest
-from medley.options import resolved
-from medley.questions import Question
+from medley.utils.cli_options import resolved
+from medley.utils.files import hash_of, whole_file, write_manifest
 
 RESULTS = "eval_results_med_datasets.jsonl"  # as LLaVA-Med calls it
 _PUBLISHED = "As published ({}), in percent"
@@ -254,7 +254,7 @@ def compare(
     output: Path,
 ) -> Table:
     """Has another model answer the same questions, and says by how much they differ."""
-    from medley.baseline import answer_file  # brings transformers' image-text models
+    from medley.evaluation.baseline import answer_file  # brings transformers' image-text models
 
     file = output.with_name(f"{output.name}.baseline.jsonl")
     failed = answer_file(baseline, questions, file)

@@ -1,0 +1,1 @@
+"""Vocabulary, documents, token sequences and their stores."""

@@ -1,0 +1,1 @@
+"""The decoder, its attention, loss and quantization."""

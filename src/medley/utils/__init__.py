@@ -1,0 +1,1 @@
+"""Files, command-line options, processes: nothing of the domain."""
