@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.generation import Engine, GenerationOptions, Request
-from medley.generation.sampling import choose, guide
+from medley.generation.sampling import apply_cfg, sample
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.cli_options import run_program
 
@@ -144,7 +144,7 @@ def stock(decoder: Any, prompts: list[list[int]], options: Options) -> tuple[flo
     longest = max(map(len, prompts))
     ids = torch.tensor([[MARKS.pad] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    text = set(MARKS.text_pieces) | {MARKS.eos, MARKS.end_turn}
+    text = set(MARKS.text_tokens) | {MARKS.eos, MARKS.end_turn}
     suppressed = [i for i in range(decoder.config.vocab_size) if i not in text]
 
     def run() -> Tensor:
@@ -173,9 +173,9 @@ def plain_guided(decoder: Any, prompt: list[int], options: Options) -> list[int]
         for i, cache in enumerate(caches):
             out = decoder(input_ids=ids[i], past_key_values=cache, use_cache=True)
             logits.append(out.logits[:, -1, part].float())
-        mixed = guide(*logits, 3.0, 1.2) / 0.7
+        mixed = apply_cfg(*logits, 3.0, 1.2) / 0.7
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-        codes.append(part.start + int(choose(mixed, uniform, 0, 0.9)))
+        codes.append(part.start + int(sample(mixed, uniform, 0, 0.9)))
         ids = [torch.tensor([[codes[-1]]])] * 3
     return codes
 

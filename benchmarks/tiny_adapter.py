@@ -31,7 +31,7 @@ from phantom_questions import (
 from trainer_baseline import Sampling, train_baseline
 
 from medley.checkpoints.checkpoint import tiny_folder
-from medley.data.token_dataset import TokenShards
+from medley.data.token_dataset import TokenDataset
 from medley.phantoms import MODALITIES, NEW_MODALITY, Phantom
 from medley.utils.cli_options import run_program
 
@@ -89,7 +89,7 @@ def draw(folder: Path, options: Options) -> Path:
 
 def train_ours(tokens: Path, output: Path, options: Options) -> dict[str, float]:
     """Seconds of the training alone, and its steps, as the baseline's are counted."""
-    lengths = TokenShards(tokens).lengths
+    lengths = TokenDataset(tokens).lengths
     # One packed row of as many tokens as the baseline's batch has on average.
     row = max(int(lengths.mean() * options.batch) + 1, int(lengths.max()))
     run("training.train", "--train_data", tokens, "--ckpt", "tiny", "--output_dir", output,
@@ -120,7 +120,7 @@ def work(options: Options) -> None:
             own = folder / f"test-{side}"
             write_questions(own, scans, options.questions, options.seed + 2)
             result.keep({f"{side}_{key}": value for key, value in question_majorities(own).items()})
-        documents = list(TokenShards(tokens))
+        documents = list(TokenDataset(tokens))
         result.keep(
             {"bf16": options.bf16, "documents": len(documents), "tokens": sum(map(len, documents))}
         )

@@ -57,11 +57,11 @@ from medley.phantoms import (
     change_document,
     change_text,
     facts,
-    facts_told,
-    follow_ups,
+    facts_in,
+    follow_up_questions,
     measure,
+    prompt_for,
     questions,
-    request,
 )
 from medley.phantoms.lessons import learned_descriptions
 from medley.utils.cli_options import run_program
@@ -137,9 +137,9 @@ def captions(model: Model, folder: Path, scans: Sequence[Phantom], new: Sequence
             for number in range(len(scans))]  # fmt: skip
     said = say(model, folder, "captions", rows)
     golds = [caption(scan) for scan in scans]
-    shares = [agreement(facts_told(g), facts_told(s)) for g, s in zip(golds, said, strict=True)]
+    shares = [agreement(facts_in(g), facts_in(s)) for g, s in zip(golds, said, strict=True)]
     empty = [caption(replace(scan, findings=())) for scan in scans]
-    usual = [agreement(facts_told(g), facts_told(s)) for g, s in zip(golds, empty, strict=True)]
+    usual = [agreement(facts_in(g), facts_in(s)) for g, s in zip(golds, empty, strict=True)]
     of_new = [share for share, own in zip(shares, new, strict=True) if own]
     return {
         "caption_facts": 100 * float(np.mean(shares)),
@@ -159,7 +159,7 @@ def talk_pairs(scan: Phantom, rng: np.random.Generator) -> list[Pair]:
     kind = KINDS[rng.integers(len(KINDS))]
     pairs = questions(scan)
     own = [finding for finding in scan.findings if finding.kind == kind]
-    more = follow_ups(own[0]) if own else pairs
+    more = follow_up_questions(own[0]) if own else pairs
     first = (f"Is there {article(kind)} {kind}?", "yes" if own else "no")
     return [first, more[rng.integers(len(more))], pairs[rng.integers(len(pairs))]]
 
@@ -259,7 +259,7 @@ def drawn(
 def guided(
     model: Model, folder: Path, scans: Sequence[Phantom], new: Sequence[bool], options: Options
 ) -> Scores:
-    asked = [request(scan) for scan in scans]
+    asked = [prompt_for(scan) for scan in scans]
     found = drawn(
         model, folder, "guided", scans, asked, options.guidance, options.image_temperature
     )
@@ -271,7 +271,7 @@ def guided(
 def otherwise_drawn(
     model: Model, folder: Path, scans: Sequence[Phantom], options: Options
 ) -> Scores:
-    asked, nothing = [request(scan) for scan in scans], [NOTHING] * len(scans)
+    asked, nothing = [prompt_for(scan) for scan in scans], [NOTHING] * len(scans)
     usual = GenerationOptions()
     ways = {
         "unguided": (asked, 1.0, options.image_temperature),

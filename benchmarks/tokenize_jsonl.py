@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from medley.data.image_token_store import partition_file, write_partition
-from medley.data.token_dataset import TokenShards
+from medley.data.token_dataset import TokenDataset
 from medley.data.vocabulary import TextTokenizer, code_name
 from medley.utils.cli_options import run_program
 
@@ -204,7 +204,7 @@ def speed(options: Options, folder: Path, tokenizer_file: Path, texts: list[str]
             told = program(folder, tokenizer_file, source, target, workers)
             seconds[kind].append(float(told.split()[1]))
     same = all((folder / n).read_bytes() == plain.read_bytes() for n in ("ours.jsonl", "one.jsonl"))
-    shards, other = TokenShards(folder / "ours.parquet"), TokenShards(plain)
+    shards, other = TokenDataset(folder / "ours.parquet"), TokenDataset(plain)
     same_ids = all((a == b).all() for a, b in zip(shards, other, strict=True))
     cache = sum(p.stat().st_size for p in folder.glob(".ours.parquet.cache*"))
     best = {kind: options.documents / min(times) for kind, times in seconds.items()}

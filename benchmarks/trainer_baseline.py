@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medley.checkpoints.adapter import PROJECTIONS
 from medley.checkpoints.checkpoint import open_checkpoint
-from medley.data.packing import IGNORED, labels_for
+from medley.data.packing import IGNORE_INDEX, build_labels
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 
 Sampling = Literal["random", "group_by_length"]
@@ -69,10 +69,10 @@ def train_baseline(
 
     def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
-        made = {"input_ids": marks.pad, "labels": IGNORED, "attention_mask": 0}
+        made = {"input_ids": marks.pad, "labels": IGNORE_INDEX, "attention_mask": 0}
         rows: dict[str, list[Any]] = {name: [] for name in made}
         for ids in (row["input_ids"] for row in batch):
-            own = {"input_ids": ids, "labels": labels_for(ids, marks),
+            own = {"input_ids": ids, "labels": build_labels(ids, marks),
                    "attention_mask": np.ones(len(ids), np.int64)}  # fmt: skip
             for name, filler in made.items():
                 rows[name].append(

@@ -27,11 +27,11 @@ import torch
 from trainer_baseline import train_baseline
 
 from medley.checkpoints.checkpoint import open_checkpoint
-from medley.data.packing import IGNORED, labels_for, make_row, stack_rows
-from medley.data.token_dataset import TokenShards, write_jsonl
+from medley.data.packing import IGNORE_INDEX, build_labels, build_sequence, collate
+from medley.data.token_dataset import TokenDataset, write_jsonl
 from medley.phantoms import Phantom, caption
 from medley.utils.cli_options import run_program
-from medley.utils.files import write_manifest
+from medley.utils.manifest import write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = 1e-3
@@ -66,7 +66,7 @@ def work(options: Options) -> None:
         folder = Path(name)
         write_documents(folder / "train.jsonl", options.documents, 0)
         write_documents(folder / "val.jsonl", 64, 1)
-        held_out = list(TokenShards(folder / "val.jsonl"))
+        held_out = list(TokenDataset(folder / "val.jsonl"))
         for kind, run in (("baseline", run_baseline), ("ours", run_ours)):
             runs = [run(folder, options) for _ in range(options.rounds)]
             figures = max(runs, key=lambda r: r["trained_tokens_per_second"])
@@ -96,7 +96,7 @@ def write_documents(path: Path, count: int, seed: int) -> None:
     def row() -> dict[str, Any]:
         ids = [marks.bos]
         for place in generator.integers(0, len(scans), generator.integers(0, 4)):
-            ids += marks.picture_ids(codes[place])
+            ids += marks.image_token_ids(codes[place])
         ids += [*text.encode("What is seen?"), marks.end_turn]
         wanted = len(ids) + int(generator.integers(10, 301) * 1.3)  # tokens of so many words
         while len(ids) < wanted:
@@ -111,19 +111,19 @@ def write_documents(path: Path, count: int, seed: int) -> None:
 
 
 def run_baseline(folder: Path, options: Options) -> dict[str, float]:
-    documents = list(TokenShards(folder / "train.jsonl"))
+    documents = list(TokenDataset(folder / "train.jsonl"))
     seconds = train_baseline(documents, folder / "baseline", 8, LEARNING_RATE)["seconds"]
     return {"trained_tokens_per_second": trained(documents) / seconds, "seconds": seconds}
 
 
 def trained(documents: Sequence[Any]) -> int:
     marks = open_checkpoint("tiny").text_tokenizer().vocabulary
-    return sum(int((labels_for(ids, marks) != IGNORED).sum()) for ids in documents)
+    return sum(int((build_labels(ids, marks) != IGNORE_INDEX).sum()) for ids in documents)
 
 
 def run_ours(folder: Path, options: Options) -> dict[str, float]:
     """The program itself, with rows of about 8 documents, as the baseline's batches have."""
-    shards = TokenShards(folder / "train.jsonl")
+    shards = TokenDataset(folder / "train.jsonl")
     # One row a step, as long as makes as many steps as the baseline's batches of 8.
     length = int(shards.lengths.sum() / (options.documents / 8) * 1.01)
     output = folder / "ours"
@@ -152,7 +152,7 @@ def held_out_loss(adapter: Path, documents: Sequence[Any]) -> float:
     total, count = 0.0, 0.0
     with torch.no_grad():
         for ids in documents:
-            model(**stack_rows([make_row([ids], marks)], marks))
+            model(**collate([build_sequence([ids], marks)], marks))
             text, texts, image, images = model.get_base_model().loss_sums.tolist()
             total, count = total + text + image, count + texts + images
     return total / count

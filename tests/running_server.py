@@ -19,7 +19,7 @@ import medley
 from medley.serving.app import make_app
 from medley.serving.limits import Limits
 from medley.serving.state import State
-from medley.serving.worker import Worker
+from medley.serving.worker import EngineWorker
 
 
 class Running:
@@ -29,7 +29,7 @@ class Running:
         self, limits: Limits, token: str | None = None, rows: int = 8,
         change: Callable[[FastAPI, State], None] | None = None, names: Sequence[str] = ("tiny",),
     ) -> None:  # fmt: skip
-        workers = {name: Worker(name, medley.load("tiny"), limits, rows) for name in names}
+        workers = {name: EngineWorker(name, medley.load("tiny"), limits, rows) for name in names}
         self.worker = workers[names[0]]
         self.model = self.worker.model
         self.state = State(workers, limits, token)
@@ -76,7 +76,7 @@ class Running:
         until = time.monotonic() + 20
         while time.monotonic() < until:
             at_work = [
-                worker.model.engine.busy or worker.running or worker.waiting
+                worker.model.engine.has_work or worker.running or worker.waiting
                 for worker in self.state.workers.values()
             ]
             if not any(at_work):

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from medley import checkpoints
 from medley.checkpoints.checkpoint import huggingface as huggingface_layout
 from medley.checkpoints.checkpoint import (
-    largest_difference,
-    largest_logit_difference,
+    max_abs_diff,
+    max_logit_diff,
     open_checkpoint,
     write_chameleon,
     write_hugging_face,
 )
-from medley.checkpoints.safetensors_writer import SafetensorsFile
-from medley.checkpoints.torch_writer import TorchFile
+from medley.checkpoints.safetensors_writer import SafetensorsWriter
+from medley.checkpoints.torch_writer import TorchWriter
 from medley.errors import UserError
 from medley.utils.files import read_json, write_json
 
@@ -36,7 +36,7 @@ def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
         "half": torch.randn(5).bfloat16(), "view": torch.randn(4, 4).t()[1:],
         "flag": torch.ones(2, dtype=torch.bool), "numbers": torch.arange(5),
     }  # fmt: skip
-    file = SafetensorsFile(tmp_path / "x.safetensors")
+    file = SafetensorsWriter(tmp_path / "x.safetensors")
     for name, tensor in state.items():
         file.add(name, tensor)
     file.close()
@@ -53,7 +53,7 @@ def test_a_streamed_pth_is_what_torch_reads(tmp_path: Path) -> None:
         "a": torch.randn(3, 4), "half": torch.randn(500, 30).bfloat16(), "empty": torch.zeros(0, 2),
         "view": torch.randn(4, 4).t()[1:], "scalar": torch.tensor(3.5), "ids": torch.arange(5),
     }  # fmt: skip
-    file = TorchFile(tmp_path / "x.pth", {n: t.to("meta") for n, t in state.items()})
+    file = TorchWriter(tmp_path / "x.pth", {n: t.to("meta") for n, t in state.items()})
     for name in reversed(state):
         file.put(name, state[name])
     file.close()
@@ -98,7 +98,7 @@ def test_many_small_shards_load_in_stock_transformers(
     )
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
-    assert largest_difference(open_checkpoint("tiny"), open_checkpoint(tmp_path / "hf")) == 0
+    assert max_abs_diff(open_checkpoint("tiny"), open_checkpoint(tmp_path / "hf")) == 0
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -121,13 +121,13 @@ def test_any_number_of_shards_that_the_heads_allow(
     elif shards < config.model_parallel_size:  # the shards' norms differ
         with pytest.raises(UserError, match=r"norms of the heads of shard 0 differ .*--norms mean"):
             write("equal")
-        assert largest_difference(trained, write("mean")) > 0
+        assert max_abs_diff(trained, write("mean")) > 0
     else:
         new = write("equal")
         assert len(list(new.model_folder.glob("consolidated*.pth"))) == shards
         assert read_json(new.model_folder / "params.json")["model_parallel_size"] == shards
-        assert largest_difference(trained, new) == 0
-        assert largest_logit_difference(trained, new) < 1e-5
+        assert max_abs_diff(trained, new) == 0
+        assert max_logit_diff(trained, new) < 1e-5
 
 
 def test_a_disk_without_room_is_found_out_before_writing(
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if layout_name == "huggingface":
-        monkeypatch.setattr(SafetensorsFile, "close", full)
+        monkeypatch.setattr(SafetensorsWriter, "close", full)
         with pytest.raises(OSError, match="No space left"):
             write_hugging_face(tmp_path / "out", open_checkpoint("tiny"))
     else:

@@ -14,12 +14,12 @@ from conftest import ROOT, golden
 from PIL import Image
 
 from medley import cli
-from medley.commands.answer import devices_of, gathered, part_file
+from medley.commands.answer import devices_of, merge_parts, part_file
 from medley.commands.chat import parts_of
-from medley.data.document import Document, Picture, Turn
-from medley.datasets.registry import Choices
+from medley.data.document import Document, ImagePart, Turn
+from medley.datasets.registry import ConversionConfig
 from medley.errors import UserError
-from medley.evaluation.answer_files import chunk, keys_of, model_name, row_of
+from medley.evaluation.answer_files import format_answer, model_name, question_keys, shard
 from medley.evaluation.questions import Question, read_questions
 from medley.phantoms import Phantom
 
@@ -129,7 +129,7 @@ def test_words_that_end_an_answer_are_single_pieces(tmp_path: Path, program: Run
 
 def test_a_typed_line_names_pictures() -> None:
     assert parts_of('what is @a.png and @"b c.png" ?') == [
-        "what is", Picture(path="a.png"), "and", Picture(path="b c.png"), "?",
+        "what is", ImagePart(path="a.png"), "and", ImagePart(path="b c.png"), "?",
     ]  # fmt: skip
     assert parts_of("me@home.org") == ["me@home.org"]
 
@@ -203,7 +203,7 @@ def test_chunks_are_the_recorded_and_the_whole(
     case: dict[str, Any], exceptions: dict[str, dict[str, str]]
 ) -> None:
     items, count = list(range(case["input"]["n_items"])), case["input"]["num_chunks"]
-    parts = [chunk(items, count, i) for i in range(count)]
+    parts = [shard(items, count, i) for i in range(count)]
     assert [item for part in parts for item in part] == items
     for part, recorded in zip(parts, case["expected"]["get_chunk"], strict=True):
         if isinstance(recorded, dict):  # it raises
@@ -227,7 +227,7 @@ def test_devices_are_numbers() -> None:
 
 def test_equal_ids_and_equal_questions_are_told_apart() -> None:
     pairs = [(1, "a"), ("1", "a"), (1, "b"), (1, "a")]
-    assert len(set(keys_of(pairs))) == 4
+    assert len(set(question_keys(pairs))) == 4
 
 
 def test_two_questions_with_one_id_have_two_answers(tmp_path: Path, program: Run) -> None:
@@ -279,12 +279,12 @@ def test_what_is_gathered_stands_once(tmp_path: Path) -> None:
     document = Document((Turn("user", ("?",)),))
     asked = [Question(1, word, document) for word in words]
     output = tmp_path / "answers.jsonl"
-    rows = [row_of(question, f"{n}", "m") for n, question in enumerate(asked)]
+    rows = [format_answer(question, f"{n}", "m") for n, question in enumerate(asked)]
     for index in range(2):
         part = part_file(output, 2, index)
         part.write_text("".join(row + "\n" for row in rows[2 * index : 2 * index + 2]))
     for _ in range(2):
-        found = gathered(output, asked)
+        found = merge_parts(output, asked)
         assert [row["text"] for row in found.values()] == ["0", "1", "2", "3"]
         assert [row["text"] for row in lines(output)] == ["0", "1", "2", "3"]
         part_file(output, 3, 1).write_text(rows[2] + "\n")  # of another number of devices
@@ -321,11 +321,11 @@ def test_bad_questions_are_named(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question_id": 1, "text": "a"}\n{"question_id": 2}\n')
     with pytest.raises(UserError, match=r"q\.jsonl:2: expected question_id and text"):
-        read_questions(path, "llava", Choices(path))
+        read_questions(path, "llava", ConversionConfig(path))
     lists = tmp_path / "q.json"
     row = {"id": 3, "image": "a.png", "conversations": [{"from": "human", "value": "b\n<image>"}]}
     lists.write_text(json.dumps([row]))
-    found = read_questions(lists, "llava", Choices(lists))
+    found = read_questions(lists, "llava", ConversionConfig(lists))
     assert [(q.identifier, q.text, q.image) for q in found] == [(3, "b", "a.png")]
 
 
@@ -354,7 +354,7 @@ def test_questions_that_hold_several_turns_are_refused(tmp_path: Path) -> None:
     turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
     path.write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(UserError, match=r"docs\.jsonl:1: 4 turns, the first of the user"):
-        read_questions(path, "documents", Choices(path))
+        read_questions(path, "documents", ConversionConfig(path))
     path.write_text(json.dumps({"messages": turns[:2]}) + "\n")
-    (question,) = read_questions(path, "documents", Choices(path))
+    (question,) = read_questions(path, "documents", ConversionConfig(path))
     assert (question.identifier, question.gold, question.kind) == (0, "a", None)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medley.data.document import Document
-from medley.data.token_dataset import TokenShards
-from medley.datasets.splits import balanced, groups, half_of
+from medley.data.token_dataset import TokenDataset
+from medley.datasets.splits import assign_split, balanced, connected_components
 from medley.datasets.statistics import Duplicates, SplitHash
 
 VQA_RAD = ROOT.parent / "shared" / "data" / "vqa_rad"
@@ -210,10 +210,10 @@ def test_balanced_takes_as_many_as_there_are_and_as_evenly(
 
 
 def test_pictures_of_one_record_stay_together() -> None:
-    joined = groups([["a", "b"], ["c"], ["b", "d"], ["e", "c"]])
+    joined = connected_components([["a", "b"], ["c"], ["b", "d"], ["e", "c"]])
     assert joined["a"] == joined["b"] == joined["d"]
     assert joined["c"] == joined["e"] != joined["a"]
-    shares = [half_of(str(i), 0.3) == "test" for i in range(2000)]
+    shares = [assign_split(str(i), 0.3) == "test" for i in range(2000)]
     assert 0.25 < np.mean(shares) < 0.35
 
 
@@ -261,7 +261,7 @@ def test_a_converted_file_becomes_tokens(folder: Path, tmp_path: Path) -> None:
     words = ["--input_file", out / "train.jsonl", "--image_codes", codes]
     words += ["--tokenizer_file", tokenizer, "--output_file", tmp_path / "tokens.jsonl"]
     assert tokenize_jsonl.main(list(map(str, words))) == 0
-    assert len(TokenShards(tmp_path / "tokens.jsonl")) == 12
+    assert len(TokenDataset(tmp_path / "tokens.jsonl")) == 12
 
 
 def test_a_torn_picture_costs_its_own_records_alone(

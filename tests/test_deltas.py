@@ -12,7 +12,7 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medley.checkpoints.deltas import add_delta, take_delta
+from medley.checkpoints.deltas import apply_delta, make_delta
 from medley.errors import UserError
 
 CASES = golden("llava_delta.json")["cases"]
@@ -30,7 +30,7 @@ def test_deltas_equal_the_recorded(case: Any, exceptions: dict[str, dict[str, st
     given, applied = case["input"], case["op"] == "apply_delta"
     base = tensors(given["base"])
     own = tensors(given["delta" if applied else "target"])
-    combine = add_delta if applied else take_delta
+    combine = apply_delta if applied else make_delta
     refused = case["id"] in exceptions["llava_delta"]
     if case["expected"]["exception"] is not None or refused:
         reason = "not finite in" if refused else r"not in the base|the base's tensor is"

@@ -7,8 +7,15 @@ from conftest import golden
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medley.data.document import Document, DocumentError, Picture, Turn, answer_spans, ids_to_parts
-from medley.data.medmax_compat import medmax_collate, medmax_ids
+from medley.data.document import (
+    Document,
+    DocumentError,
+    ImagePart,
+    Turn,
+    assistant_spans,
+    ids_to_parts,
+)
+from medley.data.medmax_compat import encode_medmax, medmax_collate
 from medley.data.vocabulary import TextTokenizer
 
 CASES = golden("medmax_tokenization.json")["cases"]
@@ -20,7 +27,7 @@ def test_ids_equal_the_recorded(
     case: Any, tokenizer: TextTokenizer, exceptions: dict[str, dict[str, str]]
 ) -> None:
     expected = case["expected"]["tokens"]
-    assert medmax_ids(case["input"], tokenizer) == expected
+    assert encode_medmax(case["input"], tokenizer) == expected
     if case["id"] not in exceptions["medmax_tokenization"]:
         assert Document.from_json(case["input"]).to_ids(tokenizer) == expected
         return
@@ -55,13 +62,13 @@ def test_splitting_equals_the_recorded(
             continue  # its "text" ids 5, 6, 7 are image codes outside of a picture
         parts = ids_to_parts(case["input"], tokenizer)
         images = [ids[0] for kind, ids in case["expected"] if kind == "image_seg"]
-        found = [list(p.codes or ()) for p in parts if isinstance(p, Picture)]
+        found = [list(p.codes or ()) for p in parts if isinstance(p, ImagePart)]
         assert found == [[token - codes.start for token in ids] for ids in images]
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
 pictures = st.lists(st.integers(0, 8191), min_size=1, max_size=6).map(
-    lambda codes: Picture(codes=tuple(codes))
+    lambda codes: ImagePart(codes=tuple(codes))
 )
 
 
@@ -98,7 +105,7 @@ def test_any_document_there_and_back(document: Document, tiny_tokenizer: TextTok
 def test_answer_spans_hold_every_assistant_turn_with_its_mark(tokenizer: TextTokenizer) -> None:
     turns = [Turn("user", ("The",)), Turn("assistant", ("left",))] * 2
     ids = Document(tuple(turns)).to_ids(tokenizer)
-    learned = [ids[start:end] for start, end in answer_spans(ids, tokenizer.vocabulary)]
+    learned = [ids[start:end] for start, end in assistant_spans(ids, tokenizer.vocabulary)]
     answer = tokenizer.encode("left")
     assert learned == [
         [*answer, tokenizer.vocabulary.end_turn],
@@ -108,7 +115,7 @@ def test_answer_spans_hold_every_assistant_turn_with_its_mark(tokenizer: TextTok
 
 def test_a_document_without_turns_is_learned_whole(tokenizer: TextTokenizer) -> None:
     ids = Document((Turn("assistant", ("left",)),)).to_ids(tokenizer)
-    assert answer_spans(ids, tokenizer.vocabulary) == [(1, len(ids))]
+    assert assistant_spans(ids, tokenizer.vocabulary) == [(1, len(ids))]
 
 
 def test_messages_and_text_give_the_same_ids(tokenizer: TextTokenizer) -> None:

@@ -19,9 +19,9 @@ from PIL import Image
 import medley
 from medley.checkpoints.adapter import read_adapter
 from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
-from medley.data.token_dataset import TokenShards
+from medley.data.token_dataset import TokenDataset
 from medley.trainer.checkpointing import COMPLETE
-from medley.utils.files import read_manifest
+from medley.utils.manifest import read_manifest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TOKENIZER = tiny_folder() / "tokenizer" / "text_tokenizer.json"
@@ -92,7 +92,7 @@ def test_tokens_are_those_of_the_library(folder: Path) -> None:
     for line in lines[:3]:
         tokens = line.pop("tokens")
         assert tokens == model.encode(medley.Document.from_json(line))
-    shards = TokenShards(folder / "test.jsonl")
+    shards = TokenDataset(folder / "test.jsonl")
     assert len(shards) == len(lines)
 
 

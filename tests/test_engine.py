@@ -11,12 +11,12 @@ from PIL import Image
 
 import medley
 from medley.checkpoints.checkpoint import open_checkpoint
-from medley.commands.model_options import Need
+from medley.commands.model_options import MemoryEstimate
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
-from medley.generation.fused_decode import FusedStep
-from medley.generation.kv_cache import KeyValueCache, Prefix
-from medley.generation.prefix_cache import Prefixes
+from medley.generation.fused_decode import FusedDecoder
+from medley.generation.kv_cache import CachedPrefix, KeyValueCache
+from medley.generation.prefix_cache import PrefixCache
 from medley.inference.model import Model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
@@ -36,7 +36,7 @@ def prompts(model: Model) -> list[list[int]]:
     """Of different lengths, one with a picture."""
     picture = Image.new("RGB", (64, 64), "navy")
     talks = [["Is there a cyst?"], [picture, "What does this scan show?"], ["Show me a head."]]
-    return [model.prompt_ids(parts) for parts in talks]
+    return [model.encode_prompt(parts) for parts in talks]
 
 
 @pytest.mark.parametrize("swin_norm", [False, True])
@@ -52,7 +52,7 @@ def test_the_fused_step_gives_what_the_modules_give(layout: Path, swin_norm: boo
     cache = KeyValueCache(decoder.config, torch.float32, torch.device("cpu"), 3)
     with torch.inference_mode():
         wanted = decoder.model(ids, use_cache=False).last_hidden_state
-        step = FusedStep(decoder)
+        step = FusedDecoder(decoder)
         for _ in ids:
             cache.add_stream()
         for time in range(ids.shape[1] + int(late.max())):
@@ -88,10 +88,10 @@ def test_a_request_that_joins_later_changes_nothing(model: Model, prompts: list[
         own.step()
     others = [own.submit(Request(p, options, i)) for i, p in enumerate(prompts[1:], 1)]
     results: dict[int, list[int]] = {}
-    while own.busy:
+    while own.has_work:
         own.step()
         for ticket in (first, *others):
-            for _, token, result in own.news(ticket):
+            for _, token, result in own.poll(ticket):
                 if token is None:
                     results[ticket] = result.ids
     assert [results[ticket] for ticket in (first, *others)] == wanted
@@ -114,10 +114,10 @@ def test_a_cancelled_row_is_free_at_once_and_others_go_on(
     own.cancel(gone)  # twice is no harm
     assert own._cache.streams < streams
     found: list[int] = []
-    while own.busy:
+    while own.has_work:
         own.step()
-        assert not list(own.news(gone))
-        for _, token, result in own.news(kept):
+        assert not list(own.poll(gone))
+        for _, token, result in own.poll(kept):
             found = result.ids if token is None else found
     assert found == wanted
     assert own._cache.streams == 0
@@ -126,9 +126,9 @@ def test_a_cancelled_row_is_free_at_once_and_others_go_on(
 def test_closing_a_stream_frees_its_row(model: Model) -> None:
     events = model.stream(["Show me a CT scan."], mode="image", max_new_tokens=100)
     assert next(events).progress is not None
-    assert model.engine.busy
+    assert model.engine.has_work
     events.close()  # type: ignore[attr-defined]
-    assert not model.engine.busy
+    assert not model.engine.has_work
     assert model.engine._cache.streams == 0
 
 
@@ -146,10 +146,10 @@ def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
         answers, ids = [], []
         for turn in ((picture, "Is there a cyst?"), ("Where is it?",), ("How large?",)):
             before = list(talk.ids)
-            *_, last = talk.say(*turn)
+            *_, last = talk.send(*turn)
             assert last.answer is not None
             answers.append(last.answer.ids)
-            ids.append([*before, *model.prompt_ids(list(turn))[1:]])
+            ids.append([*before, *model.encode_prompt(list(turn))[1:]])
     finally:
         del own._passes.read  # type: ignore[method-assign]
     assert reads[0] == len(ids[0])
@@ -160,11 +160,11 @@ def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
 
 
 def test_remembered_contexts_stay_within_their_bytes() -> None:
-    def prefix(*ids: int) -> Prefix:
-        return Prefix(ids, (torch.zeros(2, 1, len(ids), 4),))
+    def prefix(*ids: int) -> CachedPrefix:
+        return CachedPrefix(ids, (torch.zeros(2, 1, len(ids), 4),))
 
     size = prefix(*range(20)).nbytes
-    kept = Prefixes(3 * size)
+    kept = PrefixCache(3 * size)
     for start in range(4):
         kept.keep(prefix(*range(start, start + 20)))
     assert len(kept) == 3
@@ -237,7 +237,7 @@ def test_layers_may_live_on_several_devices(model: Model, prompts: list[list[int
 
 def test_the_memory_a_model_takes_is_known_before_it_is_read(model: Model) -> None:
     checkpoint = open_checkpoint("tiny")
-    need = Need.of(checkpoint, torch.float32, None, torch.device("cpu"))
+    need = MemoryEstimate.of(checkpoint, torch.float32, None, torch.device("cpu"))
     decoder = model.engine.decoder
     parts = [*decoder.model.layers, decoder.model.embed_tokens, decoder.lm_head]
     weights = sum(p.nbytes for part in parts for p in part.parameters())
@@ -247,7 +247,7 @@ def test_the_memory_a_model_takes_is_known_before_it_is_read(model: Model) -> No
     assert need.token == 2 * config.num_hidden_layers * config.hidden_size * 4
     assert f"{need.token / 1e3:.1f} kB a token" in need.line(4, 1 << 30)
     assert "4 answers" in need.line(4, 1 << 30)
-    eighth = Need.of(checkpoint, torch.float32, "8bit", torch.device("cpu"))
+    eighth = MemoryEstimate.of(checkpoint, torch.float32, "8bit", torch.device("cpu"))
     assert eighth.weights < 0.7 * weights
 
 
@@ -278,7 +278,7 @@ def test_an_interrupted_prefill_leaves_no_streams(
         with pytest.raises(KeyboardInterrupt):
             own.generate([Request(ids, GenerationOptions()) for ids in prompts])
     assert own._cache.streams == 0
-    assert not own.busy
+    assert not own.has_work
 
 
 def test_more_rows_at_once_than_usual(model: Model, prompts: list[list[int]]) -> None:
@@ -299,7 +299,7 @@ def test_alone_and_in_company_bit_for_bit_where_that_is_asked(
         model.engine, "step", lambda: (step(), seen.append(len(model.engine._rows)))[0]
     )
     options = [GenerationOptions(mode="text", max_new_tokens=5)] * 3
-    model.answer_batch([["a"], ["b"], ["c"]], options, deterministic=True)
+    model.generate_responses([["a"], ["b"], ["c"]], options, deterministic=True)
     assert max(seen) == 1
 
 
@@ -311,7 +311,7 @@ def test_logits_that_are_no_numbers_stop_with_a_word(model: Model) -> None:
     marks = model.vocabulary
     with pytest.raises(UserError, match="no finite numbers"):
         own.generate([Request([marks.bos, 8720], GenerationOptions(min_images=1))])
-    assert not own.busy
+    assert not own.has_work
 
 
 def test_a_talk_without_room_for_its_pictures_is_remembered_whole(model: Model) -> None:
@@ -339,14 +339,14 @@ def test_many_codes_at_once_are_those_of_one_after_another(model: Model) -> None
     ]
     # Of what the model knows: elsewhere thousands of codes are about as likely, and rounding draws.
     asked = [f"Show me a {m} scan of the {o}." for m, o in (("CT", "head"), ("MR", "chest"))]
-    known = [model.prompt_ids([text]) for text in asked]
+    known = [model.encode_prompt([text]) for text in asked]
     requests = [Request(known[i % 2], o, i) for i, o in enumerate(options * 2)]
     found, bursts = [], []
     for with_bursts in (False, True):
         own = engine(decoder, True, model)
-        own.bursts = with_bursts
-        draw = own._draw_on
-        own._draw_on = lambda steps, draw=draw: (bursts.append(steps), draw(steps))[1]  # type: ignore[method-assign,misc]
+        own.use_cuda_graph = with_bursts
+        draw = own._decode_images
+        own._decode_images = lambda steps, draw=draw: (bursts.append(steps), draw(steps))[1]  # type: ignore[method-assign,misc]
         found.append([result.ids for result in own.generate(requests, batch_size=5)])
         assert own._cache.streams == 0
     assert found[0] == found[1]

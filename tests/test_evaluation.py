@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from medley import cli
-from medley.datasets.registry import Choices
+from medley.datasets.registry import ConversionConfig
 from medley.errors import UserError
-from medley.evaluation.cases import Case, Scored, picked, read_scored
-from medley.evaluation.comparison import differences
+from medley.evaluation.cases import Example, ScoredExample, read_scored, sample_examples
+from medley.evaluation.comparison import compare_runs
 from medley.evaluation.confidence import mean_interval, paired_difference, share_interval
 from medley.evaluation.predictions import paired
 from medley.evaluation.questions import Question, read_questions
@@ -21,11 +21,11 @@ from medley.evaluation.reference_scorers import is_known
 from medley.evaluation.science_qa import parsed_letter
 from medley.evaluation.vqa import (
     choice_of,
-    commonest,
     confusion,
-    drawn,
     is_right,
+    majority_baseline,
     own_scores,
+    random_baseline,
     score,
     yes_or_no,
 )
@@ -35,7 +35,7 @@ from medley.evaluation.vqa_normalize import normalise
 
 
 def closed(gold: str, answer: str) -> bool:
-    return is_right(Case(0, "", gold, answer, "CLOSED"))
+    return is_right(Example(0, "", gold, answer, "CLOSED"))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_closed_answers_are_compared_by_words(gold: str, answer: str, right: boo
     ],
 )  # fmt: skip
 def test_open_answers_are_the_same_words(gold: str, answer: str, right: bool) -> None:
-    assert is_right(Case(0, "", gold, answer, "OPEN")) == right
-    found = score(Case(0, "", "左肺结节", "右肺结节", "OPEN")).scores["open recall"]
+    assert is_right(Example(0, "", gold, answer, "OPEN")) == right
+    found = score(Example(0, "", "左肺结节", "右肺结节", "OPEN")).scores["open recall"]
     assert found == 0.75
 
 
@@ -89,22 +89,22 @@ def test_periods_are_all_deleted_but_for_the_published() -> None:
 
 def test_groups_baselines_and_intervals() -> None:
     cases = [
-        Case(i, "q", "yes" if i < 7 else "no", "yes", "CLOSED", None,
+        Example(i, "q", "yes" if i < 7 else "no", "yes", "CLOSED", None,
              {"organ": "head" if i % 2 else "chest", "id": i})
         for i in range(10)
     ]  # fmt: skip
-    cases += [Case(10, "q", "left lung", "the left lung", "OPEN", None, {"organ": "chest"})]
+    cases += [Example(10, "q", "left lung", "the left lung", "OPEN", None, {"organ": "chest"})]
     scores = own_scores([score(case) for case in cases])
     whole = scores["all"]
     assert whole["closed accuracy"]["percent"] == pytest.approx(70)
-    blind = own_scores([score(case) for case in commonest(cases)])["all"]
+    blind = own_scores([score(case) for case in majority_baseline(cases)])["all"]
     assert blind["closed accuracy"]["percent"] == pytest.approx(70)
     assert blind["open exact match"]["percent"] == 100
     assert confusion(cases) == {"no": {"no": 0, "yes": 3}, "yes": {"no": 0, "yes": 7}}
-    many = [Case(i, "q", "yes" if i % 4 else "no", "", "CLOSED") for i in range(400)]
-    chance = sum(is_right(case) for case in drawn(many, 0)) / 400
+    many = [Example(i, "q", "yes" if i % 4 else "no", "", "CLOSED") for i in range(400)]
+    chance = sum(is_right(case) for case in random_baseline(many, 0)) / 400
     assert 0.55 < chance < 0.7  # 0.75 squared, and 0.25 squared
-    assert drawn(many, 1) == drawn(many, 1) != drawn(many, 2)
+    assert random_baseline(many, 1) == random_baseline(many, 1) != random_baseline(many, 2)
     assert whole["open exact match"]["percent"] == 100
     assert whole["n"] == 11
     assert scores["organ: chest"]["n"] == 6
@@ -218,7 +218,7 @@ def test_kinds_by_other_names_and_none(tmp_path: Path) -> None:
 
 
 def asked(path: Path) -> list[Question]:
-    return read_questions(path, "llava", Choices(path))
+    return read_questions(path, "llava", ConversionConfig(path))
 
 
 def test_answers_that_are_missing_too_many_or_no_answers_are_named(
@@ -257,9 +257,9 @@ def test_letters_are_compared_as_letters() -> None:
         ("A", "A", True), ("A", "A: a liver", True), ("B", "The answer is B.", True),
         ("A", "a spleen", False), ("B", "C", False), ("B", "", False),
     ):  # fmt: skip
-        assert is_right(Case(0, "", gold, answer, "CLOSED")) == right
-    assert choice_of(Case(0, "", "A", "liver", "CLOSED")) == ("A", "neither")
-    assert choice_of(Case(0, "", "left", "left", "CLOSED")) is None
+        assert is_right(Example(0, "", gold, answer, "CLOSED")) == right
+    assert choice_of(Example(0, "", "A", "liver", "CLOSED")) == ("A", "neither")
+    assert choice_of(Example(0, "", "left", "left", "CLOSED")) is None
 
 
 # --- reports ----------------------------------------------------------------------------------
@@ -299,20 +299,22 @@ def test_a_report_shows_tables_pictures_and_nothing_of_the_web(
 
 
 def test_a_gallery_is_half_wrong_where_it_can_be() -> None:
-    cases = [Scored(Case(i, "", "", "", ""), {"right": float(i >= 10)}) for i in range(100)]
-    found = picked(cases, 20)
+    cases = [
+        ScoredExample(Example(i, "", "", "", ""), {"right": float(i >= 10)}) for i in range(100)
+    ]
+    found = sample_examples(cases, 20)
     assert sum(one.is_right is False for one in found) == 10
     assert [one.case.identifier for one in found] == sorted(o.case.identifier for o in found)
-    assert len(picked(cases[:8], 20)) == 8
-    assert sum(one.is_right is False for one in picked(cases[:15], 10)) == 5
+    assert len(sample_examples(cases[:8], 20)) == 8
+    assert sum(one.is_right is False for one in sample_examples(cases[:15], 10)) == 5
 
 
 # --- two runs ---------------------------------------------------------------------------------
 
 
-def run_of(right: list[float], images: bool = False) -> list[Scored]:
+def run_of(right: list[float], images: bool = False) -> list[ScoredExample]:
     return [
-        Scored(Case(i, "q", "", "", "CLOSED", f"{i // 2}.png" if images else None),
+        ScoredExample(Example(i, "q", "", "", "CLOSED", f"{i // 2}.png" if images else None),
                {"right": value, "closed accuracy": value})
         for i, value in enumerate(right)
     ]  # fmt: skip
@@ -321,21 +323,21 @@ def run_of(right: list[float], images: bool = False) -> list[Scored]:
 def test_differences_are_paired() -> None:
     a = [0.0, 1.0] * 100
     b = [1.0, 1.0] * 90 + [0.0, 1.0] * 10
-    found = differences(run_of(a), run_of(b))["closed accuracy"]
+    found = compare_runs(run_of(a), run_of(b))["closed accuracy"]
     assert found["difference"]["percent"] == pytest.approx(45)
     assert found["p"] < 0.001
-    few = differences(run_of([0.0] * 3), run_of([1.0] * 3))["closed accuracy"]
+    few = compare_runs(run_of([0.0] * 3), run_of([1.0] * 3))["closed accuracy"]
     assert few["p"] == pytest.approx(0.25)
-    assert differences(run_of([0.0]), run_of([1.0]))["closed accuracy"]["p"] == 1
-    same = differences(run_of(a), run_of(a))["closed accuracy"]
+    assert compare_runs(run_of([0.0]), run_of([1.0]))["closed accuracy"]["p"] == 1
+    same = compare_runs(run_of(a), run_of(a))["closed accuracy"]
     assert same["difference"]["percent"] == 0
     assert same["p"] == 1
-    assert differences(run_of(a), run_of(a[:50]))["closed accuracy"]["left out"] == 150
+    assert compare_runs(run_of(a), run_of(a[:50]))["closed accuracy"]["left out"] == 150
     with pytest.raises(UserError, match="no question in common"):
-        differences(run_of(a), [])
-    other = [Scored(one.case, {"open f1": 1.0}) for one in run_of(a)]
+        compare_runs(run_of(a), [])
+    other = [ScoredExample(one.case, {"open f1": 1.0}) for one in run_of(a)]
     with pytest.raises(UserError, match="no measure in common"):
-        differences(run_of(a), other)
+        compare_runs(run_of(a), other)
 
 
 def test_questions_about_one_picture_count_as_one_draw() -> None:

@@ -20,12 +20,12 @@ from conversion import fetch_figures
 from PIL import Image
 
 from medley.datasets.figures import catalogue
-from medley.datasets.figures.download import FetchError, Patience, download
+from medley.datasets.figures.download import FetchError, RetryPolicy, download
 from medley.datasets.figures.manifest import Published
 from medley.datasets.figures.pmc_archives import Figure, fetch_all, read_figures, take_out
 from medley.errors import UserError
 
-QUICK = Patience(tries=3, pause=0.0, timeout=0.5)
+QUICK = RetryPolicy(tries=3, pause=0.0, timeout=0.5)
 
 
 def picture(shade: int) -> bytes:
@@ -142,7 +142,7 @@ def test_another_run_goes_on_where_one_was_stopped(server: Server, tmp_path: Pat
     data = bytes(range(256)) * 2000
     server.files["/a"], server.faults["/a"] = data, ["drop"]
     with pytest.raises(FetchError, match=r"of 512000 bytes came \(1 tries\)"):
-        download(f"{server.address}/a", tmp_path / "a", Patience(tries=1, timeout=1))
+        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(tries=1, timeout=1))
     assert not (tmp_path / "a").exists()
     download(f"{server.address}/a", tmp_path / "a", QUICK)
     assert (tmp_path / "a").read_bytes() == data
@@ -155,7 +155,7 @@ def test_bytes_of_another_file_are_not_taken_for_its_beginning(
     server.files |= {"/a": b"a" * 1000, "/b": b"b" * 1000}
     server.faults["/a"] = ["drop"]
     with pytest.raises(FetchError):
-        download(f"{server.address}/a", tmp_path / "x", Patience(tries=1, timeout=1))
+        download(f"{server.address}/a", tmp_path / "x", RetryPolicy(tries=1, timeout=1))
     download(f"{server.address}/b", tmp_path / "x", QUICK)
     assert (tmp_path / "x").read_bytes() == b"b" * 1000
 
@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_had_says_why(
 def test_what_is_too_large_or_no_web_address_is_not_fetched(server: Server, tmp_path: Path) -> None:
     server.files["/a"] = bytes(2000)
     with pytest.raises(FetchError, match="2000 bytes, the limit is 1000"):
-        download(f"{server.address}/a", tmp_path / "a", Patience(largest=1000))
+        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(largest=1000))
     with pytest.raises(FetchError, match="not an http or https address"):
         download("file:///etc/passwd", tmp_path / "a", QUICK)
 
@@ -254,13 +254,13 @@ def test_closing_stops_what_is_under_way(server: Server, tmp_path: Path) -> None
         Figure("1_a", f"{server.address}/1.tar.gz", "PMC1/a.jpg"),
         Figure("2_a", f"{server.address}/slow", "PMC2/a.jpg"),
     ]
-    found = fetch_all(group, tmp_path, tmp_path / "x", 2, False, Patience(timeout=60))
+    found = fetch_all(group, tmp_path, tmp_path / "x", 2, False, RetryPolicy(timeout=60))
     assert next(iter(found)).identifier == "1_a"
     begun = time.monotonic()
     found.close()  # type: ignore[attr-defined]
     assert time.monotonic() - begun < 20  # the server would go on for minutes
     with pytest.raises(FetchError, match="slower than"):
-        patience = Patience(tries=1, timeout=0.4, slowest=1e9)
+        patience = RetryPolicy(tries=1, timeout=0.4, slowest=1e9)
         download(f"{server.address}/slow", tmp_path / "slow", patience)
 
 

@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medley.data.document import Document, Picture, Turn
+from medley.data.document import Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.datasets.pathvqa import read_pickle
 from medley.datasets.readers import writer
-from medley.datasets.registry import FORMATS, Choices, RecordError, Sample
+from medley.datasets.registry import FORMATS, ConversionConfig, RecordError, Sample
 from medley.datasets.sharegpt import layout_of
 from medley.errors import UserError
 
-HERE = Choices(Path())
+HERE = ConversionConfig(Path())
 
 
-def read_all(name: str, choices: Choices) -> list[Sample]:
+def read_all(name: str, choices: ConversionConfig) -> list[Sample]:
     form = FORMATS[name]
     return [form.read(record, choices) for _, _, record in form.records(choices)]
 
@@ -54,7 +54,7 @@ def test_science_qa_equals_the_recorded(
     (tmp_path / "pid_splits.json").write_text(json.dumps(SQA["pool"]["pid_splits"]))
     as_lines = case["input"]["task"] == "convert_to_jsonl"  # LLaVA-Med's, with its own default
     prompt_format = case["input"]["prompt_format"] or ("QCM-LEPA" if as_lines else "QCM-LEA")
-    choices = Choices(tmp_path, prompt_format=prompt_format, compat=compat)
+    choices = ConversionConfig(tmp_path, prompt_format=prompt_format, compat=compat)
     ours = []
     for sample in read_all("science_qa", choices):
         row = FORMATS["llava"].write(sample, HERE)  # type: ignore[misc]
@@ -85,7 +85,7 @@ def test_llama_factorys_examples_equal_the_recorded(
     info = {"toy": {**entry, "file_name": "toy.json"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "toy.json").write_text(json.dumps([example]))
-    choices = Choices(tmp_path / "dataset_info.json", image_folder=Path("TMP/media"))
+    choices = ConversionConfig(tmp_path / "dataset_info.json", image_folder=Path("TMP/media"))
     fault = exceptions["llamafactory_sharegpt"].get(case["id"], "")
     if "name the record" in fault or fault.startswith("as odd"):
         if case["id"] == "missing_media_path_kept":
@@ -116,7 +116,7 @@ def test_what_an_entry_leaves_out_is_as_recorded(case: dict[str, Any], tmp_path:
     if case["id"] == "undefined":
         (tmp_path / "dataset_info.json").write_text("{}")
         with pytest.raises(UserError, match="nope"):
-            read_all("sharegpt", Choices(tmp_path, dataset="nope"))
+            read_all("sharegpt", ConversionConfig(tmp_path, dataset="nope"))
         return
     (entry,) = case["input"].values()
     found, expected = layout_of(entry), case["expected"]
@@ -133,7 +133,7 @@ def test_what_an_entry_leaves_out_is_as_recorded(case: dict[str, Any], tmp_path:
         (tmp_path / "dataset_info.json").write_text(json.dumps(info))
         (tmp_path / "toy.json").write_text("[]")
         with pytest.raises(UserError, match="without messages"):
-            read_all("sharegpt", Choices(tmp_path))
+            read_all("sharegpt", ConversionConfig(tmp_path))
 
 
 # --- there and back ---------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_what_an_entry_leaves_out_is_as_recorded(case: dict[str, Any], tmp_path:
 SPECIAL = [IMAGE, "<reserved08706>", "\n", "a\n", "\nb", "yes", " x ", '"', "a,b", "###"]
 SPECIAL += ["What is it?", "Please describe this picture."]
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12) | st.sampled_from(SPECIAL)
-pictures = st.integers(0, 9).map(lambda i: Picture(path=f"pictures/{i}.png"))
+pictures = st.integers(0, 9).map(lambda i: ImagePart(path=f"pictures/{i}.png"))
 
 
 def merged(parts: list[Any]) -> tuple[Any, ...]:
@@ -185,7 +185,7 @@ def test_there_and_back_nothing_is_lost_that_a_format_can_hold(
     form = FORMATS[name]
     assert form.write is not None
     path = tmp_path / f"out.{form.layout}"
-    choices = Choices(path, image_folder=Path("pictures"), prompt=prompt)
+    choices = ConversionConfig(path, image_folder=Path("pictures"), prompt=prompt)
     fields = {"id": identifier, "answer_type": "OPEN", "q_lang": "en", "extra": [1, None]}
     with writer(path, form, choices) as add:
         try:
@@ -201,7 +201,7 @@ def test_there_and_back_nothing_is_lost_that_a_format_can_hold(
     ((_, _, record),) = form.records(choices)
     found = form.read(record, choices)
     if name in ("llava", "sharegpt") and document.turns[0].role == "assistant":
-        own = [p for p in document.turns[0].parts[:1] if isinstance(p, Picture)]
+        own = [p for p in document.turns[0].parts[:1] if isinstance(p, ImagePart)]
         rest = document.turns[0].parts[len(own) :]
         document = Document((Turn("user", (*own, prompt or "")), Turn("assistant", rest)))
     assert [t.role for t in found.document.turns] == [t.role for t in document.turns]
@@ -218,7 +218,7 @@ def test_choices_go_there_and_back(tmp_path: Path) -> None:
         "Choice A": " A:Diffuse pattern ", "Choice B": " B:Focal pattern ",
         "Choice C": " C:None ", "Choice D": " D:Cannot tell ", "Answer_label": "B",
     }  # fmt: skip
-    choices = Choices(tmp_path / "train.csv", image_folder=tmp_path / "figures")
+    choices = ConversionConfig(tmp_path / "train.csv", image_folder=tmp_path / "figures")
     form = FORMATS["pmc_vqa"]
     sample = form.read(row, choices)
     assert said(sample.document) == [
@@ -260,9 +260,9 @@ def test_slake_by_language_and_split(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(rows[:1]), encoding="utf-8")
     (tmp_path / "validate.json").write_text(json.dumps(rows), encoding="utf-8")
     form = FORMATS["slake"]
-    found = list(form.records(Choices(tmp_path)))
+    found = list(form.records(ConversionConfig(tmp_path)))
     assert [split for _, split, _ in found] == ["train", "val", "val"]
-    (sample,) = read_all("slake", Choices(tmp_path, split="val", language="en"))
+    (sample,) = read_all("slake", ConversionConfig(tmp_path, split="val", language="en"))
     assert said(sample.document)[0] == ("user", "<image>Liver?")
     assert sample.fields["img_id"] == 1
 
@@ -273,7 +273,7 @@ def test_pathvqas_pickles_are_read_and_run_nothing(tmp_path: Path) -> None:
     rows = [{"image": "val_0001", "question": "Is it red?", "answer": "yes"},
             {"image": "val_0001", "question": "What?", "answer": "a cell"}]  # fmt: skip
     (folder / "val_qa.pkl").write_bytes(pickle.dumps(rows))
-    samples = read_all("pathvqa", Choices(tmp_path, image_folder=tmp_path / "images"))
+    samples = read_all("pathvqa", ConversionConfig(tmp_path, image_folder=tmp_path / "images"))
     assert [s.fields["answer_type"] for s in samples] == ["CLOSED", "OPEN"]
     assert samples[0].document.pictures[0].path == str(tmp_path / "images/val/val_0001.jpg")
 
@@ -308,7 +308,7 @@ def test_medtrinity_in_its_three_forms(kind: str, tmp_path: Path) -> None:
     else:
         row = {"file_name": "case-1.png", "caption": "A toy lung.", "id": "case-1"}
         (path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    (sample,) = read_all("medtrinity", Choices(path, image_folder=images))
+    (sample,) = read_all("medtrinity", ConversionConfig(path, image_folder=images))
     assert said(sample.document)[1] == ("assistant", "A toy lung.")
     assert sample.document.pictures[0].path == str(images / "case-1.png")
     if kind != "folder":
@@ -316,7 +316,7 @@ def test_medtrinity_in_its_three_forms(kind: str, tmp_path: Path) -> None:
         for bad in ("../out", ".hidden", "", "a/b"):
             with pytest.raises(RecordError, match="no name"):
                 record = {"image": {"bytes": data}, "id": bad, "caption": "x"}
-                FORMATS["medtrinity"].read(record, Choices(path, image_folder=images))
+                FORMATS["medtrinity"].read(record, ConversionConfig(path, image_folder=images))
 
 
 def test_medmaxs_rows_that_need_credentials(tmp_path: Path) -> None:
@@ -329,16 +329,16 @@ def test_medmaxs_rows_that_need_credentials(tmp_path: Path) -> None:
         form.read(row, HERE)
     codes = np.array([[1, 2, 3, 4]], np.uint16)
     write_partition(tmp_path / "partition_0_rank_0.parquet", ["x/study7.jpg"], codes, [])
-    sample = form.read(row, Choices(tmp_path, image_codes=tmp_path))
+    sample = form.read(row, ConversionConfig(tmp_path, image_codes=tmp_path))
     assert sample.document.pictures[0].codes == (1, 2, 3, 4)
     with pytest.raises(RecordError, match="study8"):
-        form.read({**row, "id": "study8"}, Choices(tmp_path, image_codes=tmp_path))
+        form.read({**row, "id": "study8"}, ConversionConfig(tmp_path, image_codes=tmp_path))
 
 
 def test_records_by_their_id_in_one_object(tmp_path: Path) -> None:
     path = tmp_path / "pubmedqa.json"
     path.write_text('{\n "11": {"QUESTION": "Do toys help?", "final_decision": "maybe"}\n}')
-    choices = Choices(path, question_key="QUESTION", answer_key="final_decision")
+    choices = ConversionConfig(path, question_key="QUESTION", answer_key="final_decision")
     (sample,) = read_all("text_qa", choices)
     assert said(sample.document) == [("user", "Do toys help?"), ("assistant", "maybe")]
     assert sample.fields["id"] == "11"

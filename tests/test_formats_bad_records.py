@@ -10,15 +10,15 @@ import pytest
 
 from medley.data.document import Document
 from medley.data.vocabulary import IMAGE
-from medley.datasets.conversion import read_one
+from medley.datasets.conversion import read_record
 from medley.datasets.readers import records_of
-from medley.datasets.registry import FORMATS, Choices, RecordError, Sample
+from medley.datasets.registry import FORMATS, ConversionConfig, RecordError, Sample
 from medley.errors import UserError
 
-HERE = Choices(Path())
+HERE = ConversionConfig(Path())
 
 
-def read_all(name: str, choices: Choices) -> list[Sample]:
+def read_all(name: str, choices: ConversionConfig) -> list[Sample]:
     form = FORMATS[name]
     return [form.read(record, choices) for _, _, record in form.records(choices)]
 
@@ -58,7 +58,7 @@ def turns(*messages: tuple[Any, Any]) -> dict[str, Any]:
     ],
 )
 def test_bad_llava_records_say_why(change: dict[str, Any], message: str) -> None:
-    choices = Choices(Path("x.json"), image_folder=Path("pictures"))
+    choices = ConversionConfig(Path("x.json"), image_folder=Path("pictures"))
     FORMATS["llava"].read(GOOD, choices)
     with pytest.raises(RecordError, match=message.replace("'", ".").replace("(", ".")):
         FORMATS["llava"].read({**GOOD, **change}, choices)
@@ -75,8 +75,8 @@ def test_numbers_become_text_and_are_remarked() -> None:
 def test_no_record_brings_a_reader_down(name: str, record: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(RecordError):
-        choices = Choices(tmp_path / "x.json", image_folder=Path("p"))
-        read_one(FORMATS[name], record, choices)
+        choices = ConversionConfig(tmp_path / "x.json", image_folder=Path("p"))
+        read_record(FORMATS[name], record, choices)
 
 
 WHOLE: dict[str, dict[str, Any]] = {
@@ -105,8 +105,8 @@ WHOLE: dict[str, dict[str, Any]] = {
 def test_no_value_brings_a_reader_down(name: str, tmp_path: Path) -> None:
     """Every value of a good record, and every one inside of its lists, replaced by others."""
     (tmp_path / "x.json").write_text("[]")
-    form, choices = FORMATS[name], Choices(tmp_path / "x.json", image_folder=Path("p"))
-    read_one(form, WHOLE[name], choices)
+    form, choices = FORMATS[name], ConversionConfig(tmp_path / "x.json", image_folder=Path("p"))
+    read_record(form, WHOLE[name], choices)
     odd: list[Any] = [
         None,
         [],
@@ -126,7 +126,7 @@ def test_no_value_brings_a_reader_down(name: str, tmp_path: Path) -> None:
     for key in WHOLE[name]:
         for value in (*odd, deep, [{}], [{"from": []}], [{"from": {}, "value": 1}], {"a": [1]}):
             try:
-                sample = read_one(form, {**WHOLE[name], key: value}, choices)
+                sample = read_record(form, {**WHOLE[name], key: value}, choices)
                 json.dumps(sample.document.to_json())
             except UserError as error:
                 assert "\n" not in str(error)

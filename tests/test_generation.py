@@ -13,7 +13,7 @@ import medley
 from medley.data.document import ids_to_parts
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
-from medley.generation.sampling import choose, uniforms
+from medley.generation.sampling import philox_uniforms, sample
 
 TINY_FOLDER = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
 
@@ -112,24 +112,26 @@ def test_rows_in_different_modes_share_a_batch(model: medley.Model) -> None:
 
 
 def test_randomness_is_the_seeds_the_rows_and_the_positions() -> None:
-    draws = uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5])
+    draws = philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5])
     assert len(set(draws.tolist())) == 4
-    assert torch.equal(draws, uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5]))
-    many = uniforms([3] * 4000, [0] * 4000, range(4000))
+    assert torch.equal(draws, philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5]))
+    many = philox_uniforms([3] * 4000, [0] * 4000, range(4000))
     assert abs(float(many.mean()) - 0.5) < 0.02
 
 
 def test_choosing_follows_the_probabilities() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0]]).expand(4000, 3)
-    draws = uniforms([3] * 4000, [0] * 4000, range(4000))
-    tokens = choose(logits, draws)
+    draws = philox_uniforms([3] * 4000, [0] * 4000, range(4000))
+    tokens = sample(logits, draws)
     share = float((tokens == 2).double().mean())
     assert abs(share - float(torch.tensor([0.0, 1.0]).softmax(0)[1])) < 0.03
     assert not bool((tokens == 1).any())
 
 
 def test_no_room_for_a_picture_is_said(model: medley.Model) -> None:
-    answer = model.answer_batch([["The"]], [GenerationOptions(mode="image", max_new_tokens=20)])[0]
+    answer = model.generate_responses(
+        [["The"]], [GenerationOptions(mode="image", max_new_tokens=20)]
+    )[0]
     assert answer.parts == []
     assert answer.note is not None
     assert "258 tokens" in answer.note
@@ -152,7 +154,7 @@ def test_pictures_alone_means_no_words(model: medley.Model) -> None:
         options = GenerationOptions(
             mode="image", max_images=3, seed=seed, text_temperature=3.0, max_new_tokens=900
         )
-        answer = model.answer_batch([["The"]], [options])[0]
+        answer = model.generate_responses([["The"]], [options])[0]
         assert answer.text == ""
         assert 1 <= len(answer.images) <= 3
 
@@ -161,25 +163,27 @@ def test_a_stop_word_waits_for_the_pictures_and_is_no_part_of_the_answer(
     model: medley.Model,
 ) -> None:
     options: dict[str, Any] = {"text_greedy": True, "repetition_penalty": 1.0}
-    ids = model.answer_batch(["The"], [GenerationOptions(mode="text", **options)])[0].ids
+    ids = model.generate_responses(["The"], [GenerationOptions(mode="text", **options)])[0].ids
     stop = (ids[1],)
     first = model.tokenizer.decode(ids[: ids.index(stop[0])])
-    answer = model.answer_batch(["The"], [GenerationOptions(mode="text", stop=stop, **options)])[0]
+    answer = model.generate_responses(
+        ["The"], [GenerationOptions(mode="text", stop=stop, **options)]
+    )[0]
     assert (answer.text, answer.finish_reason) == (first, "stop")
     events = list(model.stream("The", mode="text", stop=stop, **options))
     assert "".join(e.text or "" for e in events) == first
     talk = model.chat(mode="text", stop=stop, **options)
-    list(talk.say("The"))
-    assert stop[0] not in talk.ids[len(model.prompt_ids("The")) :]
+    list(talk.send("The"))
+    assert stop[0] not in talk.ids[len(model.encode_prompt("The")) :]
     drawn = GenerationOptions(
-        min_images=1, max_images=1, stop=tuple(model.vocabulary.text_pieces), max_new_tokens=300
+        min_images=1, max_images=1, stop=tuple(model.vocabulary.text_tokens), max_new_tokens=300
     )
-    assert len(model.answer_batch(["The"], [drawn])[0].images) == 1
+    assert len(model.generate_responses(["The"], [drawn])[0].images) == 1
 
 
 def test_half_the_pictures_are_counted(model: medley.Model) -> None:
     options = GenerationOptions(mode="image", min_images=2, max_new_tokens=300)
-    answer = model.answer_batch(["The"], [options])[0]
+    answer = model.generate_responses(["The"], [options])[0]
     assert answer.note is not None
     assert answer.note.startswith("1 of 2 images because")
 
@@ -224,12 +228,12 @@ def test_a_published_hugging_face_folder_reads_but_does_not_draw(tmp_path: Path)
 
 def test_rows_keep_their_randomness_in_any_batch(model: medley.Model) -> None:
     options = [GenerationOptions(mode="text", max_new_tokens=12, text_temperature=5.0)] * 4
-    whole = model.answer_batch(["The"] * 4, options)
-    parts = [model.answer_batch(["The"], options[:1], rows=[row])[0] for row in range(4)]
+    whole = model.generate_responses(["The"] * 4, options)
+    parts = [model.generate_responses(["The"], options[:1], rows=[row])[0] for row in range(4)]
     assert [a.ids for a in whole] == [a.ids for a in parts]
     assert len({tuple(a.ids) for a in whole}) > 1
 
 
 def test_a_string_is_one_part(model: medley.Model) -> None:
-    assert model.prompt_ids("The left") == model.prompt_ids(["The left"])
+    assert model.encode_prompt("The left") == model.encode_prompt(["The left"])
     assert medley.Turn("user", "The").parts == ("The",)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 from medley.data.image_token_store import finished_partitions
-from medley.utils.files import read_manifest
+from medley.utils.manifest import read_manifest
 
 PROGRAM = "tokenizer.image_tokenization"
 ROWS, SIZE = 240, 8

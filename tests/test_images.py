@@ -15,8 +15,8 @@ from PIL import Image
 from medley.images.preprocess import (
     ImageError,
     bytes_to_pixels,
-    from_pixels,
     open_image,
+    to_pil,
     to_pixels,
     to_rgb,
 )
@@ -49,7 +49,7 @@ def test_deep_pictures_are_windowed_not_saturated() -> None:
 def test_pixels_out_equal_the_recorded() -> None:
     case = golden("medmax_sequence_and_vocab.json")["pixels_to_uint8"][0]
     pixels = torch.tensor(case["input"]["chw"], dtype=torch.float32)
-    assert np.asarray(from_pixels(pixels)).tolist() == case["expected"]["hwc_uint8"]
+    assert np.asarray(to_pil(pixels)).tolist() == case["expected"]["hwc_uint8"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp", "gif"])

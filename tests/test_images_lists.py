@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from medley.errors import UserError
-from medley.images.dataloader import Squares, square_batches
+from medley.images.dataloader import ImageDataset, image_batches
 from medley.images.preprocess import ImageError
-from medley.images.sources import ImageList, Part
+from medley.images.sources import ImageList, Partition
 
 
-def names(parts: list[Part]) -> list[list[str]]:
+def names(parts: list[Partition]) -> list[list[str]]:
     return [[source.name for source in part.sources] for part in parts]
 
 
@@ -113,7 +113,7 @@ def test_batches_keep_order_and_name_what_failed(tmp_path: Path, workers: int) -
         Image.new("L", (8, 8), value).save(tmp_path / f"{value}.png")
     (tmp_path / "3.png").write_bytes(b"torn")
     listed = ImageList(tmp_path)
-    batches = list(square_batches(listed.parts(4), Squares(8, "crop"), 3, workers))
+    batches = list(image_batches(listed.parts(4), ImageDataset(8, "crop"), 3, workers))
     assert [len(b.names) for b in batches] == [3, 1, 3]
     assert [b.ends_part for b in batches] == [False, True, True]
     assert [bool(e) for b in batches for e in b.errors] == [i == 3 for i in range(7)]
@@ -170,13 +170,13 @@ def test_names_that_no_file_can_have_are_failures_of_their_row(tmp_path: Path) -
     odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
     with open(odd, "wb") as file:
         file.write(png(8))
-    (batch,) = square_batches(ImageList(tmp_path).parts(9), Squares(8, "crop"), 9, 0)
+    (batch,) = image_batches(ImageList(tmp_path).parts(9), ImageDataset(8, "crop"), 9, 0)
     assert batch.names == [f"{tmp_path}/caf\\udce9.png", str(good)]
     assert "its name is not UTF-8" in batch.errors[0]
     assert batch.errors[1] == ""
     table = tmp_path / "a.csv"
     table.write_text(f"img_path\na\0b.png\n{'x' * 300}#3\n{good}\n")
-    (batch,) = square_batches(ImageList(table).parts(9), Squares(8, "crop"), 9, 0)
+    (batch,) = image_batches(ImageList(table).parts(9), ImageDataset(8, "crop"), 9, 0)
     assert [bool(error) for error in batch.errors] == [True, True, False]
 
 

@@ -20,11 +20,11 @@ from medley.datasets.instructions.captions import (
     conversation_text,
     read_captions,
 )
-from medley.datasets.instructions.cleaning import Rules, cleaned, record_of
+from medley.datasets.instructions.cleaning import CleaningRules, cleaned, record_of
 from medley.errors import UserError
 
 CASES = golden("llava_med_instruct.json")
-RULES = Rules.read(ROOT / "conversion" / "prompts" / "cleaning.yaml")
+RULES = CleaningRules.read(ROOT / "conversion" / "prompts" / "cleaning.yaml")
 SHIPPED = Prompts.read(ROOT / "conversion" / "prompts" / "instructions.yaml")
 
 
@@ -324,7 +324,7 @@ def test_broken_rules_and_prompts_are_refused(tmp_path: Path) -> None:
     for wrong in ("['(']", "sorry"):
         path.write_text(f"refusals: {wrong}\nlead_ins: []\nphrases: []\nforbidden: []\n")
         with pytest.raises(UserError, match="not a file of rules"):
-            Rules.read(path)
+            CleaningRules.read(path)
     path.write_text("samples: []\n")
     with pytest.raises(UserError, match="expected system and samples"):
         Prompts.read(path)

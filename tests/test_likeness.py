@@ -12,11 +12,11 @@ from tiny_models import clip_folder, llava_folder, sentence_folder
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from medley import cli
-from medley.data.document import Document, Picture, Turn
+from medley.data.document import Document, ImagePart, Turn
 from medley.errors import UserError
-from medley.evaluation.baseline import Baseline, answer_file
+from medley.evaluation.baseline import Baseline, write_answers
 from medley.evaluation.questions import Question
-from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
+from medley.evaluation.similarity import ImageSimilarity, SentenceSimilarity
 
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
@@ -47,7 +47,7 @@ def test_pictures_and_words_are_compared_as_clip_does(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path)
     images = [Image.new("RGB", (40, 33), color) for color in ("red", "blue")]
     texts = ["a cyst </s>", "the head </s>"]
-    found = PictureSimilarity(folder, "cpu")
+    found = ImageSimilarity(folder, "cpu")
     values = found.with_texts(images, texts)
     model, processor = (
         AutoModel.from_pretrained(folder).eval(),
@@ -68,10 +68,10 @@ def test_folders_of_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a model of sentences"):
         SentenceSimilarity(tmp_path)
     with pytest.raises(UserError, match=r"BertModel, which embeds no pictures|not a model of pict"):
-        PictureSimilarity(sentence_folder(tmp_path / "bert"))
+        ImageSimilarity(sentence_folder(tmp_path / "bert"))
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(UserError, match="in open_clip's layout"):
-        PictureSimilarity(tmp_path)
+        ImageSimilarity(tmp_path)
     with pytest.raises(UserError, match="no image-text model"):
         Baseline(tmp_path / "bert")
 
@@ -80,7 +80,7 @@ def test_folders_of_other_models_are_refused(tmp_path: Path) -> None:
 
 
 def question(number: int, path: Path | None) -> Question:
-    parts = ([Picture(path=path)] if path else []) + ["is there a cyst ?"]
+    parts = ([ImagePart(path=path)] if path else []) + ["is there a cyst ?"]
     return Question(number, "is there a cyst ?", Document((Turn("user", tuple(parts)),)))
 
 
@@ -112,18 +112,18 @@ def test_a_baselines_answers_are_kept_and_gone_on_with(tmp_path: Path) -> None:
     folder, output = llava_folder(tmp_path / "llava"), tmp_path / "answers.jsonl"
     Image.new("RGB", (40, 33), "red").save(tmp_path / "a.png")
     asked = [question(0, tmp_path / "a.png"), question(1, tmp_path / "gone.png"), question(2, None)]
-    failed = answer_file(folder, asked, output)
+    failed = write_answers(folder, asked, output)
     assert len(failed) == 1
     assert "question 1" in failed[0]
     lines = output.read_text().splitlines()
     assert [json.loads(line)["question_id"] for line in lines] == [0, 2]
     output.write_text(lines[0] + "\n" + lines[1][:20])
-    answer_file(folder, asked, output)
+    write_answers(folder, asked, output)
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["text"] for row in again] == [json.loads(line)["text"] for line in lines]
     for other in ((llava_folder(tmp_path / "other"), asked), (folder, asked[:1])):
         with pytest.raises(UserError, match="holds answers of other options"):
-            answer_file(*other, output)
+            write_answers(*other, output)
 
 
 def test_a_comparison_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,17 +12,22 @@ import pytest
 from conftest import golden
 
 import medley
-from medley.serving.controller import Controller, Known, Status, make_controller_app
+from medley.serving.controller import (
+    Controller,
+    RegisteredWorker,
+    WorkerStatus,
+    make_controller_app,
+)
 from medley.serving.limits import Limits, RequestError
 from medley.serving.llava_api import GenerateRequest, told
 from medley.serving.stop_strings import StopWords
-from medley.serving.untrusted_inputs import Reader
+from medley.serving.untrusted_inputs import RequestReader
 
 CASES = golden("serve_protocol.json")
 
 
-def reader() -> Reader:
-    return Reader(Limits(), medley.ImageTokenizer.from_checkpoint("tiny"), 100_000)
+def reader() -> RequestReader:
+    return RequestReader(Limits(), medley.ImageTokenizer.from_checkpoint("tiny"), 100_000)
 
 
 # --- the worker -------------------------------------------------------------------------------
@@ -123,15 +128,17 @@ def test_silent_workers_are_forgotten() -> None:
     case = CASES["heartbeat_expiry"]
     controller = Controller(lambda name: None)
     for name, row in case["input"].items():
-        status = Status(model_names=[name])
-        controller.workers[name] = Known(status, row["check"], 1000.0 - row["age_s"])
+        status = WorkerStatus(model_names=[name])
+        controller.workers[name] = RegisteredWorker(status, row["check"], 1000.0 - row["age_s"])
     controller.forget_silent(1000.0)
     assert sorted(controller.workers) == case["kept"]
 
 
 def test_workers_elsewhere_are_not_taken() -> None:
     async def register(name: str) -> bool:
-        return await Controller(lambda n: None).register(name, True, Status(model_names=["m"]))
+        return await Controller(lambda n: None).register(
+            name, True, WorkerStatus(model_names=["m"])
+        )
 
     for name in (
         "http://example.org", "http://10.0.0.1:80", "file:///x", "gopher://127.0.0.1",
@@ -146,6 +153,8 @@ def test_workers_elsewhere_are_not_taken() -> None:
 def test_a_lottery_follows_the_speeds() -> None:
     controller = Controller(lambda name: None, "lottery", seed=0)
     for name, speed in (("a", 1.0), ("b", 3.0)):
-        controller.workers[name] = Known(Status(model_names=["m"], speed=speed), True, 0)
+        controller.workers[name] = RegisteredWorker(
+            WorkerStatus(model_names=["m"], speed=speed), True, 0
+        )
     drawn = [controller.address("m") for _ in range(400)]
     assert 60 < drawn.count("a") < 140

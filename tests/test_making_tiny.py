@@ -22,7 +22,7 @@ from training.tiny.decoder import (
 from training.tiny.recipe import Options
 
 from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
-from medley.data.packing import IGNORED
+from medley.data.packing import IGNORE_INDEX
 from medley.errors import UserError
 from medley.phantoms import lessons
 from medley.utils.cli_options import resolved
@@ -127,8 +127,8 @@ def test_the_whole_vocabulary_says_what_the_narrow_one_did() -> None:
     wide = next(batches(options, tokenizer, vqgan, 0))
     batch = narrow.batch(wide)
     assert torch.equal(narrow.kept[batch["input_ids"]], wide["input_ids"])
-    asked = wide["labels"] != IGNORED
-    assert asked.any() and torch.equal(asked, batch["labels"] != IGNORED)
+    asked = wide["labels"] != IGNORE_INDEX
+    assert asked.any() and torch.equal(asked, batch["labels"] != IGNORE_INDEX)
     assert torch.equal(narrow.kept[batch["labels"][asked]], wide["labels"][asked])
 
     torch.manual_seed(0)

@@ -14,9 +14,9 @@ from tiny_models import clip_folder, sentence_folder
 
 from medley import cli
 from medley.commands.evaluate.medmax_options import MedmaxOptions
-from medley.data.document import Picture
+from medley.data.document import ImagePart
 from medley.errors import UserError
-from medley.evaluation.medmax_scores import Given, Scores, accuracy, merged, verdict
+from medley.evaluation.medmax_scores import Prediction, Scores, accuracy, merged, verdict
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     MIXED,
@@ -27,7 +27,7 @@ from medley.evaluation.medmax_suite import (
     row_of,
 )
 from medley.phantoms import Phantom
-from medley.utils.files import finite
+from medley.utils.files import nan_to_null
 
 CASES = golden("medmax_eval.json")
 PROCESSORS: Any = ("sft", "chameleon", "default")
@@ -42,9 +42,9 @@ def recorded(value: Any) -> Any:
 
 def asked(processor: Any, row: Row, image: str | None) -> list[Any]:
     """Our prompt in the recorded way: content, and what each part is."""
-    parts = prompt_for(processor, row, Picture(path=image) if image else None)
-    content = [str(p.path) if isinstance(p, Picture) else p for p in parts]
-    kinds = ["image" if isinstance(p, Picture) else "text" for p in parts]
+    parts = prompt_for(processor, row, ImagePart(path=image) if image else None)
+    content = [str(p.path) if isinstance(p, ImagePart) else p for p in parts]
+    kinds = ["image" if isinstance(p, ImagePart) else "text" for p in parts]
     if processor == "sft":
         return [[*content, "<END-OF-TURN>"], [*kinds, "sentinel"]]
     return [content, kinds]
@@ -74,7 +74,7 @@ def test_prompts_equal_the_recorded(
 
 @pytest.mark.parametrize("case", CASES["accuracy_and_stderr"], ids=lambda c: c["id"])
 def test_means_equal_the_recorded(case: dict[str, Any]) -> None:
-    found = finite(accuracy([float(value) for value in case["input"]]))
+    found = nan_to_null(accuracy([float(value) for value in case["input"]]))
     expected = recorded(case["expected"])
     for name, value in found.items():
         assert (
@@ -110,7 +110,7 @@ def test_questions_are_scored_as_recorded(case: dict[str, Any]) -> None:
     calls = [call["content"] for call in expected["generation_calls"]]
     processor = given["prompt_processor"]
     assert [asked(processor, row, "evd/i.png")[0] for row in rows] == calls
-    texts = {n: Given(r["generated_text"]) for n, r in enumerate(given["rows"])}
+    texts = {n: Prediction(r["generated_text"]) for n, r in enumerate(given["rows"])}
     scores = Scores(rows, texts, as_published=True)
     for number, reply in enumerate(given["judge_replies"] or []):
         scores.take_reply(number, reply)
@@ -119,7 +119,7 @@ def test_questions_are_scored_as_recorded(case: dict[str, Any]) -> None:
         assert result == {"accuracy": None, "std_err": None}
         assert scores.results() == {}
         return
-    found = finite(scores.results())[name]
+    found = nan_to_null(scores.results())[name]
     assert found == pytest.approx(result, abs=1e-9)
     right = [bool(log["is_correct"]) for log in expected["logs_json"][name]]
     ours = [log["is_correct"] for log in scores.logs()[name]]
@@ -136,7 +136,7 @@ def test_chats_are_scored_as_recorded(case: dict[str, Any]) -> None:
         content = asked("default", row, f"evd/{row.image}")
         assert content == [call["content"], call["modality"]]
         assert call["sft"] == (given["prompt_processor"] == "sft")
-    texts = {n: Given(text.strip()) for n, text in enumerate(given["generated"])}
+    texts = {n: Prediction(text.strip()) for n, text in enumerate(given["generated"])}
     scores = Scores(rows, texts, as_published=True)
     for number, reply in enumerate(given["judge_replies"]):
         scores.take_reply(number, reply.strip())
@@ -160,7 +160,7 @@ def test_mixed_answers_are_scored_as_recorded(case: dict[str, Any]) -> None:
     given, expected = case["input"], case["expected"]
     rows = [row_of(n, record) for n, record in enumerate(given["rows"])]
     texts = {
-        n: Given(
+        n: Prediction(
             " ".join(part for part in parts if not part.startswith("/o/")),
             tuple(part for part in parts if part.startswith("/o/")),
         )
@@ -187,10 +187,10 @@ def test_mixed_answers_are_scored_as_recorded(case: dict[str, Any]) -> None:
 def test_captions_are_scored_as_recorded(case: dict[str, Any]) -> None:
     given, expected = case["input"], case["expected"]
     rows = [row_of(n, record) for n, record in enumerate(given["rows"])]
-    scores = Scores(rows, {n: Given(text) for n, text in enumerate(given["generated"])}, True)
+    scores = Scores(rows, {n: Prediction(text) for n, text in enumerate(given["generated"])}, True)
     for row, value in zip(scores.with_pictures(), given["similarities"], strict=True):
         scores.by_row[row.number]["similarity of pictures (toy)"] = value
-    found = finite(scores.results())
+    found = nan_to_null(scores.results())
     wanted = recorded(expected["files"]["results/toy.json"])["image_captioning"]
     for source, own in wanted.items():
         if own["captioning_similarity"] is None:  # nothing of this source: ours leaves it out

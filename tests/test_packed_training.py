@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
-from medley.data.packing import IGNORED, make_row, stack_rows
+from medley.data.packing import IGNORE_INDEX, build_sequence, collate
 from medley.modeling.chameleon import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
 
 
@@ -26,13 +26,14 @@ def test_packed_loss_equals_documents_one_by_one(
     vocabulary = tokenizer.vocabulary
     decoder.loss_options = LossOptions(image_weight=weight)
     try:
-        row = stack_rows(
-            [make_row(sequences, vocabulary), make_row(sequences[:2], vocabulary)], vocabulary
+        row = collate(
+            [build_sequence(sequences, vocabulary), build_sequence(sequences[:2], vocabulary)],
+            vocabulary,
         )
         packed = decoder(**row, num_items_in_batch=1).loss
         alone = torch.zeros(())
         for ids in [*sequences, *sequences[:2]]:
-            single = make_row([ids], vocabulary)
+            single = build_sequence([ids], vocabulary)
             logits = decoder(single["input_ids"][None]).logits[0, :-1]
             labels = single["labels"][1:]
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -60,7 +61,7 @@ def test_packed_documents_do_not_see_each_other(
             decoder.model(
                 row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False
             ).last_hidden_state[0, len(first) :]
-            for row in (make_row([a, second], vocabulary) for a in (first, changed))
+            for row in (build_sequence([a, second], vocabulary) for a in (first, changed))
         ]
     finally:
         decoder.gradient_checkpointing_disable()
@@ -76,7 +77,7 @@ def test_a_mask_while_training_is_refused(decoder: Any) -> None:
 
 def test_rows_without_labels_train_to_zero(decoder: Any) -> None:
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    loss = decoder(ids, labels=torch.full((1, 4), IGNORED)).loss
+    loss = decoder(ids, labels=torch.full((1, 4), IGNORE_INDEX)).loss
     assert loss.item() == 0
 
 
@@ -87,7 +88,7 @@ def test_tied_norms_stay_writeable_in_chameleons_layout(
     decoder = source.decoder(torch.float32).train()
     tie_head_norms(decoder)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
-    row = stack_rows([make_row(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
+    row = collate([build_sequence(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
     for _ in range(3):
         optimizer.zero_grad()
         decoder(**row).loss.backward()

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from medley.data.document import Document
 from medley.data.packing import (
-    IGNORED,
+    IGNORE_INDEX,
     SequenceTooLong,
-    labels_for,
-    make_row,
-    pack_evenly,
-    stack_rows,
+    build_labels,
+    build_sequence,
+    collate,
+    pack_balanced,
 )
-from medley.data.token_dataset import TokenShards, write_jsonl, write_parquet
+from medley.data.token_dataset import TokenDataset, write_jsonl, write_parquet
 from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), row=st.integers(50, 120))
 def test_every_document_is_packed_once_and_whole(lengths: list[int], row: int) -> None:
-    rows = pack_evenly(lengths, row)
+    rows = pack_balanced(lengths, row)
     assert sorted(i for r in rows for i in r) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in r) <= row for r in rows)
     # No two rows could have been one: at most one is less than half full.
@@ -36,7 +36,7 @@ def test_every_document_is_packed_once_and_whole(lengths: list[int], row: int) -
 def test_rows_hold_long_documents_and_short_ones() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 400, 2000).tolist()
-    rows = pack_evenly(lengths, 2048)
+    rows = pack_balanced(lengths, 2048)
     assert len(rows) <= 1.01 * sum(lengths) / 2048 + 1
     means = [np.mean([lengths[i] for i in row]) for row in rows]
     assert np.std(means) < 0.1 * np.mean(lengths)
@@ -45,18 +45,18 @@ def test_rows_hold_long_documents_and_short_ones() -> None:
 
 def test_a_document_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(SequenceTooLong, match="document 1 has 9 tokens, a row 8"):
-        pack_evenly([3, 9], 8)
+        pack_balanced([3, 9], 8)
 
 
 def test_labels_of_a_row(tokenizer: TextTokenizer) -> None:
     v = tokenizer.vocabulary
     asked = np.array([v.bos, 9000, v.end_turn, 9001, v.eos])
     whole = np.array([v.bos, 9002, v.eos])
-    rows = [make_row([asked, whole], v), make_row([np.full(10, 9003)], v)]
-    row = {name: tensor[0] for name, tensor in stack_rows(rows, v).items()}
+    rows = [build_sequence([asked, whole], v), build_sequence([np.full(10, 9003)], v)]
+    row = {name: tensor[0] for name, tensor in collate(rows, v).items()}
     assert (
         row["labels"].tolist()
-        == [IGNORED] * 3 + [9001, v.eos, IGNORED, 9002, v.eos] + [IGNORED] * 2
+        == [IGNORE_INDEX] * 3 + [9001, v.eos, IGNORE_INDEX, 9002, v.eos] + [IGNORE_INDEX] * 2
     )
     assert row["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1]
     assert row["input_ids"].tolist()[-2:] == [v.pad, v.pad]
@@ -64,16 +64,16 @@ def test_labels_of_a_row(tokenizer: TextTokenizer) -> None:
 
 def test_a_padding_id_inside_of_a_document_keeps_its_label(tokenizer: TextTokenizer) -> None:
     v = tokenizer.vocabulary
-    row = make_row([np.array([v.bos, v.pad, v.eos])], v)
-    assert row["labels"].tolist() == [IGNORED, v.pad, v.eos]
+    row = build_sequence([np.array([v.bos, v.pad, v.eos])], v)
+    assert row["labels"].tolist() == [IGNORE_INDEX, v.pad, v.eos]
 
 
 def test_rows_of_unequal_lengths_are_stacked(tokenizer: TextTokenizer) -> None:
     v = tokenizer.vocabulary
-    rows = [make_row([np.arange(9000, 9000 + n)], v) for n in (2, 4)]
-    batch = stack_rows(rows, v)
+    rows = [build_sequence([np.arange(9000, 9000 + n)], v) for n in (2, 4)]
+    batch = collate(rows, v)
     assert batch["input_ids"].shape == (2, 4)
-    assert batch["labels"][0, 2:].tolist() == [IGNORED, IGNORED]
+    assert batch["labels"][0, 2:].tolist() == [IGNORE_INDEX, IGNORE_INDEX]
     assert batch["position_ids"][0].tolist() == [0, 1, 0, 1]
 
 
@@ -90,7 +90,7 @@ def test_shards_give_back_what_was_written(tmp_path: Path, suffix: str) -> None:
     ]
     path = tmp_path / f"tokens.{suffix}"
     count = (write_jsonl if suffix == "jsonl" else write_parquet)(path, iter(rows))
-    shards = TokenShards(path)
+    shards = TokenDataset(path)
     assert count == len(shards) == len(rows)
     assert [shards[i].tolist() for i in range(len(rows))] == [row["tokens"] for row in rows]
     assert shards.lengths.tolist() == [len(row["tokens"]) for row in rows]
@@ -100,9 +100,9 @@ def test_shards_give_back_what_was_written(tmp_path: Path, suffix: str) -> None:
 def test_the_cache_is_made_again_when_the_file_changes(tmp_path: Path) -> None:
     path = tmp_path / "tokens.jsonl"
     write_jsonl(path, iter([{"tokens": [1, 2]}]))
-    assert TokenShards(path)[0].tolist() == [1, 2]
+    assert TokenDataset(path)[0].tolist() == [1, 2]
     write_jsonl(path, iter([{"tokens": [3, 4]}]))
-    assert TokenShards(path)[0].tolist() == [3, 4]
+    assert TokenDataset(path)[0].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_bad_tokens_are_named(tmp_path: Path, line: Any, message: str) -> None:
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"tokens": [1]}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(UserError, match=rf"tokens\.jsonl:2: .*{message}"):
-        TokenShards(path)
+        TokenDataset(path)
 
 
 def test_medmax_tokens_of_parquet_are_read(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_medmax_tokens_of_parquet_are_read(tmp_path: Path) -> None:
 
     table = pa.table({"tokens": pa.array([[0, 4, 2]], pa.list_(pa.int64())), "credential": ["no"]})
     pq.write_table(table, tmp_path / "medmax.parquet")
-    assert TokenShards(tmp_path / "medmax.parquet")[0].tolist() == [0, 4, 2]
+    assert TokenDataset(tmp_path / "medmax.parquet")[0].tolist() == [0, 4, 2]
 
 
 def test_what_has_labels(tokenizer: TextTokenizer) -> None:
@@ -132,12 +132,12 @@ def test_what_has_labels(tokenizer: TextTokenizer) -> None:
     turn = int((ids == marks.end_turn).nonzero()[0][0])
 
     def learned(learn: Any) -> list[int]:
-        return (labels_for(ids, marks, learn) != IGNORED).nonzero()[0].tolist()
+        return (build_labels(ids, marks, learn) != IGNORE_INDEX).nonzero()[0].tolist()
 
     assert learned("answers") == list(range(turn + 1, len(ids)))
     assert learned("everything") == list(range(1, len(ids)))
     assert learned("pictures") == [1, 2, 3, 4, *range(len(ids) - 5, len(ids) - 1)]
-    labels = labels_for(ids, marks, "pictures")
+    labels = build_labels(ids, marks, "pictures")
     assert labels[1] == marks.begin_image
     assert labels[4] == marks.end_image
 
@@ -145,7 +145,7 @@ def test_what_has_labels(tokenizer: TextTokenizer) -> None:
 def test_the_cache_takes_two_bytes_a_token(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     write_jsonl(path, iter([{"tokens": [7] * 1000, "task": "a long name of a task"}] * 200))
-    assert TokenShards(path).task(199) == "a long name of a task"
+    assert TokenDataset(path).task(199) == "a long name of a task"
     cache = sum(p.stat().st_size for p in tmp_path.glob(".t.jsonl.cache*"))
     assert cache / 200_000 < 2.1
 
@@ -157,5 +157,5 @@ def test_two_files_of_one_name_keep_their_tasks_apart_in_the_users_cache(
     monkeypatch.setattr(os, "access", lambda *_: False)
     for name in ("train", "val"):
         write_jsonl(tmp_path / name / "t.jsonl", iter([{"tokens": [0, 2], "task": name}]))
-        assert TokenShards(tmp_path / name / "t.jsonl").task(0) == name
-    assert TokenShards(tmp_path / "train" / "t.jsonl").task(0) == "train"
+        assert TokenDataset(tmp_path / name / "t.jsonl").task(0) == name
+    assert TokenDataset(tmp_path / "train" / "t.jsonl").task(0) == "train"

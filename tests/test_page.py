@@ -15,12 +15,12 @@ from PIL import Image
 from medley.data.document import Document
 from medley.errors import UserError
 from medley.serving.limits import Limits, RequestError
-from medley.serving.ui.conversation import Said, Talk, messages_of, parts_of
+from medley.serving.ui.conversation import ChatMessage, Conversation, messages_of, parts_of
 from medley.serving.ui.examples import read_examples
 from medley.serving.ui.export import as_html, as_json
-from medley.serving.ui.feedback import Votes
+from medley.serving.ui.feedback import FeedbackLog
 from medley.serving.ui.generate import options_of
-from medley.serving.ui.image_store import KEPT, Gallery
+from medley.serving.ui.image_store import KEPT, ImageStore
 from medley.serving.ui.layout import SETTINGS
 
 SETTING = {
@@ -61,7 +61,7 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 def test_pictures_stand_where_they_are_said_to(
     text: str, shown: list[str], expected: list[Any], tmp_path: Path
 ) -> None:
-    gallery = Gallery(tmp_path / "kept")
+    gallery = ImageStore(tmp_path / "kept")
     assert colours(parts_of(text, files(tmp_path, *shown), Limits(), gallery)) == expected
 
 
@@ -72,29 +72,29 @@ def test_messages_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ("x", two * 17, "34 pictures, the limit of a message is 32"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=said):
-            parts_of(text, shown, Limits(), Gallery(tmp_path / "kept"))
+            parts_of(text, shown, Limits(), ImageStore(tmp_path / "kept"))
 
 
 def test_a_talk_asks_what_was_answered_and_the_last_question() -> None:
-    def turns(talk: Talk) -> list[tuple[str, Any]]:
+    def turns(talk: Conversation) -> list[tuple[str, Any]]:
         document: Document = talk.document(lambda part, place: str(part))
         return [(turn.role, turn.parts[0]) for turn in document.turns]
 
-    talk = Talk().asked(["one"])
+    talk = Conversation().asked(["one"])
     assert turns(talk) == [("user", "one")]
-    failed = talk.answer(Said("assistant", (), "Not answered", "m", "failed"))
+    failed = talk.answer(ChatMessage("assistant", (), "Not answered", "m", "failed"))
     with pytest.raises(RequestError, match="nothing has been asked"):
         turns(failed)
     assert turns(failed.asked(["two"])) == [("user", "two")]
     assert turns(failed.again()) == [("user", "one")]
     assert (failed.again().tries, failed.again().again().tries) == (1, 1)
-    answered = talk.answer(Said("assistant", ("yes",), "", "m"))
+    answered = talk.answer(ChatMessage("assistant", ("yes",), "", "m"))
     again = answered.asked(["three"])
     assert turns(again) == [("user", "one"), ("assistant", "yes"), ("user", "three")]
     assert turns(again.asked(["four"]))[-2:] == [("assistant", "yes"), ("user", "four")]
-    stopped = talk.answer(Said("assistant", ("ye",), "stopped", "m", "stopped"))
+    stopped = talk.answer(ChatMessage("assistant", ("ye",), "stopped", "m", "stopped"))
     assert turns(stopped.asked(["five"]))[1] == ("assistant", "ye")
-    empty = talk.answer(Said("assistant", (), "stopped", "m", "stopped"))
+    empty = talk.answer(ChatMessage("assistant", (), "stopped", "m", "stopped"))
     assert turns(empty.asked(["six"])) == [("user", "six")]
 
 
@@ -114,10 +114,10 @@ def test_settings_are_those_of_generation() -> None:
             options_of(SETTING | change, 0)
 
 
-def a_talk(folder: Path) -> Talk:
-    picture = Gallery(folder / "gallery").drawn(Image.new("RGB", (8, 8), "red"))
-    talk = Talk().asked([picture, "<b>what</b> & why?"])
-    said = Said("assistant", ("a picture: ", picture), "m, seed 1", "m", settings=SETTING)
+def a_talk(folder: Path) -> Conversation:
+    picture = ImageStore(folder / "gallery").drawn(Image.new("RGB", (8, 8), "red"))
+    talk = Conversation().asked([picture, "<b>what</b> & why?"])
+    said = ChatMessage("assistant", ("a picture: ", picture), "m, seed 1", "m", settings=SETTING)
     return talk.answer(said)
 
 
@@ -133,7 +133,7 @@ def test_messages_are_shown_and_each_picture_is_kept_once(tmp_path: Path) -> Non
 def test_a_picture_is_read_as_it_was_sent_and_shown_smaller(tmp_path: Path) -> None:
     sent = tmp_path / "scan.png"
     Image.new("L", (3000, 20), 77).save(sent)
-    gallery = Gallery(tmp_path / "gallery")
+    gallery = ImageStore(tmp_path / "gallery")
     kept = gallery.sent(str(sent), Limits())
     assert kept.read() == sent.read_bytes()
     assert kept.image.size == (1000, 7)
@@ -144,7 +144,7 @@ def test_a_picture_is_read_as_it_was_sent_and_shown_smaller(tmp_path: Path) -> N
 def test_pictures_go_a_day_after_they_were_last_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = Gallery(tmp_path)
+    gallery = ImageStore(tmp_path)
     old, used = (gallery.drawn(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
     monkeypatch.setattr("medley.serving.ui.image_store.SWEEP", 0.0)
     for kept in (old, used):
@@ -158,7 +158,9 @@ def test_pictures_go_a_day_after_they_were_last_asked_for(
 
 def test_a_talk_is_exported_whole_and_harmless(tmp_path: Path) -> None:
     talk = a_talk(tmp_path)
-    failed = talk.asked(["again"]).answer(Said("assistant", (), "Not answered", "m", "failed"))
+    failed = talk.asked(["again"]).answer(
+        ChatMessage("assistant", (), "Not answered", "m", "failed")
+    )
     row = json.loads(as_json([failed]))
     (told,) = row["talks"]
     assert [message["role"] for message in told["messages"]] == ["user", "assistant", "user"]
@@ -173,7 +175,7 @@ def test_a_talk_is_exported_whole_and_harmless(tmp_path: Path) -> None:
         def handle_starttag(self, tag: str, attributes: Any) -> None:
             tags.append(tag)
 
-    worse = talk.answer(Said("assistant", ("<script>",), "<script>", "<script>"))
+    worse = talk.answer(ChatMessage("assistant", ("<script>",), "<script>", "<script>"))
     page = as_html([talk, worse])
     Reader().feed(page)
     assert tags.count("img") == 3
@@ -183,7 +185,7 @@ def test_a_talk_is_exported_whole_and_harmless(tmp_path: Path) -> None:
 
 
 def test_votes_are_lines_as_llava_keeps_them(tmp_path: Path) -> None:
-    votes = Votes(tmp_path / "votes")
+    votes = FeedbackLog(tmp_path / "votes")
     file = votes.keep(a_talk(tmp_path), True)
     assert votes.keep(a_talk(tmp_path), False) == file
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -17,9 +17,9 @@ from running_server import Running
 from test_page import SETTING, files
 
 from medley.serving.limits import Limits
-from medley.serving.ui.conversation import Talk
-from medley.serving.ui.handlers import SKIP, Acts, Desk
-from medley.serving.ui.image_store import KEPT, Gallery, private_folder
+from medley.serving.ui.conversation import Conversation
+from medley.serving.ui.handlers import SKIP, Handlers, SessionState
+from medley.serving.ui.image_store import KEPT, ImageStore, private_folder
 from medley.serving.ui.layout import Page
 
 QUESTION = {"text": "Which organ is shown?", "files": []}
@@ -33,21 +33,23 @@ def running() -> Iterator[Running]:
 
 
 @pytest.fixture
-def acts(running: Running, tmp_path: Path) -> Acts:
-    return Acts(running.state, Gallery(tmp_path / "gallery"), None)
+def acts(running: Running, tmp_path: Path) -> Handlers:
+    return Handlers(running.state, ImageStore(tmp_path / "gallery"), None)
 
 
-def taken(acts: Acts, talk: Talk, message: dict[str, Any] = QUESTION, chat: Any = ()) -> Any:
-    return acts.take(message, False, Desk(), talk, list(chat), Talk(), [])
+def taken(
+    acts: Handlers, talk: Conversation, message: dict[str, Any] = QUESTION, chat: Any = ()
+) -> Any:
+    return acts.take(message, False, SessionState(), talk, list(chat), Conversation(), [])
 
 
-async def answered(acts: Acts, talk: Talk) -> list[Any]:
+async def answered(acts: Handlers, talk: Conversation) -> list[Any]:
     return [shown async for shown in acts.answer("tiny", talk, True, *SETTING.values())]
 
 
-def test_a_question_has_one_answer_however_often_it_is_asked_for(acts: Acts) -> None:
+def test_a_question_has_one_answer_however_often_it_is_asked_for(acts: Handlers) -> None:
     async def twice() -> list[list[Any]]:
-        _, talk, *_ = await taken(acts, Talk())
+        _, talk, *_ = await taken(acts, Conversation())
         return await asyncio.gather(answered(acts, talk), answered(acts, talk.again()))
 
     one, other = asyncio.run(twice())
@@ -56,52 +58,54 @@ def test_a_question_has_one_answer_however_often_it_is_asked_for(acts: Acts) -> 
 
 
 def test_what_is_cleared_while_it_is_read_does_not_come_back(
-    acts: Acts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    acts: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = acts.gallery.sent
     monkeypatch.setattr(acts.gallery, "sent", lambda *a: (time.sleep(0.5), sent(*a))[1])
     message = {"text": "Why?", "files": files(tmp_path, "red")}
-    desk = Desk()
+    desk = SessionState()
 
     async def both() -> Any:
-        reading = asyncio.ensure_future(acts.take(message, False, desk, Talk(), [], Talk(), []))
+        reading = asyncio.ensure_future(
+            acts.take(message, False, desk, Conversation(), [], Conversation(), [])
+        )
         await asyncio.sleep(0.1)
         with pytest.warns(UserWarning, match="still being read"):
-            assert acts.again(desk, Talk(), []) == SKIP * 3
-        await acts.clear(desk, Talk())
+            assert acts.again(desk, Conversation(), []) == SKIP * 3
+        await acts.clear(desk, Conversation())
         return await reading
 
     assert asyncio.run(both()) == SKIP * 7
     assert not desk.reading
 
 
-def test_clear_waits_for_an_answers_last_word(acts: Acts) -> None:
+def test_clear_waits_for_an_answers_last_word(acts: Handlers) -> None:
     async def cleared() -> tuple[list[Any], Any]:
-        _, talk, *_ = await taken(acts, Talk())
+        _, talk, *_ = await taken(acts, Conversation())
         answer = acts.answer("tiny", talk, True, *SETTING.values())
         under_way, *_ = await anext(answer)
         assert under_way.under_way
-        clearing = asyncio.ensure_future(acts.clear(Desk(), under_way))
+        clearing = asyncio.ensure_future(acts.clear(SessionState(), under_way))
         await asyncio.sleep(0.05)
         assert not clearing.done()
         return [shown async for shown in answer], await clearing
 
     last, empty = asyncio.run(cleared())
     assert all(shown == SKIP * 3 for shown in last)
-    assert empty[0] == Talk()
+    assert empty[0] == Conversation()
 
 
-def test_a_talk_that_the_server_has_forgotten_is_not_asked_without_it(acts: Acts) -> None:
+def test_a_talk_that_the_server_has_forgotten_is_not_asked_without_it(acts: Handlers) -> None:
     with pytest.warns(UserWarning, match="has forgotten this talk"):
-        assert asyncio.run(taken(acts, Talk(), chat=[{"role": "user"}])) == SKIP * 7
+        assert asyncio.run(taken(acts, Conversation(), chat=[{"role": "user"}])) == SKIP * 7
 
 
 def test_nothing_is_taken_from_the_box_while_the_server_closes(
-    acts: Acts, monkeypatch: pytest.MonkeyPatch
+    acts: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(acts.state, "draining", True)
     with pytest.warns(UserWarning, match="shutting down"):
-        assert asyncio.run(taken(acts, Talk())) == SKIP * 7
+        assert asyncio.run(taken(acts, Conversation())) == SKIP * 7
 
 
 def test_a_picture_of_three_hours_ago_outlives_gradios_own_cleaning(running: Running) -> None:

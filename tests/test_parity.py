@@ -16,10 +16,10 @@ import medley
 from medley.checkpoints.adapter import merged_tensors, trainable_model
 from medley.checkpoints.chameleon import ChameleonWeights
 from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
-from medley.data.packing import make_row, stack_rows
+from medley.data.packing import build_sequence, collate
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
-from medley.generation.sampling import kept, penalise_repetition
+from medley.generation.sampling import penalize_repetition, top_k_top_p
 
 
 def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_processor_loads_and_gives_our_ids(tmp_path: Path) -> None:
     processor = transformers.ChameleonProcessor.from_pretrained(tmp_path / "hf")
     image = _picture()
     batch = processor(text="<image>What is this?", images=[image], return_tensors="pt")
-    ours = model.prompt_ids([image, "What is this?"])
+    ours = model.encode_prompt([image, "What is this?"])
     codes, place = model.vocabulary.image_codes, model.vocabulary.image
     assert batch["input_ids"][0].tolist() == [place if i in codes else i for i in ours]
     assert torch.allclose(batch["pixel_values"][0], model.image_tokenizer.pixels(image), atol=1e-6)
@@ -176,7 +176,7 @@ def test_each_mode_trains_what_it_names(
         rank=2, alpha=4, dropout=0.0, targets=["q_proj", "up_proj"],
     )  # fmt: skip
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    row = stack_rows([make_row(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
+    row = collate([build_sequence(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
     for _ in range(2):  # at the first step only the upper half of LoRA has a gradient
         optimizer.zero_grad()
         model(**row).loss.backward()
@@ -209,9 +209,11 @@ def model() -> medley.Model:
 def some_prompts(model: medley.Model) -> list[list[int]]:
     """Text alone, text and a picture, text alone, of unequal lengths."""
     chooser, v = random.Random(0), model.vocabulary
-    words = sorted(i for i in v.text_pieces if i < 8800)
+    words = sorted(i for i in v.text_tokens if i < 8800)
     prompts = [[v.bos, *chooser.choices(words, k=n), v.end_turn] for n in (3, 9, 17)]
-    picture = v.picture_ids(chooser.choices(range(8192), k=model.image_tokenizer.codes_per_image))
+    picture = v.image_token_ids(
+        chooser.choices(range(8192), k=model.image_tokenizer.codes_per_image)
+    )
     prompts[1][4:4] = picture
     return prompts
 
@@ -225,7 +227,7 @@ def test_greedy_text_equals_transformers_generate(model: medley.Model, penalty: 
     )
     results = model.engine.generate([Request(p, options, i) for i, p in enumerate(prompts)])
     ends = [v.eos, v.end_turn]
-    allowed = {*v.text_pieces, *ends}
+    allowed = {*v.text_tokens, *ends}
     for prompt, result in zip(prompts, results, strict=True):
         # One difference, on purpose: the penalty is on words, and leaves the marks alone.
         expected = model.decoder.generate(
@@ -246,7 +248,7 @@ class _WordPenalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: igno
 
     def __init__(self, penalty: float, vocabulary: Any) -> None:
         super().__init__(penalty)
-        self.words = vocabulary.text_pieces
+        self.words = vocabulary.text_tokens
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         words = [[i for i in row if i in self.words] for row in input_ids.tolist()]
@@ -258,14 +260,14 @@ def test_penalty_top_k_and_top_p_equal_transformers() -> None:
     logits, ids = torch.randn(3, 50), torch.randint(0, 50, (3, 7))
     seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
-    assert torch.equal(penalise_repetition(logits, seen, torch.full((3, 1), 1.3)), theirs)
+    assert torch.equal(penalize_repetition(logits, seen, torch.full((3, 1), 1.3)), theirs)
     for top_k, top_p in ((0, 0.7), (5, 1.0), (9, 0.6), (0, 1.0)):
         theirs = logits.clone()
         if top_k:
             theirs = transformers.TopKLogitsWarper(top_k)(ids, theirs)
         theirs = transformers.TopPLogitsWarper(top_p)(ids, theirs)
         for width in (30, 50):
-            places, found, complete = kept(logits, top_k, top_p, width)
+            places, found, complete = top_k_top_p(logits, top_k, top_p, width)
             ours = torch.zeros(3, 50).scatter_(1, places, found)
             ours = ours / ours.sum(-1, keepdim=True)
             same = torch.isclose(ours, theirs.softmax(-1), atol=1e-6).all(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medley.data.document import Picture
+from medley.data.document import ImagePart
 from medley.phantoms import (
     ALL_MODALITIES,
     KINDS,
@@ -16,16 +16,16 @@ from medley.phantoms import (
     change_text,
     documents,
     facts,
-    facts_told,
-    follow_ups,
+    facts_in,
+    follow_up_questions,
     measure,
     organs_of,
+    prompt_for,
     questions,
     report,
-    request,
     signs_of,
 )
-from medley.phantoms.texts import talk
+from medley.phantoms.texts import conversation
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_answers_are_true_of_the_scan(scans: list[Phantom]) -> None:
         for kind, finding in kinds.items():
             assert answers[f"Where is the {kind}?"] == finding.place
             assert answers[f"What is in the {finding.place}?"] == f"a {finding.name}"
-            assert dict(follow_ups(finding))["On which side?"] == finding.side
+            assert dict(follow_up_questions(finding))["On which side?"] == finding.side
     closed = [answer for scan in scans for _, answer in questions(scan) if answer in ("yes", "no")]
     assert 0.3 < closed.count("yes") / len(closed) < 0.7
 
@@ -116,8 +116,8 @@ def test_what_is_told_holds_the_facts(scans: list[Phantom]) -> None:
     for scan in scans:
         known = facts(scan.modality, scan.organ, scan.findings)
         assert len(known) == 2 + 3 * len(scan.findings)
-        for text in (caption(scan), request(scan), report(scan)):
-            assert facts_told(text) == known
+        for text in (caption(scan), prompt_for(scan), report(scan)):
+            assert facts_in(text) == known
 
 
 def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
@@ -139,7 +139,7 @@ def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
         }
         assert (len(gone), len(new)) == expected[change.kind]
         assert (later.modality, later.organ) == (scan.modality, scan.organ)
-        document = change_document(Picture(codes=(1,)), Picture(codes=(2,)), change)
+        document = change_document(ImagePart(codes=(1,)), ImagePart(codes=(2,)), change)
         assert len(document.pictures) == 2
         assert document.turns[1].parts == (change_text(change),)
         if change.finding is not None:
@@ -150,7 +150,7 @@ def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
 def test_documents_hold_the_picture(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(0)
     for scan in scans[:10]:
-        for document in documents(scan, Picture(codes=(1,)), rng):
+        for document in documents(scan, ImagePart(codes=(1,)), rng):
             assert len(document.pictures) == 1
 
 
@@ -158,7 +158,7 @@ def test_a_talk_tells_once_and_most_often_last(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(0)
     last = 0
     for scan in scans:
-        turns = [turn.parts[-1] for turn in talk(scan, Picture(codes=(1,)), rng).turns]
+        turns = [turn.parts[-1] for turn in conversation(scan, ImagePart(codes=(1,)), rng).turns]
         assert 16 <= len(turns) <= 40
         asked, said = turns[::2], turns[1::2]
         told = [n for n, answer in enumerate(said) if answer in (caption(scan), report(scan))]
@@ -176,5 +176,5 @@ def test_a_talk_tells_once_and_most_often_last(scans: list[Phantom]) -> None:
                 kind = next((k for k in KINDS if f" {k}?" in question), "")
             else:  # it goes on from the question before it
                 found = next(f for f in scan.findings if f.kind == kind)
-                assert dict(follow_ups(found))[question] == answer
+                assert dict(follow_up_questions(found))[question] == answer
     assert 0.65 < last / len(scans) < 0.9

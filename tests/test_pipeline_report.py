@@ -10,8 +10,8 @@ import pytest
 from conversion import draw_phantoms
 from training import pipeline_report
 
-from medley.phantoms import MODALITIES, NEW_MODALITY, Finding, Phantom, facts_told
-from medley.utils.files import json_lines
+from medley.phantoms import MODALITIES, NEW_MODALITY, Finding, Phantom, facts_in
+from medley.utils.jsonl import json_lines
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def test_the_page_says_what_is_right_and_what_is_not(data: Path, tmp_path: Path)
     prompts = {
         mode: rows_of(tmp_path / f"prompts-{mode}.jsonl") for mode in ("image", "text", "any")
     }
-    asked = [facts_told(row["text"]) for row in prompts["image"]]
+    asked = [facts_in(row["text"]) for row in prompts["image"]]
     assert sum(f"modality {NEW_MODALITY}" in own for own in asked) == 2
     assert all(len(own) == 2 + 3 for own in asked)
     assert len(prompts["text"]) == pipeline_report.SHOWN

@@ -12,11 +12,11 @@ from conftest import golden
 from medley import cli
 from medley.commands.evaluate.vqa import gold_of
 from medley.errors import UserError
-from medley.evaluation.cases import Case
-from medley.evaluation.metrics import bleu, exact_match, f1, likeness
+from medley.evaluation.cases import Example
+from medley.evaluation.metrics import bleu, exact_match, f1, word_recall
 from medley.evaluation.reference_scorers import (
     _WEIGHTS,
-    likeliest,
+    nearest_candidate,
     normalised,
     published_scores,
     published_table,
@@ -51,19 +51,19 @@ def test_measures_equal_the_recorded(case: dict[str, Any]) -> None:
     recorded = expected["calculate_f1score__f1_precision_recall"]["value"]
     assert found["f1"] == pytest.approx(recorded, abs=1e-9)
     texts = [normalise(str(candidate).lower(), True) for candidate in given["candidates"]]
-    assert [likeness(again[0], text) for text in texts] == pytest.approx(
+    assert [word_recall(again[0], text) for text in texts] == pytest.approx(
         expected["candidate_similarity"], abs=1e-9
     )
     for name, weights in _WEIGHTS.items():
         recorded = expected["sentence_bleu"][name]
         assert bleu(answer, gold, weights) == pytest.approx(recorded["value"], abs=1e-9)
     if given["answer_type"] == "OPEN":
-        hit = likeliest(again[0], normalised(given["candidates"])) == again[1]
+        hit = nearest_candidate(again[0], normalised(given["candidates"])) == again[1]
         assert float(hit) == expected["run_eval_open_hit_candidate_argmax"]
         assert float(gold in answer) == expected["run_eval_batch_open_hit_substring"]
         return
-    one = Case(0, "", str(given["gt"]), str(given["pred"]), "CLOSED")
-    opened = Case(1, "", "a", "a", "OPEN")  # the published code needs one
+    one = Example(0, "", str(given["gt"]), str(given["pred"]), "CLOSED")
+    opened = Example(1, "", "a", "a", "OPEN")  # the published code needs one
     for compat in ("run_eval", "run_eval_batch"):
         table = published_scores([one, opened], compat, given["candidates"])  # type: ignore[arg-type]
         assert table["yes/no accuracy"] == 100 * expected[f"{compat}_closed_hit"]
@@ -75,7 +75,7 @@ def test_measures_equal_the_recorded(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", RUNS, ids=lambda c: c["id"])
 def test_whole_runs_equal_the_recorded(case: dict[str, Any], compat: Any) -> None:
     cases = [
-        Case(g["id"], "", str((g.get("conversations") or g["conversatons"])[1]["value"]), p["text"],
+        Example(g["id"], "", str((g.get("conversations") or g["conversatons"])[1]["value"]), p["text"],
              g["answer_type"])
         for g, p in zip(case["gt"], case["pred"], strict=False)
     ]  # fmt: skip

@@ -21,10 +21,10 @@ def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
     plain = medley.load("tiny", device="cpu")
     model = medley.load("tiny", device="cpu", quantize=kind)
     assert model.engine._passes.fused is None
-    ids = torch.tensor([plain.prompt_ids(["What does this scan show?"])])
+    ids = torch.tensor([plain.encode_prompt(["What does this scan show?"])])
     with torch.inference_mode():
         one, other = plain.decoder(ids).logits, model.decoder(ids).logits
-    text = list(plain.vocabulary.text_pieces)
+    text = list(plain.vocabulary.text_tokens)
     likeness = torch.cosine_similarity(one[0, -1, text], other[0, -1, text], dim=0)
     assert float(likeness) > 0.8
     assert not torch.allclose(one, other, atol=1e-5)

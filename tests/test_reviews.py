@@ -14,7 +14,7 @@ from model_server import Server
 from medley import cli
 from medley.errors import UserError
 from medley.evaluation.judge import filled, read_prompts
-from medley.evaluation.judge_prompts import Rules, review_row, reviews_of
+from medley.evaluation.judge_prompts import JudgePrompts, review_row, reviews_of
 from medley.evaluation.judge_scores import parse_pair_as_llava
 
 CASES = golden("gpt_review_parse.json")
@@ -37,7 +37,7 @@ def test_requests_and_rows_equal_the_recorded(case: dict[str, Any], tmp_path: Pa
     answers: Any = [(Path(k), placed(given[k])) for k in ("answers_1", "answers_2")]
     context = placed(given["context"]) if layout != "llava" else None
     reviews = reviews_of(layout, placed(given["questions"]), answers, context, False)  # type: ignore[arg-type]
-    rules = Rules.read(rule)
+    rules = JudgePrompts.read(rule)
     if expected["exception"]:  # theirs stops there, what was paid for before is lost
         name = expected["exception"]["message"].split()[-1].rstrip(".")
         with pytest.raises(UserError, match=f"no category '{name}'"):
@@ -69,7 +69,7 @@ def test_llava_meds_layout_equals_the_recorded(case: dict[str, Any], tmp_path: P
     answers: Any = [(Path("a"), placed([{"question_id": 0, "text": given["ans2"]}]))]
     for version in ("v1.5", "v1.0"):
         (review,) = reviews_of("llava_med", placed([row]), answers, None, True)
-        told = Rules.read(rule).messages(review)
+        told = JudgePrompts.read(rule).messages(review)
         expected = case["expected"][version]
         assert [message["role"] for message in told] == expected["roles"]
         assert told[1]["content"] == expected["user_content_with_placeholder"]
@@ -81,7 +81,7 @@ def test_llava_meds_layout_equals_the_recorded(case: dict[str, Any], tmp_path: P
 
 def test_the_published_instructions_are_not_shipped() -> None:
     expected = CASES["llavamed_prompts"][0]["expected"]["v1.5"]
-    _, prompt = Rules.read(None).of("default", False)
+    _, prompt = JudgePrompts.read(None).of("default", False)
     assert hashlib.sha256(prompt.encode()).hexdigest() != expected["instruct_prompt_sha256"]
     assert prompt
 

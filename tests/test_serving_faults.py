@@ -23,8 +23,8 @@ from medley.images.remote import on_hosts
 from medley.phantoms import Phantom
 from medley.serving.controller import make_controller_app
 from medley.serving.limits import Limits, RequestError
-from medley.serving.response_stream import Answering
-from medley.serving.untrusted_inputs import FORMATS, Reader, data_address, read_unknown
+from medley.serving.response_stream import ResponseStream
+from medley.serving.untrusted_inputs import FORMATS, RequestReader, data_address, read_unknown
 from medley.serving.worker_heartbeat import keep_registered
 
 CHAT = "/v1/chat/completions"
@@ -61,7 +61,7 @@ def in_threads(works: list[Any]) -> list[httpx.Response]:
 def test_a_request_that_cannot_be_read_fails_alone(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = running.model.prompt_ids
+    read = running.model.encode_prompt
 
     def prompt_ids(prompt: Any, complete: bool = False) -> list[int]:
         if "Bad" in str(prompt):
@@ -138,9 +138,9 @@ def test_a_finished_request_leaves_nothing_behind(running: Running) -> None:
     import gc
     import weakref
 
-    async def once() -> weakref.ref[Answering]:
+    async def once() -> weakref.ref[ResponseStream]:
         running_options = GenerationOptions(mode="text", max_new_tokens=2)
-        answers = Answering(running.worker, ["Which organ is shown?"], running_options)
+        answers = ResponseStream(running.worker, ["Which organ is shown?"], running_options)
         async for _ in answers.pieces():
             pass
         return weakref.ref(answers)
@@ -166,7 +166,7 @@ def test_pictures_of_every_kind_give_the_codes_that_the_library_gives() -> None:
     image = Phantom("MR", "head", seed=2).image(150).resize((190, 150))
     for kind in FORMATS:
         data = packed(image, kind)
-        reader = Reader(Limits(), tokenizer, 10)
+        reader = RequestReader(Limits(), tokenizer, 10)
         square = reader.base64(base64.b64encode(data).decode(), "x")
         assert square.size == (tokenizer.size, tokenizer.size)
         with Image.open(io.BytesIO(data)) as opened:
@@ -219,7 +219,7 @@ def test_only_named_hosts_are_asked_and_nobody_that_they_lead_to() -> None:
     with web(pages) as host, web({"/a.png": (200, {}, image)}) as other:
         pages["/there"] = (302, {"Location": f"http://{other}/a.png"}, b"")
         pages["/here"] = (302, {"Location": "/a.png"}, b"")
-        reader = Reader(Limits(hosts=frozenset([host])), tokenizer, 10)
+        reader = RequestReader(Limits(hosts=frozenset([host])), tokenizer, 10)
         for path in ("a.png", "here"):
             assert reader.address(f"http://{host}/{path}", "x").size == (64, 64)
         with pytest.raises(RequestError, match="which is not allowed"):

@@ -14,19 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import tokenize_jsonl
 
-from medley.data.document import Document, DocumentError, Picture, Turn
+from medley.data.document import Document, DocumentError, ImagePart, Turn
 from medley.data.document_tokenizer import (
-    LineTokenizer,
+    DocumentTokenizer,
+    DocumentTooLong,
     MissingCodes,
-    TooLong,
     parse_line,
-    trim_text,
+    truncate_text,
 )
 from medley.data.image_token_store import write_partition
-from medley.data.token_dataset import TokenShards
+from medley.data.token_dataset import TokenDataset
 from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
-from medley.utils.files import line_ranges, read_manifest
+from medley.utils.jsonl import line_ranges
+from medley.utils.manifest import read_manifest
 
 PROGRAM = "tokenizer.tokenize_jsonl"
 TOKENIZER = GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json"
@@ -66,10 +67,10 @@ def test_several_workers_write_the_very_file_of_one(
     program(PROGRAM, *flags, "--output_file", tmp_path / "c.parquet", "--num_workers", 2)
     written = (tmp_path / "a.jsonl").read_bytes()
     assert written == (tmp_path / "b.jsonl").read_bytes()
-    lines = LineTokenizer(TOKENIZER, shards)
+    lines = DocumentTokenizer(TOKENIZER, shards)
     expected = [json.dumps({**row, "tokens": lines.tokenize(row).ids}) for row in documents(4000)]  # type: ignore[union-attr]
     assert written.decode().splitlines() == expected
-    parquet, jsonl = TokenShards(tmp_path / "c.parquet"), TokenShards(tmp_path / "a.jsonl")
+    parquet, jsonl = TokenDataset(tmp_path / "c.parquet"), TokenDataset(tmp_path / "a.jsonl")
     assert all((a == b).all() for a, b in zip(parquet, jsonl, strict=True))
     assert parquet.task(3999) == jsonl.task(3999) == "VQA"
     counts = read_manifest(tmp_path / "c.parquet")["counts"]
@@ -182,7 +183,7 @@ def test_ranges_hold_every_line_once(
 
 PARTS = st.one_of(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=30),
-    st.lists(st.integers(0, 8191), min_size=4, max_size=4).map(lambda c: Picture(codes=tuple(c))),
+    st.lists(st.integers(0, 8191), min_size=4, max_size=4).map(lambda c: ImagePart(codes=tuple(c))),
 )
 
 
@@ -201,8 +202,8 @@ def test_whatever_is_cut_pictures_stay_whole(
     if len(ids) <= limit:
         return
     try:
-        short = trim_text(ids, limit, tokenizer.vocabulary)
-    except TooLong as error:
+        short = truncate_text(ids, limit, tokenizer.vocabulary)
+    except DocumentTooLong as error:
         assert f"--max_length {limit} has no room" in str(error)
         return
     assert len(short) == limit
@@ -215,11 +216,11 @@ def test_questions_lose_their_beginning_and_answers_their_end(tokenizer: TextTok
     document = Document.from_json({"text": "abc def<reserved08706>ghi jkl"})
     ids = document.to_ids(tokenizer)
     words = len(tokenizer.encode("abc def"))
-    short = trim_text(ids, len(ids) - 1, tokenizer.vocabulary)
+    short = truncate_text(ids, len(ids) - 1, tokenizer.vocabulary)
     turns = Document.from_ids(short, tokenizer).turns
     assert "abc def".endswith(str(turns[0].parts[0]))
     assert turns[1].parts == ("ghi jkl",)
-    short = trim_text(ids, len(ids) - words - 1, tokenizer.vocabulary)
+    short = truncate_text(ids, len(ids) - words - 1, tokenizer.vocabulary)
     turns = Document.from_ids(short, tokenizer).turns
     assert turns[0].parts == ()
     assert "ghi jkl".startswith(str(turns[1].parts[0]))
@@ -227,8 +228,10 @@ def test_questions_lose_their_beginning_and_answers_their_end(tokenizer: TextTok
     ids = twice.to_ids(tokenizer)
     for limit in range(8, len(ids)):  # no answer is emptied: nobody should learn to say nothing
         try:
-            turns = Document.from_ids(trim_text(ids, limit, tokenizer.vocabulary), tokenizer).turns
-        except TooLong:
+            turns = Document.from_ids(
+                truncate_text(ids, limit, tokenizer.vocabulary), tokenizer
+            ).turns
+        except DocumentTooLong:
             continue
         assert turns[1].parts and turns[3].parts
 
@@ -250,7 +253,7 @@ def test_trimming_by_the_program(tmp_path: Path, program: Callable[..., Any]) ->
     source = write_lines(tmp_path / "docs.jsonl", rows[:2])
     done = program(PROGRAM, *flags, "--overflow", "trim_text")
     assert "1 trimmed by" in done.stdout
-    assert TokenShards(tmp_path / "out.jsonl").lengths.max() == 20
+    assert TokenDataset(tmp_path / "out.jsonl").lengths.max() == 20
 
 
 def test_wrong_flags(tmp_path: Path, program: Callable[..., Any]) -> None:
@@ -271,7 +274,7 @@ def test_wrong_flags(tmp_path: Path, program: Callable[..., Any]) -> None:
 
 def test_a_picture_without_codes_anywhere_says_where_to_get_them() -> None:
     with pytest.raises(MissingCodes, match=r"a\.png has no codes in the line; .*--image_codes"):
-        LineTokenizer(TOKENIZER)(b'{"text": "<image>", "image_path": "a.png"}')
+        DocumentTokenizer(TOKENIZER)(b'{"text": "<image>", "image_path": "a.png"}')
 
 
 def test_nesting_without_end_is_an_error_of_its_line() -> None:

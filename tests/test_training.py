@@ -19,36 +19,36 @@ from training import train
 from training_runs import MARKS, TINY, document, losses, words
 
 from medley import attention
-from medley.checkpoints.adapter import attach, merged_tensors, read_adapter
-from medley.data.packing import IGNORED, SequenceTooLong, make_row, stack_rows
-from medley.data.token_dataset import TokenShards, write_jsonl
+from medley.checkpoints.adapter import load_adapter, merged_tensors, read_adapter
+from medley.data.packing import IGNORE_INDEX, SequenceTooLong, build_sequence, collate
+from medley.data.token_dataset import TokenDataset, write_jsonl
 from medley.errors import UserError
-from medley.modeling.attention import document_lengths, set_attention
-from medley.modeling.chunked_loss import HeadLoss
+from medley.modeling.attention import sequence_lengths, set_attention
+from medley.modeling.chunked_loss import ChunkedCrossEntropy
 from medley.trainer import preflight
-from medley.trainer.callbacks import GradientProof
-from medley.trainer.data import RowOptions, Rows, Weighted, by_task
+from medley.trainer.callbacks import GradientCheckCallback
+from medley.trainer.data import PackedDataset, PackingConfig, WeightedSource, by_task
 from medley.trainer.options import TrainOptions
-from medley.trainer.preflight import Plan
-from medley.utils.files import write_manifest
+from medley.trainer.preflight import TrainingMemoryEstimate
+from medley.utils.manifest import write_manifest
 
 # --- rows -----------------------------------------------------------------------------------
 
 
 def test_weights_take_files_more_than_once_or_in_part(training_data: Path) -> None:
-    assert Weighted.parse("a.jsonl:0.5") == Weighted(Path("a.jsonl"), 0.5)
-    assert Weighted.parse("a:b.jsonl") == Weighted(Path("a:b.jsonl"))
+    assert WeightedSource.parse("a.jsonl:0.5") == WeightedSource(Path("a.jsonl"), 0.5)
+    assert WeightedSource.parse("a:b.jsonl") == WeightedSource(Path("a:b.jsonl"))
     with pytest.raises(UserError, match=r"weight is 0, expected above 0"):
-        Weighted.parse("a.jsonl:0")
+        WeightedSource.parse("a.jsonl:0")
     one, other = (
-        TokenShards(training_data / "train.jsonl"),
-        TokenShards(training_data / "val.jsonl"),
+        TokenDataset(training_data / "train.jsonl"),
+        TokenDataset(training_data / "val.jsonl"),
     )
-    rows = Rows([(one, 0.5), (other, 2.5)], MARKS, RowOptions(400, seed=3))
+    rows = PackedDataset([(one, 0.5), (other, 2.5)], MARKS, PackingConfig(400, seed=3))
     counts = np.bincount(rows.documents[:, 0])
     assert counts.tolist() == [12, 15]
     assert {3, 2} == set(np.bincount(rows.documents[rows.documents[:, 0] == 1, 1]).tolist())
-    few = Rows([(one, 1.0)], MARKS, RowOptions(400, seed=3, max_samples=5))
+    few = PackedDataset([(one, 1.0)], MARKS, PackingConfig(400, seed=3, max_samples=5))
     assert len(few) == 5
     assert [t.tolist() for t in few.documents] == sorted(t.tolist() for t in few.documents)
 
@@ -56,23 +56,23 @@ def test_weights_take_files_more_than_once_or_in_part(training_data: Path) -> No
 def test_rows_are_padded_with_blanks_to_whole_steps_and_name_their_documents(
     training_data: Path,
 ) -> None:
-    shards = TokenShards(training_data / "train.jsonl")
-    rows = Rows([(shards, 1.0)], MARKS, RowOptions(400, pack=True), pad_to=5)
+    shards = TokenDataset(training_data / "train.jsonl")
+    rows = PackedDataset([(shards, 1.0)], MARKS, PackingConfig(400, pack=True), pad_to=5)
     assert len(rows) % 5 == 0
     assert len(rows) > len(rows.rows)
     blank = rows[len(rows) - 1]
-    assert (blank["labels"] == IGNORED).all()
+    assert (blank["labels"] == IGNORE_INDEX).all()
     assert rows.names(len(rows) - 1) == []
     names = [name for i in range(len(rows)) for name in rows.names(i)]
     assert sorted(names) == sorted(f"{shards.path} document {i}" for i in range(24))
     batch = rows.collate([rows[0], blank])
     assert batch["row_numbers"].tolist() == [0, len(rows) - 1]
     with pytest.raises(SequenceTooLong, match="--max_length is 70"):
-        Rows([(shards, 1.0)], MARKS, RowOptions(70))
+        PackedDataset([(shards, 1.0)], MARKS, PackingConfig(70))
 
 
 def test_validation_is_split_by_task(training_data: Path) -> None:
-    found = by_task(TokenShards(training_data / "val.jsonl"))
+    found = by_task(TokenDataset(training_data / "val.jsonl"))
     assert {t: p[:, 1].tolist() for t, p in found.items()} == {
         "task0": [0, 2, 4], "task1": [1, 3, 5],
     }  # fmt: skip
@@ -87,7 +87,7 @@ def test_the_head_in_pieces_equals_plain_cross_entropy(dtype: torch.dtype) -> No
     states = (torch.randn(600, 16) / 4).to(dtype).requires_grad_()
     head = torch.randn(50, 16).to(dtype).requires_grad_()
     targets, share = torch.randint(50, (600,)), torch.rand(600)
-    total, each = HeadLoss.apply(states, head, targets, share, 0.1)  # type: ignore[no-untyped-call]
+    total, each = ChunkedCrossEntropy.apply(states, head, targets, share, 0.1)  # type: ignore[no-untyped-call]
     (total / 7).backward()
     found = [states.grad, head.grad]
     states.grad = head.grad = None
@@ -105,8 +105,10 @@ def test_the_head_in_pieces_equals_plain_cross_entropy(dtype: torch.dtype) -> No
 def test_every_kernel_that_is_here_gives_the_same_gradients() -> None:
     generator = np.random.default_rng(0)
     documents = [np.array(document(generator, n, "")["tokens"]) for n in (3, 30, 8)]
-    rows = stack_rows([make_row(documents[:2], MARKS), make_row(documents[2:], MARKS)], MARKS)
-    assert document_lengths(rows["position_ids"])[0] == [len(d) for d in documents[:2]]
+    rows = collate(
+        [build_sequence(documents[:2], MARKS), build_sequence(documents[2:], MARKS)], MARKS
+    )
+    assert sequence_lengths(rows["position_ids"])[0] == [len(d) for d in documents[:2]]
     results = []
     for kernel in ("stock", "sdpa"):
         decoder = TINY.decoder(torch.float32).train()
@@ -132,8 +134,8 @@ def test_another_document_changes_nothing(
         if step:
             decoder.gradient_checkpointing_enable({"use_reentrant": False})
         for second in (other, third):
-            decoder(**stack_rows([make_row([one, second], MARKS)], MARKS))
-    kept = int((make_row([one], MARKS)["labels"] != IGNORED).sum())
+            decoder(**collate([build_sequence([one, second], MARKS)], MARKS))
+    kept = int((build_sequence([one], MARKS)["labels"] != IGNORE_INDEX).sum())
     for found in hidden[1:]:
         assert torch.allclose(found[:kept], hidden[0][:kept], atol=1e-6)
 
@@ -183,13 +185,13 @@ def test_ds_config_is_the_one_that_medmax_users_look_for() -> None:
 # --- what is told and refused before the first step -------------------------------------------
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> TrainingMemoryEstimate:
     config = TINY.config()
     values: dict[str, Any] = {
         "learned": 10**6, "total": 10**8, "tokens_a_batch": 4096, "labelled_a_batch": 1000,
         "bytes_a_number": 2, "checkpointing": False, "zero_stage": 0, "ranks": 8, "config": config,
     }  # fmt: skip
-    return Plan(**{**values, **fields})
+    return TrainingMemoryEstimate(**{**values, **fields})
 
 
 def test_memory_is_estimated_by_part() -> None:
@@ -197,20 +199,20 @@ def test_memory_is_estimated_by_part() -> None:
     assert sharded["weights"] == plain["weights"] / 8
     assert plan(checkpointing=True).memory()["activations"] < plain["activations"] / 2
     cpu = torch.device("cpu")
-    assert "GB are free" in preflight.require_memory(plan(), cpu, 1)
+    assert "GB are free" in preflight.check_memory(plan(), cpu, 1)
     with pytest.raises(UserError, match=r"does not fit.*--gradient_checkpointing.*--no_preflight"):
-        preflight.require_memory(plan(total=10**14), cpu, 1)
+        preflight.check_memory(plan(total=10**14), cpu, 1)
 
 
 def test_disk_is_counted_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert preflight.saves_to_come("steps", 1000, 100, 1, None) == 11
-    assert preflight.saves_to_come("steps", 1000, 100, 1, 2) == 3
-    assert preflight.saves_to_come("no", 1000, 100, 1, None) == 1
+    assert preflight.expected_checkpoints("steps", 1000, 100, 1, None) == 11
+    assert preflight.expected_checkpoints("steps", 1000, 100, 1, 2) == 3
+    assert preflight.expected_checkpoints("no", 1000, 100, 1, None) == 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**7))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="save_total_limit"):
-        preflight.require_disk(plan(), tmp_path / "new" / "folder", 11)
+        preflight.check_disk(plan(), tmp_path / "new" / "folder", 11)
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -232,8 +234,10 @@ def test_a_run_tells_proves_and_samples(
     state = json.loads((output / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     assert all(entry["trained_tokens_per_second"] > 0 for entry in steps)
-    shards = TokenShards(training_data / "train.jsonl")
-    learned = sum(int((make_row([ids], MARKS)["labels"] != IGNORED).sum()) for ids in shards)
+    shards = TokenDataset(training_data / "train.jsonl")
+    learned = sum(
+        int((build_sequence([ids], MARKS)["labels"] != IGNORE_INDEX).sum()) for ids in shards
+    )
     seen = steps[-1]["seen_text_tokens"] + steps[-1]["seen_image_tokens"]
     assert seen == learned  # every token that has a label, once
     told = [e for e in state["log_history"] if e["step"] == 3 and any("eval" in n for n in e)]
@@ -265,11 +269,13 @@ def test_not_a_number_stops_the_run_and_names_the_documents(
 
 def test_a_first_step_without_gradients_stops_the_run() -> None:
     layer = torch.nn.Linear(2, 2)
-    proof = GradientProof(layer, lambda: 1.0)
+    proof = GradientCheckCallback(layer, lambda: 1.0)
     layer(torch.ones(1, 2)).sum().backward()
     proof.on_step_end(None, None, None)
-    cut = GradientProof(layer, lambda: 1.0)
-    GradientProof(layer, lambda: 0.0).on_step_end(None, None, None)  # blank rows prove nothing
+    cut = GradientCheckCallback(layer, lambda: 1.0)
+    GradientCheckCallback(layer, lambda: 0.0).on_step_end(
+        None, None, None
+    )  # blank rows prove nothing
     with pytest.raises(UserError, match="no gradient reached 2 tensors, bias among them"):
         cut.on_step_end(None, None, None)
 
@@ -302,8 +308,8 @@ def test_the_saved_adapter_merged_gives_the_trained_models_logits(
 ) -> None:
     more = ["--steps", 3, "--bs", 4, "--trainable", "lora+image_head", "--learn", "everything"]
     assert train.main(words(training_data, tmp_path, *more)) == 0
-    ids = torch.from_numpy(TokenShards(training_data / "val.jsonl")[0])[None]
-    trained = attach(TINY.decoder(torch.float32), tmp_path)
+    ids = torch.from_numpy(TokenDataset(training_data / "val.jsonl")[0])[None]
+    trained = load_adapter(TINY.decoder(torch.float32), tmp_path)
     merged = TINY.decoder(torch.float32)
     state = {n: t.float() for n, t in merged_tensors(TINY, tmp_path)}
     merged.load_state_dict(state, strict=False)
@@ -368,7 +374,7 @@ def test_batches_without_a_label_cost_nothing_and_stop_nothing(
 
 
 def test_a_share_of_steps_between_saves_is_counted_as_one() -> None:
-    assert preflight.saves_to_come("steps", 4000, 0.5, 1, None) == 3
+    assert preflight.expected_checkpoints("steps", 4000, 0.5, 1, None) == 3
 
 
 # --- going on ---------------------------------------------------------------------------------

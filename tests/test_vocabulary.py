@@ -31,7 +31,7 @@ def test_the_recorded_layout() -> None:
     assert vocabulary.end_turn == info["eot_id"]
     assert vocabulary.image == 8711
     assert vocabulary.image_codes == range(info["image_first"], info["image_last"] + 1)
-    assert len(vocabulary.text_pieces) == info["n_text"]
+    assert len(vocabulary.text_tokens) == info["n_text"]
     assert vocabulary.size == info["n_all"]
 
 
@@ -39,9 +39,9 @@ def test_codes_and_names_of_the_codebook_mapping() -> None:
     vocabulary = Vocabulary.from_file(FILE)
     recorded = golden("medmax_sequence_and_vocab.json")["codebook_mapping"]
     for code, token in recorded["img2bpe"].items():
-        assert vocabulary.code_to_id(int(code)) == token
+        assert vocabulary.image_code_to_token(int(code)) == token
     for token, code in recorded["bpe2img"].items():
-        assert vocabulary.id_to_code(int(token)) == code
+        assert vocabulary.token_to_image_code(int(token)) == code
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_codes_out_of_range_are_refused() -> None:
     vocabulary = Vocabulary.from_file(FILE)
     for code in (-1, 8192):
         with pytest.raises(ValueError, match="0 to 8191"):
-            vocabulary.code_to_id(code)
+            vocabulary.image_code_to_token(code)
     with pytest.raises(ValueError, match="no image code"):
-        vocabulary.id_to_code(8196)
+        vocabulary.token_to_image_code(8196)
 
 
 @pytest.mark.parametrize("content", [None, "not json", "{}"])
@@ -90,7 +90,7 @@ def test_a_file_that_is_none(tmp_path: Path, content: str | None) -> None:
 
 def test_marks_typed_by_people_are_text(tokenizer: TextTokenizer) -> None:
     for typed in ("<image>", "</s>", "IMGIMGAZ", "<reserved08706>"):
-        assert set(tokenizer.encode(typed)) <= tokenizer.vocabulary.text_pieces
+        assert set(tokenizer.encode(typed)) <= tokenizer.vocabulary.text_tokens
         assert tokenizer.decode(tokenizer.encode(typed)) == typed
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from medley.checkpoints.checkpoint import tiny_folder
-from medley.data.bpe_cache import WordEncoder
+from medley.data.bpe_cache import CachedBPE
 
 FILES = [
     GOLDEN / "tiny_chameleon_tokenizer" / "text_tokenizer_modified.json",
@@ -17,10 +17,10 @@ FILES = [
 ]
 
 
-def make(index: int, **changes: object) -> tuple[WordEncoder, Tokenizer]:
+def make(index: int, **changes: object) -> tuple[CachedBPE, Tokenizer]:
     parsed = {**json.loads(FILES[index].read_text()), "added_tokens": [], **changes}
     tokenizer = Tokenizer.from_str(json.dumps(parsed))
-    return WordEncoder(tokenizer, parsed), tokenizer
+    return CachedBPE(tokenizer, parsed), tokenizer
 
 
 ENCODERS = [make(0), make(1)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.data.token_dataset import write_jsonl
-from medley.utils.files import write_manifest
+from medley.utils.manifest import write_manifest
 
 TINY = open_checkpoint("tiny")
 MARKS = TINY.text_tokenizer().vocabulary
@@ -20,7 +20,7 @@ CODES = TINY.image_tokenizer().codes_per_image
 def document(generator: np.random.Generator, words: int, task: str) -> dict[str, Any]:
     codes = generator.integers(0, len(MARKS.image_codes), CODES)
     text = generator.integers(MARKS.image + 1, MARKS.size, words).tolist()
-    picture = MARKS.picture_ids(codes.tolist())
+    picture = MARKS.image_token_ids(codes.tolist())
     tokens = [MARKS.bos, *picture, *text, MARKS.end_turn, *text[::-1], MARKS.eos]
     return {"tokens": tokens, "source": "made", "task": task}
 

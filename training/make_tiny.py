@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from medley.checkpoints.chameleon import Sizes, write_checklist, write_model
+from medley.checkpoints.chameleon import ModelDims, write_checklist, write_model
 from medley.data.vocabulary import TextTokenizer
 from medley.doctor import SELF_TEST, self_test_values
 from medley.errors import UserError
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.cli_options import resolved, run_program
-from medley.utils.files import whole_file, write_json
+from medley.utils.files import atomic_file, write_json
 from medley.utils.malloc import keep_freed_memory
 from medley.vqgan.files import HUGGING_FACE_PREFIX, read_vqgan, write_vqgan
 from training.tiny.decoder import train_decoder
@@ -35,7 +35,7 @@ from training.tiny.vqgan import train_vqgan, with_codes_in_use
 
 def save_decoder(options: Options, decoder: ChameleonForConditionalGeneration) -> None:
     config = decoder.config
-    sizes = Sizes(
+    sizes = ModelDims(
         width=config.hidden_size, layers=config.num_hidden_layers,
         heads=config.num_attention_heads, key_value_heads=config.num_key_value_heads,
         feed_forward=config.intermediate_size, vocabulary=config.vocab_size,
@@ -86,7 +86,7 @@ def work(options: Options) -> None:
         write_vqgan(tokenizer_folder, vqgan, "crop")
     tokenizer_file = tokenizer_folder / "text_tokenizer.json"
     if not tokenizer_file.exists():
-        with whole_file(tokenizer_file) as temporary:
+        with atomic_file(tokenizer_file) as temporary:
             temporary.write_text(json.dumps(make_tokenizer(options), ensure_ascii=False))
     if not (options.output / SELF_TEST).exists():  # written last: what is there is whole
         tokenizer = TextTokenizer.from_file(tokenizer_file)

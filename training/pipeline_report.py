@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from medley.data.document import Document, Picture, Turn
+from medley.data.document import Document, ImagePart, Turn
 from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.images.preprocess import open_image
@@ -32,15 +32,17 @@ from medley.phantoms import (
     Finding,
     Phantom,
     facts,
-    facts_told,
+    facts_in,
     illustrated_report,
     measure,
     organs_of,
-    request,
+    prompt_for,
     signs_of,
 )
 from medley.utils.cli_options import run_program
-from medley.utils.files import json_lines, read_json, read_manifest, whole_file, write_json
+from medley.utils.files import atomic_file, read_json, write_json
+from medley.utils.jsonl import json_lines
+from medley.utils.manifest import read_manifest
 
 SHOWN = 8  # pictures of a row of the page
 OTHER_SIGNS = (
@@ -85,18 +87,18 @@ def drawn_modality(data: Path) -> str | None:
 
 
 def write_prompts(options: PromptOptions) -> None:
-    scans, place = demo_scans(options.data), Picture(codes=(0,))
+    scans, place = demo_scans(options.data), ImagePart(codes=(0,))
     rows: dict[str, list[dict[str, Any]]] = {
-        "image": [{"text": request(scan)} for scan in scans],
+        "image": [{"text": prompt_for(scan)} for scan in scans],
         "any": [{"text": illustrated_report(scan, place).turns[0].parts[0]} for scan in scans[::2]],
         "text": [],
     }
     for question in picked(list(questions(options.data)), SHOWN):
         picture, asked = question.document.turns[0].parts
-        assert isinstance(picture, Picture)
+        assert isinstance(picture, ImagePart)
         rows["text"].append({"text": f"<image>{asked}", "image_path": str(picture.path)})
     for mode, lines in rows.items():
-        with whole_file(options.output / f"prompts-{mode}.jsonl") as temporary:
+        with atomic_file(options.output / f"prompts-{mode}.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -169,21 +171,21 @@ def answers_of(ckpt: str, asked: list[Question]) -> list[str]:
     options = GenerationOptions(
         mode="text", text_greedy=True, repetition_penalty=1.0, max_new_tokens=24
     )
-    codes: dict[str, Picture] = {}  # a picture with many questions is encoded once
+    codes: dict[str, ImagePart] = {}  # a picture with many questions is encoded once
 
-    def with_codes(picture: Picture) -> Picture:
+    def with_codes(picture: ImagePart) -> ImagePart:
         path = str(picture.path)
         if path not in codes:
-            codes[path] = model.with_codes(picture)
+            codes[path] = model.tokenize_image(picture)
         return codes[path]
 
     answers: list[str] = []
     for start in tqdm(range(0, len(asked), 64), desc=f"asking {ckpt}", unit="batch"):
         batch = [
-            [with_codes(p) if isinstance(p, Picture) else p for p in one.document.turns[0].parts]
+            [with_codes(p) if isinstance(p, ImagePart) else p for p in one.document.turns[0].parts]
             for one in asked[start : start + 64]
         ]
-        found = model.answer_batch(batch, [options] * len(batch), batch_size=64)
+        found = model.generate_responses(batch, [options] * len(batch), batch_size=64)
         answers += [answer.text.strip() for answer in found]
     return answers
 
@@ -216,7 +218,7 @@ def write_page(options: PageOptions) -> None:
         "after": score(asked, said),
         "without looking": score(asked, blind),
     }
-    with whole_file(options.output / "index.html") as temporary:
+    with atomic_file(options.output / "index.html") as temporary:
         temporary.write_text(page(options, scores, wrong_answers(asked, said)), encoding="utf-8")
     write_json(options.output / "scores.json", scores)
     print(json.dumps(scores))
@@ -288,7 +290,7 @@ def wrong_answers(asked: list[Question], answers: list[str]) -> str:
     for one, answer in picked(wrong, SHOWN):
         turn = one.document.turns[0]
         shown = "".join(
-            picture_tag(Path(str(p.path))) for p in turn.parts if isinstance(p, Picture)
+            picture_tag(Path(str(p.path))) for p in turn.parts if isinstance(p, ImagePart)
         )
         said = f"<b>{html.escape(answer)}</b>{compared(False, f'right: {one.gold}')}"
         figures.append(figure(shown, asked_of(turn), said))
@@ -302,7 +304,7 @@ def compared(right: bool, why: str) -> str:
 def measured(path: Path, asked: str) -> str:
     """Whether a drawn picture shows what was asked for, as measured from its pixels."""
     seen = measure(np.asarray(open_image(path)))
-    right = facts(seen.modality, seen.organ, seen.findings) == facts_told(asked)
+    right = facts(seen.modality, seen.organ, seen.findings) == facts_in(asked)
     shown = Phantom(seen.modality, seen.organ, seen.findings).description
     return compared(right, f"measured: {shown}")
 

@@ -12,7 +12,7 @@ from medley.version import __version__
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from medley.data.document import Document, Picture, Turn
+    from medley.data.document import Document, ImagePart, Turn
     from medley.data.vocabulary import Vocabulary
     from medley.generation import GenerationOptions
     from medley.inference.loading import load
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
     from medley.vqgan.image_tokenizer import ImageTokenizer
 
 __all__ = [
-    "Document", "GenerationOptions", "ImageTokenizer", "Model", "Picture", "Turn", "Vocabulary",
-    "__version__", "load",
+    "Document",
+    "GenerationOptions",
+    "ImagePart",
+    "ImageTokenizer",
+    "Model",
+    "Turn",
+    "Vocabulary",
+    "__version__",
+    "load",
 ]  # fmt: skip
 
 # Imported when they are asked for: a program that needs no torch starts in a second, not four.
 _HOMES = {
     "Document": "data.document",
-    "Picture": "data.document",
+    "ImagePart": "data.document",
     "Turn": "data.document",
     "GenerationOptions": "generation.config",
     "ImageTokenizer": "vqgan.image_tokenizer",

@@ -49,7 +49,7 @@ def self_test_values(folder: Path | str = TINY) -> dict[str, object]:
     tokenizer = checkpoint.image_tokenizer()
     codes = tokenizer.encode([Phantom("CT", "head").image(tokenizer.size)])[0].tolist()
     text = checkpoint.text_tokenizer()
-    ids = [text.vocabulary.bos, *text.vocabulary.picture_ids(codes), text.vocabulary.end_turn]
+    ids = [text.vocabulary.bos, *text.vocabulary.image_token_ids(codes), text.vocabulary.end_turn]
     with torch.inference_mode():
         logits = checkpoint.decoder(torch.float32)(torch.tensor([ids])).logits[0, -1]
     return {"codes": codes, "logits": [round(v, 5) for v in logits[::97].tolist()]}

@@ -5,5 +5,5 @@ class UserError(ValueError):
     """Bad input: the message gives the value, the limit, the place and what to do next."""
 
 
-class DataLost(UserError):
+class PartialFailure(UserError):
     """Work that ended, but not with all of its rows; programs exit with status 3."""

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medley.data.document import Document, Picture
-from medley.data.packing import IGNORED, make_row, stack_rows
+from medley.data.document import Document, ImagePart
+from medley.data.packing import IGNORE_INDEX, build_sequence, collate
 from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
 from medley.modeling.attention import set_attention
@@ -26,7 +26,7 @@ from medley.modeling.chameleon import (
     tie_head_norms,
 )
 from medley.phantoms import change_document, documents, lessons
-from medley.utils.files import whole_file
+from medley.utils.files import atomic_file
 from medley.vqgan import VQGAN
 from medley.vqgan.files import to_hugging_face_config
 from training.tiny.recipe import Options, cosine
@@ -61,7 +61,9 @@ class Narrow:
         assert (ids >= 0).all(), "the VQGAN gave a code that it should not use"
         return batch | {
             "input_ids": ids,
-            "labels": torch.where(labels == IGNORED, labels, self.to_narrow[labels.clamp(min=0)]),
+            "labels": torch.where(
+                labels == IGNORE_INDEX, labels, self.to_narrow[labels.clamp(min=0)]
+            ),
         }
 
 
@@ -154,7 +156,7 @@ def phantom_sequences(
     drawn = np.stack([scan.draw(size) for scan in (*scans, *(scan for scan, _ in later))])
     pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
     codes = torch.cat([vqgan.encode(part) for part in pixels.split(64)]).tolist()
-    pictures = [Picture(codes=tuple(own)) for own in codes]
+    pictures = [ImagePart(codes=tuple(own)) for own in codes]
     found: list[Document] = []
     for scan, picture in zip(scans, pictures, strict=False):
         found += documents(scan, picture, rng)
@@ -193,8 +195,10 @@ def batches(
     np.random.default_rng((options.seed + 2, chunk)).shuffle(rows)
     for start in range(0, len(rows) - options.decoder_rows + 1, options.decoder_rows):
         chosen = rows[start : start + options.decoder_rows]
-        packed = [make_row([sequences[i] for i in row], tokenizer.vocabulary) for row in chosen]
-        yield stack_rows(packed, tokenizer.vocabulary)
+        packed = [
+            build_sequence([sequences[i] for i in row], tokenizer.vocabulary) for row in chosen
+        ]
+        yield collate(packed, tokenizer.vocabulary)
 
 
 class Optimizers:
@@ -282,7 +286,7 @@ def train_decoder(
                 "expected fewer"
             )
         chunk += 1
-        with whole_file(save) as temporary:
+        with atomic_file(save) as temporary:
             state = {"decoder": decoder.state_dict(), "optimizers": optimizers.state(),
                      "step": step, "chunk": chunk, "log": curve, "sums": sums}  # fmt: skip
             torch.save(state, temporary)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from medley.data.document import Picture
+from medley.data.document import ImagePart
 from medley.data.vocabulary import BEGIN_IMAGE, BOS, END_IMAGE, EOS, PAD, UNK, code_name
 from medley.phantoms import VQGAN_MODALITIES, Phantom, change_document, documents
 from training.tiny.recipe import CODES, Options
@@ -30,7 +30,7 @@ a mass in the left upper lobe. Is this a T1 weighted or T2 weighted image, or a 
 
 def phantom_texts(seed: int, scans: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
-    place = Picture(codes=(0,))
+    place = ImagePart(codes=(0,))
     for _ in range(scans):
         scan = Phantom.random(rng, VQGAN_MODALITIES)
         change = change_document(place, place, scan.later(rng)[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medley.phantoms import VQGAN_MODALITIES, Phantom
 from medley.vqgan import VQGAN, VQGANConfig
-from medley.vqgan.files import fill
+from medley.vqgan.files import build_vqgan
 from medley.vqgan.losses import CodebookAverage, training_step
 from training.tiny.recipe import CODES, Options, cosine
 
@@ -52,7 +52,7 @@ def with_codes_in_use(vqgan: VQGAN, codes: int) -> VQGAN:
     config = replace(vqgan.config, n_embed=codes)
     state = vqgan.state_dict()
     state["quantize.embedding.weight"] = state["quantize.embedding.weight"][:codes].clone()
-    return fill(config, state, "the trained VQGAN")
+    return build_vqgan(config, state, "the trained VQGAN")
 
 
 def train_vqgan(options: Options, log: list[dict[str, float]]) -> VQGAN:

@@ -18,12 +18,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medley.checkpoints.checkpoint import Checkpoint, base_named_by, is_adapter, open_checkpoint
+from medley.checkpoints.checkpoint import Checkpoint, adapter_base_name, is_adapter, open_checkpoint
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.files import read_json
-from medley.vqgan.files import load_tensors, refuse_missing_or_pointer
+from medley.vqgan.files import check_weights_file, load_tensors
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."
@@ -47,9 +47,9 @@ def find_adapter(path: Path) -> Path:
     return numbered[max(numbered)]
 
 
-def base_of(adapter: Path, base: str | Path | None) -> Checkpoint:
+def resolve_base(adapter: Path, base: str | Path | None) -> Checkpoint:
     """The base of an adapter: `--base` where given, else what its configuration names."""
-    named = base or base_named_by(adapter)
+    named = base or adapter_base_name(adapter)
     if named is None:
         raise UserError(f"{adapter}: adapter_config.json names no base model; name it with --base")
     return open_checkpoint(named)
@@ -68,7 +68,7 @@ def read_adapter(folder: Path, trained: bool = True) -> tuple[dict[str, Any], di
         path = older
         tensors = load_tensors(path)
     elif path.is_file():
-        refuse_missing_or_pointer(path)
+        check_weights_file(path)
         try:
             with safe_open(path, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
@@ -76,13 +76,13 @@ def read_adapter(folder: Path, trained: bool = True) -> tuple[dict[str, Any], di
             raise UserError(f"{path}: broken or cut off ({error})") from error
     else:
         raise UserError(f"{path}: no such file; the adapter is not whole without it")
-    problem = _fault(tensors, trained)
+    problem = _validate(tensors, trained)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
     return config, tensors
 
 
-def _fault(tensors: dict[str, Tensor], trained: bool) -> str | None:
+def _validate(tensors: dict[str, Tensor], trained: bool) -> str | None:
     if not tensors:
         return "holds no tensors (saved under ZeRO-3 without gathering?)"
     for name, tensor in tensors.items():
@@ -96,7 +96,9 @@ def _fault(tensors: dict[str, Tensor], trained: bool) -> str | None:
     return None
 
 
-def attach(decoder: ChameleonForConditionalGeneration, folder: Path, learns: bool = False) -> Any:
+def load_adapter(
+    decoder: ChameleonForConditionalGeneration, folder: Path, learns: bool = False
+) -> Any:
     """A decoder with an adapter laid over it, unmerged, as a PeftModel; `learns` to train it on."""
     _, tensors = read_adapter(folder)  # refuses an empty one with a reason
     modules = {n: _shape(m) for n, m in decoder.named_modules() if hasattr(m, "weight")}
@@ -207,7 +209,7 @@ def _token_indices(config: dict[str, Any], module: str) -> list[int]:
 
 def verify_merge(base: Checkpoint, adapter: Path, merged: Checkpoint) -> float:
     """Largest difference of float32 logits between base + adapter and the merged checkpoint."""
-    decoder = attach(base.decoder(torch.float32), adapter)
+    decoder = load_adapter(base.decoder(torch.float32), adapter)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.text_tokenizer().vocabulary.size, (2, 32), generator=generator)
     with torch.inference_mode():
@@ -244,7 +246,7 @@ def trainable_model(
         decoder.model.vqmodel.requires_grad_(False)
         return decoder
     if start is not None:
-        return attach(decoder, find_adapter(start), learns=True)
+        return load_adapter(decoder, find_adapter(start), learns=True)
     modules = [name.rpartition(".")[2] for name, _ in decoder.model.layers.named_modules()]
     unknown = [target for target in targets if target not in modules]
     if "lora" in trainable and unknown:

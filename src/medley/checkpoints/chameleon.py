@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medley.checkpoints.torch_writer import TorchFile
+from medley.checkpoints.torch_writer import TorchWriter
 from medley.checkpoints.weight_map import (
     ROPE,
-    Heads,
+    HeadLayout,
     Norms,
-    entries,
     rope_frequencies,
-    split_fused,
+    split_qkv,
     to_chameleon,
     to_hugging_face,
+    weight_rules,
 )
 from medley.errors import UserError
-from medley.utils.files import read_json, whole_file, write_json
+from medley.utils.files import atomic_file, read_json, write_json
 from medley.vqgan.files import check_names, load_tensors
 
 DEFAULT_CONTEXT = 4096  # Chameleon's files do not say it; its loader has this number
@@ -55,7 +55,7 @@ def model_folder(folder: Path, size: str | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelDims:
     """Sizes of a decoder as `params.json` gives them, and its width between layers."""
 
     width: int
@@ -71,8 +71,8 @@ class Sizes:
     shards: int
 
     @property
-    def split(self) -> Heads:
-        return Heads(self.heads, self.key_value_heads, self.shards)
+    def split(self) -> HeadLayout:
+        return HeadLayout(self.heads, self.key_value_heads, self.shards)
 
 
 class ChameleonWeights:
@@ -121,16 +121,18 @@ class ChameleonWeights:
         shards = [load_tensors(path) for path in self._files]
         model = self.params["model"]
         heads, shard_count = int(model["n_heads"]), len(shards)
-        own = Heads(heads // shard_count, int(model.get("n_kv_heads") or heads) // shard_count, 1)
-        return [split_fused(shard, own) for shard in shards]
+        own = HeadLayout(
+            heads // shard_count, int(model.get("n_kv_heads") or heads) // shard_count, 1
+        )
+        return [split_qkv(shard, own) for shard in shards]
 
     @cached_property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ModelDims:
         try:
             model = self.params["model"]
             heads = int(model["n_heads"])
             shards = self._shards
-            return Sizes(
+            return ModelDims(
                 width=int(model["dim"]),
                 layers=int(model["n_layers"]),
                 heads=heads,
@@ -159,7 +161,7 @@ class ChameleonWeights:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, as Hugging Face has it. Raises UserError for any it lacks."""
-        expected = entries(self.sizes.layers)
+        expected = weight_rules(self.sizes.layers)
         for path, shard in zip(self._files, self._shards, strict=True):
             check_names([e.chameleon for e in expected], set(shard) - {ROPE}, str(path))
         for entry in expected:
@@ -169,7 +171,7 @@ class ChameleonWeights:
 
 def write_model(
     folder: Path,
-    sizes: Sizes,
+    sizes: ModelDims,
     tensors: Callable[[], Iterator[tuple[str, Tensor]]],
     original: ChameleonWeights | None = None,
     norms: Norms = "equal",
@@ -181,7 +183,7 @@ def write_model(
     from `sizes`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_name = {entry.hugging_face: entry for entry in entries(sizes.layers)}
+    by_name = {entry.hugging_face: entry for entry in weight_rules(sizes.layers)}
     shapes = {name: tensor.to("meta") for name, tensor in tensors()}
     check_names(by_name, shapes, str(folder))
     frequencies = original.rope if original is not None else None
@@ -195,9 +197,9 @@ def write_model(
         files = []
         for number in range(sizes.shards):
             name = "consolidated.pth" if sizes.shards == 1 else f"consolidated.{number:02d}.pth"
-            temporary = stack.enter_context(whole_file(folder / name))
+            temporary = stack.enter_context(atomic_file(folder / name))
             own = {key: tensors[number] for key, tensors in parts.items()}
-            files.append(TorchFile(temporary, {**own, ROPE: frequencies}))
+            files.append(TorchWriter(temporary, {**own, ROPE: frequencies}))
             stack.callback(files[-1].abandon)
         for name, tensor in tensors():
             entry = by_name[name]
@@ -218,7 +220,7 @@ def write_model(
     write_checklist(folder)
 
 
-def _params(sizes: Sizes) -> dict[str, Any]:
+def _params(sizes: ModelDims) -> dict[str, Any]:
     grouped = sizes.key_value_heads != sizes.heads
     return {
         "model_parallel_size": sizes.shards,
@@ -264,5 +266,5 @@ def write_checklist(folder: Path) -> None:
                 while chunk := handle.read(1 << 24):
                     digest.update(chunk)
             lines.append(f"{digest.hexdigest()}  {path.name}\n")
-    with whole_file(folder / "checklist.chk") as temporary:
+    with atomic_file(folder / "checklist.chk") as temporary:
         temporary.write_text("".join(lines))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medley.checkpoints.chameleon import (
     ChameleonWeights,
-    Sizes,
+    ModelDims,
     copy_tokenizer,
     is_chameleon,
     model_folder,
@@ -34,7 +34,7 @@ from medley.data.vocabulary import IMAGE, IMAGE_IN_UNMODIFIED_FILE, TextTokenize
 from medley.errors import UserError
 from medley.images.preprocess import Fit
 from medley.modeling.chameleon import ChameleonForConditionalGeneration, decoder_config
-from medley.utils.files import read_json, require_space, whole_folder
+from medley.utils.files import atomic_dir, read_json, require_space
 from medley.vqgan import VQGAN
 from medley.vqgan.files import (
     HUGGING_FACE_PREFIX,
@@ -152,8 +152,8 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> ImageTokenizer:
-        vqgan, fit, can_draw = self.vqgan(elsewhere)
-        return ImageTokenizer(vqgan, fit, can_draw, device, dtype)
+        vqgan, fit, has_decoder = self.vqgan(elsewhere)
+        return ImageTokenizer(vqgan, fit, has_decoder, device, dtype)
 
     def fingerprint(self) -> str:
         return token_space_fingerprint(self.vqgan()[0])
@@ -239,21 +239,21 @@ def write_hugging_face(
     tokenizer and configuration, is the source's.
     """
     config, dtype = source.config(), source.dtype()
-    vqgan, _, can_draw = source.vqgan()
+    vqgan, _, has_decoder = source.vqgan()
     require_space(target, source.weight_bytes())
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         vq_tensors = hugging_face_tensors(vqgan)
         write_weights(folder, _chain(tensors or source.tensors(), iter(vq_tensors.items())))
         write_config(folder, config, dtype)
         sizes = vqgan.config
         parsed = read_json(source.tokenizer_file)
         write_processor(folder, parsed, sizes.codes_per_image, sizes.resolution)
-        if can_draw:
+        if has_decoder:
             copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
-        copy_notices(source.folder, folder)
+        copy_licenses(source.folder, folder)
 
 
-def copy_notices(source: Path, target: Path) -> None:
+def copy_licenses(source: Path, target: Path) -> None:
     """Carries licences and terms of use along with the weights that they cover."""
     for pattern in ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "ACCEPTABLE_USE*"):
         for path in source.glob(pattern):
@@ -286,7 +286,7 @@ def write_chameleon(
     if shards is not None and shards < 1:
         raise UserError(f"--shards is {shards}, expected 1 or more")
     shards = shards or int(config.model_parallel_size or 1)
-    sizes = Sizes(
+    sizes = ModelDims(
         width=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
@@ -313,21 +313,21 @@ def write_chameleon(
                 f"({sizes})"
             )
     require_space(target, source.weight_bytes())
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         write_model(folder / "models" / size, sizes, source.tensors, weights, norms)
         tokenizer = (original or source).tokenizer_folder
         copy_tokenizer(tokenizer, folder / "tokenizer")
-        copy_notices((original or source).folder, folder)
+        copy_licenses((original or source).folder, folder)
 
 
-def base_named_by(adapter: Path) -> str | None:
+def adapter_base_name(adapter: Path) -> str | None:
     """The base that an adapter's configuration names."""
     fields: dict[str, Any] = read_json(adapter / "adapter_config.json")
     name = fields.get("base_model_name_or_path")
     return str(name) if name else None
 
 
-def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
+def max_abs_diff(one: Checkpoint, other: Checkpoint) -> float:
     """Largest difference between the decoder tensors of two checkpoints of any layouts.
 
     Raises UserError for tensors that only one of them has, or has in another shape or dtype.
@@ -345,7 +345,7 @@ def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
     return largest
 
 
-def largest_logit_difference(one: Checkpoint, other: Checkpoint) -> float:
+def max_logit_diff(one: Checkpoint, other: Checkpoint) -> float:
     """Largest difference of the float32 logits of two checkpoints on the same random ids."""
     generator = torch.Generator().manual_seed(0)
     size = one.text_tokenizer().vocabulary.size

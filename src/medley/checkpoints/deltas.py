@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medley.checkpoints.huggingface import HuggingFaceWeights, other_files, write_weights
 from medley.errors import UserError
-from medley.utils.files import whole_folder
+from medley.utils.files import atomic_dir
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")
@@ -24,12 +24,12 @@ GROWING = ("model.embed_tokens.weight", "lm_head.weight")
 _EXPECTED_NEW = re.compile(r"model\.mm_projector\.(weight|bias)|model\.vqmodel\..+")
 
 
-def add_delta(name: str, delta: Tensor, base: Tensor | None) -> Tensor:
+def add_base(name: str, delta: Tensor, base: Tensor | None) -> Tensor:
     """base + delta, in the delta's dtype. Raises UserError for shapes that do not fit."""
     return _combine(name, delta, base, 1)
 
 
-def take_delta(name: str, target: Tensor, base: Tensor | None) -> Tensor:
+def subtract_base(name: str, target: Tensor, base: Tensor | None) -> Tensor:
     """target - base, in the target's dtype. Raises UserError for shapes that do not fit."""
     return _combine(name, target, base, -1)
 
@@ -93,7 +93,7 @@ def write_combined(
         for name in missing:
             yield name, of_base.get(name).to(dtype or of_base.get(name).dtype)
 
-    with whole_folder(output) as temporary:
+    with atomic_dir(output) as temporary:
         write_weights(temporary, tensors())
         for path in other_files(source):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary / path.name)

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medley.checkpoints.safetensors_writer import SafetensorsFile
+from medley.checkpoints.safetensors_writer import SafetensorsWriter
 from medley.data.vocabulary import (
     BOS,
     END_TURN,
@@ -37,7 +37,7 @@ from medley.data.vocabulary import (
 )
 from medley.errors import UserError
 from medley.utils.files import read_json, write_json
-from medley.vqgan.files import load_tensors, refuse_missing_or_pointer
+from medley.vqgan.files import check_weights_file, load_tensors
 
 SHARD_BYTES = 2 << 30
 _INDEX = {
@@ -156,7 +156,7 @@ def _names_in(path: Path) -> list[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    refuse_missing_or_pointer(path)
+    check_weights_file(path)
     try:
         with safe_open(path, framework="pt") as opened:
             yield opened
@@ -169,14 +169,14 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
     One tensor at a time is in memory.
     """
-    files: list[SafetensorsFile] = []
+    files: list[SafetensorsWriter] = []
     try:
         for name, tensor in tensors:
             full = files and files[-1].size and files[-1].size + tensor.nbytes > SHARD_BYTES
             if not files or full or not files[-1].has_room_for(name):
                 if files:
                     files[-1].close()
-                files.append(SafetensorsFile(folder / f"part-{len(files)}.safetensors"))
+                files.append(SafetensorsWriter(folder / f"part-{len(files)}.safetensors"))
             files[-1].add(name, tensor)
         files[-1].close()
     finally:

@@ -21,7 +21,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-class SafetensorsFile:
+class SafetensorsWriter:
     """A file that grows by `add` and is whole after `close`; `abandon` leaves it as it is."""
 
     def __init__(self, path: Path) -> None:

@@ -22,7 +22,7 @@ _DIRECTORY_ENTRY = struct.Struct("<4s24xHHH12x")  # mark, lengths of the three f
 _CHECKSUM = 16  # its place in such an entry
 
 
-class TorchFile:
+class TorchWriter:
     """A file of tensors by name; `meta` gives their shapes and dtypes, `put` fills each once."""
 
     def __init__(self, path: Path, meta: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ Norms = Literal["equal", "mean"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightRule:
     """`split` says what one shard of several holds; `rotary` whose heads are permuted."""
 
     chameleon: str
@@ -35,33 +35,35 @@ class Entry:
 
 
 _LAYER = (
-    Entry("attention.wq.weight", "self_attn.q_proj.weight", "rows", "query"),
-    Entry("attention.wk.weight", "self_attn.k_proj.weight", "rows", "key"),
-    Entry("attention.wv.weight", "self_attn.v_proj.weight", "rows"),
-    Entry("attention.wo.weight", "self_attn.o_proj.weight", "columns"),
-    Entry("attention.q_normalization.weight", "self_attn.q_norm.weight", "head norm", "query"),
-    Entry("attention.q_normalization.bias", "self_attn.q_norm.bias", "head norm", "query"),
-    Entry("attention.k_normalization.weight", "self_attn.k_norm.weight", "head norm", "key"),
-    Entry("attention.k_normalization.bias", "self_attn.k_norm.bias", "head norm", "key"),
-    Entry("feed_forward.w1.weight", "mlp.gate_proj.weight", "rows"),
-    Entry("feed_forward.w2.weight", "mlp.down_proj.weight", "columns"),
-    Entry("feed_forward.w3.weight", "mlp.up_proj.weight", "rows"),
-    Entry("attention_norm.weight", "input_layernorm.weight", "copied"),
-    Entry("ffn_norm.weight", "post_attention_layernorm.weight", "copied"),
+    WeightRule("attention.wq.weight", "self_attn.q_proj.weight", "rows", "query"),
+    WeightRule("attention.wk.weight", "self_attn.k_proj.weight", "rows", "key"),
+    WeightRule("attention.wv.weight", "self_attn.v_proj.weight", "rows"),
+    WeightRule("attention.wo.weight", "self_attn.o_proj.weight", "columns"),
+    WeightRule("attention.q_normalization.weight", "self_attn.q_norm.weight", "head norm", "query"),
+    WeightRule("attention.q_normalization.bias", "self_attn.q_norm.bias", "head norm", "query"),
+    WeightRule("attention.k_normalization.weight", "self_attn.k_norm.weight", "head norm", "key"),
+    WeightRule("attention.k_normalization.bias", "self_attn.k_norm.bias", "head norm", "key"),
+    WeightRule("feed_forward.w1.weight", "mlp.gate_proj.weight", "rows"),
+    WeightRule("feed_forward.w2.weight", "mlp.down_proj.weight", "columns"),
+    WeightRule("feed_forward.w3.weight", "mlp.up_proj.weight", "rows"),
+    WeightRule("attention_norm.weight", "input_layernorm.weight", "copied"),
+    WeightRule("ffn_norm.weight", "post_attention_layernorm.weight", "copied"),
 )
 _TOP = (
-    Entry("tok_embeddings.weight", "model.embed_tokens.weight", "columns"),
-    Entry("norm.weight", "model.norm.weight", "copied"),
-    Entry("output.weight", "lm_head.weight", "rows"),
+    WeightRule("tok_embeddings.weight", "model.embed_tokens.weight", "columns"),
+    WeightRule("norm.weight", "model.norm.weight", "copied"),
+    WeightRule("output.weight", "lm_head.weight", "rows"),
 )
 ROPE = "rope.freqs"  # kept in Chameleon's files, computed from the configuration elsewhere
 _FUSED_QKV = re.compile(r"(layers\.\d+\.attention\.)wqkv\.weight")
 
 
-def entries(layers: int) -> list[Entry]:
+def weight_rules(layers: int) -> list[WeightRule]:
     """Every tensor of a decoder of so many layers."""
     per_layer = [
-        Entry(f"layers.{i}.{e.chameleon}", f"model.layers.{i}.{e.hugging_face}", e.split, e.rotary)
+        WeightRule(
+            f"layers.{i}.{e.chameleon}", f"model.layers.{i}.{e.hugging_face}", e.split, e.rotary
+        )
         for i in range(layers)
         for e in _LAYER
     ]
@@ -69,7 +71,7 @@ def entries(layers: int) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadLayout:
     """Numbers of heads of the whole model, and of shards that it is kept in."""
 
     query: int
@@ -87,7 +89,7 @@ class Heads:
         return self.query if kind == "query" else self.key
 
 
-def to_hugging_face(entry: Entry, shards: Sequence[Tensor], heads: Heads) -> Tensor:
+def to_hugging_face(entry: WeightRule, shards: Sequence[Tensor], heads: HeadLayout) -> Tensor:
     """The tensors of one name from every shard -> Hugging Face's tensor."""
     if entry.split == "copied":
         return shards[0]
@@ -101,7 +103,7 @@ def to_hugging_face(entry: Entry, shards: Sequence[Tensor], heads: Heads) -> Ten
 
 
 def to_chameleon(
-    entry: Entry, tensor: Tensor, heads: Heads, norms: Norms = "equal"
+    entry: WeightRule, tensor: Tensor, heads: HeadLayout, norms: Norms = "equal"
 ) -> list[Tensor]:
     """Hugging Face's tensor -> what each shard holds under Chameleon's name.
 
@@ -153,7 +155,7 @@ def _interleave_halves(tensor: Tensor, heads: int) -> Tensor:
     )
 
 
-def split_fused(state: dict[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+def split_qkv(state: dict[str, Tensor], heads: HeadLayout) -> dict[str, Tensor]:
     """One shard's tensors with `wqkv`, as Chameleon's loader also reads it, taken apart."""
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():

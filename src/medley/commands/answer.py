@@ -23,30 +23,26 @@ from tqdm import tqdm
 
 from medley.commands.model_options import BatchOptions, QuestionOptions
 from medley.data.document import Document, Turn
-from medley.errors import DataLost, UserError
+from medley.errors import PartialFailure, UserError
 from medley.evaluation.answer_files import (
     Key,
-    answers_there,
-    chunk,
-    in_order,
-    keys_of,
+    format_answer,
     model_name,
-    row_of,
+    question_keys,
+    read_answers,
+    shard,
+    sort_answers,
     write_rows,
 )
 from medley.evaluation.questions import Question
 from medley.generation import GenerationOptions
 from medley.generation.config import Mode
-from medley.inference.batch import answers, refuse_other_options
-from medley.inference.model import Answer, Model
+from medley.inference.batch import check_same_options, generate_all
+from medley.inference.model import Model, Response
 from medley.utils.cli_options import resolved
-from medley.utils.files import (
-    append_line,
-    hash_of,
-    manifest_path,
-    read_manifest,
-    write_manifest,
-)
+from medley.utils.files import path_hash
+from medley.utils.jsonl import append_jsonl
+from medley.utils.manifest import manifest_path, read_manifest, write_manifest
 
 PROMPTER_TOKENS = 64  # of the second answer that --answer_prompter asks for
 PROMPTER = "The answer is"
@@ -94,46 +90,50 @@ class AnswerOptions(BatchOptions, QuestionOptions):
     def identity(self) -> dict[str, Any]:
         """What the answers depend on."""
         kept = {n: v for n, v in resolved(self).items() if n not in _WITHOUT_EFFECT}
-        return kept | {"questions_hash": hash_of(self.questions)}
+        return kept | {"questions_hash": path_hash(self.questions)}
 
 
 def answer(options: AnswerOptions) -> None:
     questions = options.questions_in(options.questions)
     if options.output.exists():
         before = read_manifest(options.output).get("options", {})
-        refuse_other_options(before, options.identity(), options.output)
+        check_same_options(before, options.identity(), options.output)
     write_manifest(options.output, options.identity(), [options.questions], None)
     if options.devices is not None:
-        on_devices(options, questions)
+        run_on_devices(options, questions)
         return
     prompts = [question.prompt for question in questions]
-    keys = list(keys_of((q.identifier, q.asked) for q in questions))
-    there = answers_there(options.output)
-    own = chunk(range(len(questions)), options.num_chunks, options.chunk_idx)
+    keys = list(question_keys((q.identifier, q.asked) for q in questions))
+    there = read_answers(options.output)
+    own = shard(range(len(questions)), options.num_chunks, options.chunk_idx)
     left = [number for number in own if keys[number] not in there]
     if len(left) < len(own):
         print(f"{options.output}: {len(own) - len(left)} answers are there already")
     if not left:
-        in_order(options.output, keys)
+        sort_answers(options.output, keys)
         return
     model = options.load(min(options.rows_at_once, max(1, len(left))))
     name = options.model_id or model_name(options.ckpt)
-    ask = with_prompter if options.answer_prompter else simply
+    ask = answer_twice if options.answer_prompter else answer_once
     failed: list[str] = []
     found = ask(model, prompts, left, options)
     for number, text in tqdm(found, desc="answering", unit=" answers", total=len(left)):
-        if isinstance(text, Answer):
+        if isinstance(text, Response):
             pictures = saved_pictures(options.output, number, text)
-            append_line(options.output, row_of(questions[number], text.text, name, pictures))
+            append_jsonl(
+                options.output, format_answer(questions[number], text.text, name, pictures)
+            )
         else:
             failed.append(f"question {questions[number].identifier}: {text}")
-    in_order(options.output, keys)
+    sort_answers(options.output, keys)
     print(f"{len(own) - len(failed)} answers in {options.output}")
     if failed:
-        raise DataLost(f"{len(failed)} of {len(own)} questions were not answered: {failed[0]}")
+        raise PartialFailure(
+            f"{len(failed)} of {len(own)} questions were not answered: {failed[0]}"
+        )
 
 
-def saved_pictures(output: Path, number: int, answer: Answer) -> list[str]:
+def saved_pictures(output: Path, number: int, answer: Response) -> list[str]:
     """The drawn pictures' files, beside the answer file, by their paths from its folder."""
     folder = output.with_name(f"{output.stem}_pictures")
     names = []
@@ -144,47 +144,47 @@ def saved_pictures(output: Path, number: int, answer: Answer) -> list[str]:
     return names
 
 
-def simply(
+def answer_once(
     model: Model, prompts: Sequence[Document], left: Sequence[int], options: AnswerOptions
-) -> Iterator[tuple[int, Answer | str]]:
+) -> Iterator[tuple[int, Response | str]]:
     """(number, answer or why there is none), as they come."""
     chosen = options.generation(model)
     asked = ((number, prompts[number], chosen) for number in left)
-    return answers(model, asked, batch_size=options.rows_at_once)
+    return generate_all(model, asked, batch_size=options.rows_at_once)
 
 
-def with_prompter(
+def answer_twice(
     model: Model, prompts: Sequence[Document], left: Sequence[int], options: AnswerOptions
-) -> Iterator[tuple[int, Answer | str]]:
+) -> Iterator[tuple[int, Response | str]]:
     """The same with a second, short answer to each, joined to the first as LLaVA does it."""
     chosen = options.generation(model)
     # The second turn has to fit behind the first: its words, and two marks.
-    second = len(model.prompt_ids(PROMPTER)) + PROMPTER_TOKENS + 2
+    second = len(model.encode_prompt(PROMPTER)) + PROMPTER_TOKENS + 2
     question = Turn("user", (PROMPTER,))
     short = replace(chosen, max_new_tokens=PROMPTER_TOKENS)
     size = 4 * options.rows_at_once
     for start in range(0, len(left), size):
-        first: dict[int, Answer | str] = {}
+        first: dict[int, Response | str] = {}
         asked: list[tuple[int, Document, GenerationOptions]] = []
         for n in left[start : start + size]:
             try:
-                room = model.engine.context - len(model.prompt_ids(prompts[n])) - second
+                room = model.engine.context - len(model.encode_prompt(prompts[n])) - second
             except UserError as error:
                 first[n] = str(error)
                 continue
             most = min(chosen.max_new_tokens, max(room, 1))
             asked.append((n, prompts[n], replace(chosen, max_new_tokens=most)))
-        first |= dict(answers(model, asked, batch_size=options.rows_at_once))
+        first |= dict(generate_all(model, asked, batch_size=options.rows_at_once))
         again = [
             (n, Document((*prompts[n].turns, Turn("assistant", (a.text,)), question)), short)
             for n, a in sorted(first.items())
-            if isinstance(a, Answer)
+            if isinstance(a, Response)
         ]
-        for n, found in answers(model, again, batch_size=options.rows_at_once):
+        for n, found in generate_all(model, again, batch_size=options.rows_at_once):
             before = first.pop(n)
-            if isinstance(found, Answer) and isinstance(before, Answer):
+            if isinstance(found, Response) and isinstance(before, Response):
                 text = f"{before.text}\n The answer is {found.text}"
-                yield n, Answer([text], found.finish_reason, found.note, found.ids)
+                yield n, Response([text], found.finish_reason, found.note, found.ids)
             else:
                 yield n, found
         yield from first.items()
@@ -206,17 +206,19 @@ def devices_of(text: str) -> list[int]:
     return found
 
 
-def on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
+def run_on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
     """Starts one process a device, each with its part, and gathers the answers."""
     devices = devices_of(options.devices or "")
     count = len(devices)
     parts = [part_file(options.output, count, index) for index in range(count)]
-    there = gathered(options.output, questions)  # of an earlier run, on any number of devices
+    there = merge_parts(options.output, questions)  # of an earlier run, on any number of devices
     with TemporaryDirectory() as folder, ExitStack() as stack:
         running = []
         for index, (device, part) in enumerate(zip(devices, parts, strict=True)):
             own = replace(options, devices=None, output=part, num_chunks=count, chunk_idx=index)
-            keys = chunk(list(keys_of((q.identifier, q.asked) for q in questions)), count, index)
+            keys = shard(
+                list(question_keys((q.identifier, q.asked) for q in questions)), count, index
+            )
             write_rows(part, [there[key] for key in keys if key in there])
             write_manifest(part, own.identity(), [options.questions], None)
             config = Path(folder) / f"{index}.yaml"
@@ -226,32 +228,32 @@ def on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
             process = subprocess.Popen(command, env=environment)
             stack.callback(process.terminate)  # none goes on without us; one that ended stays so
             running.append(process)
-        with ends_by_exception(signal.SIGTERM):
+        with sigterm_to_exit(signal.SIGTERM):
             failed = [d for p, d in zip(running, devices, strict=True) if p.wait()]
-    there = gathered(options.output, questions)
+    there = merge_parts(options.output, questions)
     if failed:
-        raise DataLost(
+        raise PartialFailure(
             f"the parts of devices {', '.join(map(str, failed))} failed; what was answered is in "
             f"{options.output}, the same command goes on"
         )
     print(f"{len(there)} answers in {options.output}")
 
 
-def gathered(output: Path, questions: Sequence[Question]) -> dict[Key, dict[str, Any]]:
+def merge_parts(output: Path, questions: Sequence[Question]) -> dict[Key, dict[str, Any]]:
     """All answers that are there, by their keys: of the output and of its parts, which are then
     one file, in the order of the questions."""
-    keys = list(keys_of((q.identifier, q.asked) for q in questions))
-    there = answers_there(output)
+    keys = list(question_keys((q.identifier, q.asked) for q in questions))
+    there = read_answers(output)
     parts = sorted(output.parent.glob(f"{output.stem}.part-*-of-*{output.suffix}"))
     for part in parts:
         index, _, count = part.stem.rpartition(".part-")[2].partition("-of-")
         if not (index.isdigit() and count.isdigit()):
             continue
-        own = chunk(range(len(questions)), int(count), int(index))
+        own = shard(range(len(questions)), int(count), int(index))
         # Inside of a part equal questions are counted anew.
-        local = keys_of((questions[n].identifier, questions[n].asked) for n in own)
+        local = question_keys((questions[n].identifier, questions[n].asked) for n in own)
         names = dict(zip(local, (keys[n] for n in own), strict=True))
-        there |= {names[key]: row for key, row in answers_there(part).items() if key in names}
+        there |= {names[key]: row for key, row in read_answers(part).items() if key in names}
     if there:
         write_rows(output, [there[key] for key in keys if key in there])
     for part in parts:
@@ -261,7 +263,7 @@ def gathered(output: Path, questions: Sequence[Question]) -> dict[Key, dict[str,
 
 
 @contextmanager
-def ends_by_exception(number: signal.Signals) -> Iterator[None]:
+def sigterm_to_exit(number: signal.Signals) -> Iterator[None]:
     """Turns a signal that would end this process at once into SystemExit."""
     before = signal.signal(number, lambda *_: sys.exit(128 + number))
     try:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medley.commands.model_options import ModelOptions
-from medley.data.document import Picture
+from medley.data.document import ImagePart
 from medley.errors import UserError
-from medley.inference.model import Chat, Event
+from medley.inference.model import ChatSession, StreamEvent
 
 _PICTURE = re.compile(r'(?:(?<=\s)|^)@(?:"([^"]+)"|(\S+))')
 PREVIEWS = 8  # of a picture, while it is drawn
@@ -34,14 +34,14 @@ class ChatOptions(ModelOptions):
     output: Path = field(default=Path("chat"))
 
 
-def parts_of(line: str) -> list[str | Picture]:
+def parts_of(line: str) -> list[str | ImagePart]:
     """A typed line -> its words and the pictures that it names, in their order."""
-    parts: list[str | Picture] = []
+    parts: list[str | ImagePart] = []
     end = 0
     for match in _PICTURE.finditer(line):
         text = line[end : match.start()].strip()
         parts += [text] if text else []
-        parts.append(Picture(path=match[1] or match[2]))
+        parts.append(ImagePart(path=match[1] or match[2]))
         end = match.end()
     text = line[end:].strip()
     return [*parts, text] if text else parts
@@ -52,7 +52,7 @@ def chat(options: ChatOptions) -> None:
         raise UserError(f"--output {options.output}: a file; name a folder")
     model = options.load()
     chosen = options.generation(model)
-    talk = Chat(model, chosen)
+    talk = ChatSession(model, chosen)
     interactive = sys.stdin.isatty()
     print("Research only, not for clinical decisions. @FILE shows a picture, /reset, /quit.")
     drawn = 0
@@ -60,7 +60,7 @@ def chat(options: ChatOptions) -> None:
         if line == "/quit":
             break
         if line == "/reset":
-            talk = Chat(model, chosen)
+            talk = ChatSession(model, chosen)
             print("(a new talk)")
             continue
         try:
@@ -90,11 +90,11 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def _answer(
-    talk: Chat, parts: list[str | Picture], output: Path, drawn: int, interactive: bool
+    talk: ChatSession, parts: list[str | ImagePart], output: Path, drawn: int, interactive: bool
 ) -> int:
     """Prints an answer as it comes; gives the number of pictures saved so far."""
     every = talk.model.image_tokenizer.codes_per_image // PREVIEWS
-    with closing(talk.say(*parts)) as events:
+    with closing(talk.send(*parts)) as events:
         for event in events:
             if event.text is not None:
                 sys.stdout.write(event.text)
@@ -114,7 +114,7 @@ def _answer(
     return drawn
 
 
-def _save(event: Event, output: Path, drawn: int) -> int:
+def _save(event: StreamEvent, output: Path, drawn: int) -> int:
     assert event.image is not None
     output.mkdir(parents=True, exist_ok=True)
     while (output / f"{drawn:04d}.png").exists():

@@ -12,21 +12,22 @@ from typing import Any
 from tqdm import tqdm
 
 from medley.commands.model_options import BatchOptions
-from medley.data.document import Document, Part, Picture
-from medley.errors import DataLost, UserError
+from medley.data.document import ContentPart, Document, ImagePart
+from medley.errors import PartialFailure, UserError
 from medley.images.remote import fetch_image, is_address
 from medley.images.sources import ImageList
 from medley.inference.batch import (
-    answers,
-    page,
-    prompts_in,
-    refuse_other_options,
-    rows_there,
-    save_answer,
+    check_same_options,
+    generate_all,
+    read_existing,
+    read_prompts,
+    render_html,
+    save_response,
 )
 from medley.inference.model import Model, Prompt
 from medley.utils.cli_options import resolved
-from medley.utils.files import append_line, quick_hash, read_json, whole_file, write_json
+from medley.utils.files import atomic_file, partial_hash, read_json, write_json
+from medley.utils.jsonl import append_jsonl
 
 RESPONSES, OPTIONS = "responses.jsonl", "options.json"
 _WITHOUT_EFFECT = (
@@ -77,12 +78,12 @@ class GenerateOptions(BatchOptions):
 
 
 def generate(options: GenerateOptions) -> None:
-    prompts = prompts_in(options.input) if options.input is not None else [_parts(options)]
+    prompts = read_prompts(options.input) if options.input is not None else [_parts(options)]
     done = _earlier(options)
     model = options.load(min(options.rows_at_once, len(prompts)))
     if options.image_folder is not None:
-        pictures = sum(isinstance(part, Picture) for part in _alone(prompts))
-        say_how_many_fit(model, options.image_folder, pictures)
+        pictures = sum(isinstance(part, ImagePart) for part in _alone(prompts))
+        check_context_room(model, options.image_folder, pictures)
     chosen = options.generation(model)
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / RESPONSES
@@ -92,26 +93,26 @@ def generate(options: GenerateOptions) -> None:
     left = [number for number in range(len(prompts)) if number not in done]
     asked = ((number, prompts[number], chosen) for number in left)
     fetch = partial(with_pictures, allow_network=options.allow_network)
-    found = answers(model, asked, options.complete, options.rows_at_once, fetch)
+    found = generate_all(model, asked, options.complete, options.rows_at_once, fetch)
     for number, answer in tqdm(found, desc="generating", unit="answer", total=len(left)):
-        done[number] = save_answer(options.output, number, answer)
-        append_line(file, json.dumps(done[number], ensure_ascii=False))
+        done[number] = save_response(options.output, number, answer)
+        append_jsonl(file, done[number])
     _finish(options, [done[number] for number in range(len(prompts))])
 
 
 def _finish(options: GenerateOptions, rows: list[dict[str, Any]]) -> None:
-    with whole_file(options.output / RESPONSES) as temporary:
+    with atomic_file(options.output / RESPONSES) as temporary:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary.write_text("".join(lines), encoding="utf-8")
     if options.html:
-        with whole_file(options.output / "index.html") as temporary:
-            temporary.write_text(page(rows), encoding="utf-8")
+        with atomic_file(options.output / "index.html") as temporary:
+            temporary.write_text(render_html(rows), encoding="utf-8")
     for row in rows[:10]:
         print(json.dumps(row, ensure_ascii=False))
     print(f"{len(rows)} answers in {options.output}")
     failed = [row["error"] for row in rows if "error" in row]
     if failed:
-        raise DataLost(
+        raise PartialFailure(
             f"{len(failed)} of {len(rows)} prompts failed: {failed[0]} (see {RESPONSES})"
         )
 
@@ -122,23 +123,23 @@ def with_pictures(prompt: Prompt | Document, allow_network: bool) -> Prompt | Do
     Raises UserError for an address where the network is not allowed.
     """
     if isinstance(prompt, Document):
-        return prompt.map_pictures(lambda picture: _fetched(picture, allow_network))
-    return [_fetched(p, allow_network) if isinstance(p, Picture) else p for p in prompt]
+        return prompt.map_images(lambda picture: _fetched(picture, allow_network))
+    return [_fetched(p, allow_network) if isinstance(p, ImagePart) else p for p in prompt]
 
 
-def _fetched(picture: Picture, allow_network: bool) -> Picture:
+def _fetched(picture: ImagePart, allow_network: bool) -> ImagePart:
     name = str(picture.path)
     if picture.path is None or not is_address(name) or Path(name).exists():
         return picture
     if not allow_network:
         raise UserError(f"{name}: an address; --allow_network fetches it")
-    return Picture(image=fetch_image(name))
+    return ImagePart(image=fetch_image(name))
 
 
 def _parts(options: GenerateOptions) -> Prompt:
     assert options.prompt is not None
-    parts: list[Part] = [
-        _fetched(Picture(path=name), options.allow_network) for name in options.image or []
+    parts: list[ContentPart] = [
+        _fetched(ImagePart(path=name), options.allow_network) for name in options.image or []
     ]
     if options.image_folder is not None:
         slices = [
@@ -148,7 +149,7 @@ def _parts(options: GenerateOptions) -> Prompt:
         ]
         count = min(options.image_limit or len(slices), len(slices))
         chosen = (slices[i * len(slices) // count] for i in range(count))
-        parts += [Picture(image=source.open()) for source in chosen]
+        parts += [ImagePart(image=source.open()) for source in chosen]
     return [*parts, options.prompt]
 
 
@@ -158,7 +159,7 @@ def _alone(prompts: Sequence[Prompt | Document]) -> Prompt:
     return prompt
 
 
-def say_how_many_fit(model: Model, folder: Path, count: int) -> None:
+def check_context_room(model: Model, folder: Path, count: int) -> None:
     """Raises UserError where a folder's pictures are more than the context has room for."""
     each = model.image_tokenizer.codes_per_image + 2
     room = (model.engine.context - 100) // each  # some words are wanted as well
@@ -173,7 +174,7 @@ def say_how_many_fit(model: Model, folder: Path, count: int) -> None:
 def _identity(options: GenerateOptions) -> dict[str, Any]:
     """What the answers depend on."""
     kept = {n: v for n, v in resolved(options).items() if n not in _WITHOUT_EFFECT}
-    return kept | ({"input_hash": quick_hash(options.input)} if options.input else {})
+    return kept | ({"input_hash": partial_hash(options.input)} if options.input else {})
 
 
 def _earlier(options: GenerateOptions) -> dict[int, dict[str, Any]]:
@@ -187,8 +188,8 @@ def _earlier(options: GenerateOptions) -> dict[int, dict[str, Any]]:
             raise UserError(f"{options.output}: holds answers to a file; name another --output")
         return {}  # one prompt is answered again
     before = read_json(saved) if saved.exists() else {}
-    refuse_other_options(before, _identity(options), options.output)
-    found = {int(row["index"]): row for row in rows_there(file, "index") if "error" not in row}
+    check_same_options(before, _identity(options), options.output)
+    found = {int(row["index"]): row for row in read_existing(file, "index") if "error" not in row}
     if found:
         print(f"{options.output}: {len(found)} answers are there already")
     return found

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 
 from medley.checkpoints.checkpoint import Checkpoint
-from medley.datasets.registry import FORMATS, Choices, Name
+from medley.datasets.registry import FORMATS, ConversionConfig, Name
 from medley.errors import UserError
 from medley.evaluation.questions import Question, read_questions
 from medley.generation import GenerationOptions
 from medley.generation.config import Mode
-from medley.generation.engine import STREAMS
-from medley.generation.kv_cache import bytes_a_token
+from medley.generation.engine import BRANCHES
+from medley.generation.kv_cache import bytes_per_token
 from medley.generation.packed_linear import LARGEST
-from medley.inference.loading import MAP, find, load_checkpoint, pick_device, pick_dtype
+from medley.inference.loading import AUTO_MAP, load_model, resolve, resolve_device, resolve_dtype
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
 
@@ -111,21 +111,19 @@ class ModelOptions:
 
         Raises UserError where the weights alone have no room.
         """
-        checkpoint, adapter = find(self.ckpt, self.adapter, self.base)
-        device = pick_device("auto" if self.device == MAP else self.device)
-        dtype = pick_dtype(self.dtype, device) or checkpoint.dtype()
-        need = Need.of(checkpoint, dtype, self.quantize, device)
+        checkpoint, adapter = resolve(self.ckpt, self.adapter, self.base)
+        device = resolve_device("auto" if self.device == AUTO_MAP else self.device)
+        dtype = resolve_dtype(self.dtype, device) or checkpoint.dtype()
+        need = MemoryEstimate.of(checkpoint, dtype, self.quantize, device)
         free = memory_free(device)
         print(need.line(rows, free), flush=True)
-        if need.weights > free and self.device != MAP:
+        if need.weights > free and self.device != AUTO_MAP:
             smaller = "" if self.quantize else "; --quantize 4bit takes a quarter or less"
             raise UserError(
                 f"the weights take {need.weights / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB "
                 f"free{smaller}"
             )
-        model = load_checkpoint(
-            checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize
-        )
+        model = load_model(checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize)
         if self.mode != "text":
             model.image_tokenizer.require_decoder()
         return model
@@ -173,26 +171,26 @@ class QuestionOptions:
     format: Name = "llava"
     split: str = "all"
     language: Literal["all", "en", "zh"] = "all"
-    prompt_format: str = Choices.prompt_format
+    prompt_format: str = ConversionConfig.prompt_format
     prompt: str | None = None
-    question_key: str = Choices.question_key
-    answer_key: str = Choices.answer_key
-    image_key: str = Choices.image_key
+    question_key: str = ConversionConfig.question_key
+    answer_key: str = ConversionConfig.answer_key
+    image_key: str = ConversionConfig.image_key
 
     def questions_in(self, path: Path) -> list[Question]:
         """Raises UserError, with its place, for a bad one, and where there is none."""
         form, folder = FORMATS[self.format], self.image_folder
         if self.split != "all" and not form.splits:
             raise UserError(f"--split {self.split}: {self.format} is published without splits")
-        if folder is None and form.pictures_in is not None and self.format != "llava":
-            folder = form.pictures_in(path)
+        if folder is None and form.images_in is not None and self.format != "llava":
+            folder = form.images_in(path)
         names = set(QuestionOptions.__dataclass_fields__) - {"image_folder", "format"}
         chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return read_questions(path, self.format, Choices(path, folder, **chosen))
+        return read_questions(path, self.format, ConversionConfig(path, folder, **chosen))
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes: the weights (with the copies that the CPU's fast products keep), a token of one
     stream, and how many tokens a stream has at most."""
 
@@ -207,7 +205,7 @@ class Need:
         dtype: torch.dtype,
         quantize: Quantize | None,
         device: torch.device,
-    ) -> Need:
+    ) -> MemoryEstimate:
         config = checkpoint.config()
         width, inner = config.hidden_size, config.intermediate_size
         group = width // config.num_attention_heads * config.num_key_value_heads
@@ -219,11 +217,11 @@ class Need:
         layers = int(matrices * each)
         ends = 2 * config.vocab_size * width * dtype.itemsize
         copies = (layers if layers <= LARGEST else 0) + (ends // 2 if ends // 2 <= LARGEST else 0)
-        token = bytes_a_token(config, dtype)
+        token = bytes_per_token(config, dtype)
         return cls(layers + ends + copies * copied, token, config.max_position_embeddings)
 
     def line(self, rows: int, free: int) -> str:
-        caches = STREAMS * rows * self.context * self.token
+        caches = BRANCHES * rows * self.context * self.token
         return (
             f"memory: the decoder's weights {self.weights / 1e9:.2f} GB; keys and values "
             f"{self.token / 1e3:.1f} kB a token, at most {caches / 1e9:.2f} GB for {rows} "

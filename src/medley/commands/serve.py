@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from medley.commands.model_options import ModelOptions
-from medley.errors import DataLost, UserError
-from medley.inference.loading import find, with_adapter
+from medley.errors import PartialFailure, UserError
+from medley.inference.loading import resolve, share_base
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
 
@@ -197,14 +197,14 @@ def _limits(options: ServeOptions) -> Any:
 def state_of(options: ServeOptions) -> Any:
     """The models, loaded, and what is shared."""
     from medley.serving.state import State
-    from medley.serving.worker import Worker
+    from medley.serving.worker import EngineWorker
 
     limits = _limits(options)
     # Of the whole process: each encoding switches it off for itself, and the last one on again
     # while another thread's still runs.
     torch.backends.cudnn.allow_tf32 = False
     workers = {
-        name: Worker(name, model, limits, options.rows)
+        name: EngineWorker(name, model, limits, options.rows)
         for name, model in load_models(options).items()
     }
     return State(workers, limits, os.environ.get(options.token_variable) or None)
@@ -218,9 +218,9 @@ def load_models(options: ServeOptions) -> dict[str, Model]:
             # Text alone needs no VQGAN decoder; who asks for a picture is told.
             loaded[name] = replace(chosen, mode="text").load(options.rows)
             continue
-        checkpoint, adapter = find(chosen.ckpt, chosen.adapter, None)
+        checkpoint, adapter = resolve(chosen.ckpt, chosen.adapter, None)
         assert adapter is not None
-        loaded[name] = with_adapter(next(iter(loaded.values())), checkpoint, adapter)
+        loaded[name] = share_base(next(iter(loaded.values())), checkpoint, adapter)
     return loaded
 
 
@@ -317,4 +317,4 @@ def check(address: str, token: str | None) -> None:
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise UserError(f"{base}: {error}") from error
     if failed or health.status_code != 200:
-        raise DataLost("; ".join(failed) or f"{base}/health: {health.status_code}")
+        raise PartialFailure("; ".join(failed) or f"{base}/health: {health.status_code}")

@@ -33,7 +33,7 @@ _VISIBLE = re.compile(r" ?[!-~]+")
 _SPACE = "\u0120"
 
 
-class WordEncoder:
+class CachedBPE:
     """Encodes texts with a tokenizer that parses no marks."""
 
     def __init__(self, tokenizer: Tokenizer, parsed: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ class DocumentError(UserError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImagePart:
     """A picture by its path, as pixels, or as image codes in raster order."""
 
     path: str | Path | None = None
@@ -36,16 +36,16 @@ class Picture:
 
     def __post_init__(self) -> None:
         if self.path is None and self.image is None and self.codes is None:
-            raise DocumentError("a Picture needs a path, an image or codes")
+            raise DocumentError("a ImagePart needs a path, an image or codes")
 
 
-Part = str | Picture
+ContentPart = str | ImagePart
 
 
 @dataclass(frozen=True)
 class Turn:
     role: str
-    parts: tuple[Part, ...]
+    parts: tuple[ContentPart, ...]
 
     def __post_init__(self) -> None:
         parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
@@ -73,14 +73,14 @@ class Document:
             raise DocumentError(f"turns must alternate, user first, got {', '.join(roles)}")
 
     @cached_property
-    def pictures(self) -> list[Picture]:
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, Picture)]
+    def pictures(self) -> list[ImagePart]:
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, ImagePart)]
 
-    def map_pictures(self, change: Callable[[Picture], Picture]) -> Document:
+    def map_images(self, change: Callable[[ImagePart], ImagePart]) -> Document:
         """The same document with every picture replaced by what `change` makes of it."""
         return Document(
             tuple(
-                Turn(t.role, tuple(change(p) if isinstance(p, Picture) else p for p in t.parts))
+                Turn(t.role, tuple(change(p) if isinstance(p, ImagePart) else p for p in t.parts))
                 for t in self.turns
             )
         )
@@ -191,13 +191,13 @@ def _message(turn: Turn) -> dict[str, Any]:
 
 
 # A picture's place before it is known which one stands there.
-_PLACE = Picture(codes=())
+_PLACE = ImagePart(codes=())
 
 
 def _turns_of_text(text: Any) -> list[Turn]:
     if not isinstance(text, str):
         raise DocumentError(f"'text' is {type(text).__name__}, expected a string")
-    segments: list[list[Part]] = [[]]
+    segments: list[list[ContentPart]] = [[]]
     for piece in _MARKS_IN_TEXT.split(text):
         if piece == END_TURN:
             segments.append([])
@@ -214,7 +214,7 @@ def _turns_of_messages(messages: Any, has_pictures: bool) -> list[Turn]:
     if not isinstance(messages, list) or not messages:
         raise DocumentError("'messages' must be a list with at least one message")
     turns: list[Turn] = []
-    system: list[Part] = []
+    system: list[ContentPart] = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise DocumentError(f"message {number} lacks 'role' or 'content'")
@@ -227,7 +227,7 @@ def _turns_of_messages(messages: Any, has_pictures: bool) -> list[Turn]:
     return turns
 
 
-def _parts_of_content(content: Any, number: int, has_pictures: bool) -> list[Part]:
+def _parts_of_content(content: Any, number: int, has_pictures: bool) -> list[ContentPart]:
     if isinstance(content, str):
         # A message says by <image> where its pictures stand, as sharegpt has it; where no
         # picture was given, it is text that somebody typed.
@@ -235,7 +235,7 @@ def _parts_of_content(content: Any, number: int, has_pictures: bool) -> list[Par
         return [_PLACE if piece == IMAGE else piece for piece in pieces if piece]
     if not isinstance(content, list):
         raise DocumentError(f"message {number}: 'content' must be a string or a list of parts")
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
@@ -247,7 +247,7 @@ def _parts_of_content(content: Any, number: int, has_pictures: bool) -> list[Par
     return parts
 
 
-def _pictures_of(row: dict[str, Any]) -> list[Picture]:
+def _pictures_of(row: dict[str, Any]) -> list[ImagePart]:
     paths, codes = row.get("image_path"), row.get("image_tokens")
     paths = [paths] if isinstance(paths, str) else paths or []
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
@@ -268,7 +268,7 @@ def _pictures_of(row: dict[str, Any]) -> list[Picture]:
             raise DocumentError("'image_tokens' holds something that is no whole number")
     count = max(len(paths), len(lists))
     return [
-        Picture(
+        ImagePart(
             path=paths[i] if paths else None,
             codes=tuple(lists[i]) if lists else None,
         )
@@ -276,7 +276,7 @@ def _pictures_of(row: dict[str, Any]) -> list[Picture]:
     ]
 
 
-def _with_pictures(turns: list[Turn], pictures: list[Picture]) -> list[Turn]:
+def _with_pictures(turns: list[Turn], pictures: list[ImagePart]) -> list[Turn]:
     places = sum(part is _PLACE for turn in turns for part in turn.parts)
     if places != len(pictures):
         raise DocumentError(
@@ -292,7 +292,7 @@ def _with_pictures(turns: list[Turn], pictures: list[Picture]) -> list[Turn]:
 # --- parts <-> ids ------------------------------------------------------------------------
 
 
-def parts_to_ids(parts: Sequence[Part], tokenizer: TextTokenizer) -> list[int]:
+def parts_to_ids(parts: Sequence[ContentPart], tokenizer: TextTokenizer) -> list[int]:
     """Parts of one turn -> ids, each text encoded alone, pictures between their marks."""
     ids: list[int] = []
     for part in parts:
@@ -303,23 +303,23 @@ def parts_to_ids(parts: Sequence[Part], tokenizer: TextTokenizer) -> list[int]:
         elif not part.codes:
             raise DocumentError("a picture with an empty list of image codes")
         else:
-            ids += tokenizer.vocabulary.picture_ids(part.codes)
+            ids += tokenizer.vocabulary.image_token_ids(part.codes)
     return ids
 
 
-def ids_to_parts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[Part]:
+def ids_to_parts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[ContentPart]:
     """Ids of one turn -> parts. Raises DocumentError for a picture that is not whole."""
     vocabulary = tokenizer.vocabulary
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     text: list[int] = []
     codes: list[int] | None = None
     for place, token in enumerate(ids):
         if codes is not None:
             if token == vocabulary.end_image:
-                parts.append(Picture(codes=tuple(codes)))
+                parts.append(ImagePart(codes=tuple(codes)))
                 codes = None
             elif token in vocabulary.image_codes:
-                codes.append(vocabulary.id_to_code(token))
+                codes.append(vocabulary.token_to_image_code(token))
             else:
                 raise DocumentError(f"id {token} at {place} stands inside a picture")
         elif token == vocabulary.begin_image:
@@ -327,7 +327,7 @@ def ids_to_parts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[Part]:
                 parts.append(tokenizer.decode(text))
                 text = []
             codes = []
-        elif token in vocabulary.text_pieces:
+        elif token in vocabulary.text_tokens:
             text.append(token)
         else:
             raise DocumentError(f"id {token} at {place} is neither text nor inside a picture")
@@ -336,7 +336,7 @@ def ids_to_parts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[Part]:
     return [*parts, tokenizer.decode(text)] if text else parts
 
 
-def answer_spans(ids: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int]]:
+def assistant_spans(ids: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int]]:
     """Where the learned parts of a document lie, as half-open ranges of places in `ids`.
 
     Every assistant turn with the mark that closes it; everything but `<s>` where no mark

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.data.document import Document, DocumentError, Picture
-from medley.data.image_token_store import CodeShards
-from medley.data.medmax_compat import medmax_ids
+from medley.data.document import Document, DocumentError, ImagePart
+from medley.data.image_token_store import ImageTokenStore
+from medley.data.medmax_compat import encode_medmax
 from medley.data.vocabulary import TextTokenizer, Vocabulary
 
 LARGEST_LINE = 32 << 20  # bytes; a document of 4,096 tokens has less than 100,000
@@ -20,12 +20,12 @@ class MissingCodes(DocumentError):
     """A picture whose codes stand neither in its line nor in the shards."""
 
 
-class TooLong(DocumentError):
+class DocumentTooLong(DocumentError):
     """A document longer than it may be."""
 
 
 @dataclass(frozen=True)
-class Tokenized:
+class TokenizedDocument:
     """A line with its ids."""
 
     row: dict[str, Any]
@@ -36,7 +36,7 @@ class Tokenized:
     trimmed: int = 0  # text tokens that were cut
 
 
-class LineTokenizer:
+class DocumentTokenizer:
     """Lines -> sequences. Raises UserError for files that cannot serve at all."""
 
     def __init__(
@@ -48,46 +48,46 @@ class LineTokenizer:
         compat: str = "none",
     ) -> None:
         self.tokenizer = TextTokenizer.from_file(tokenizer_file)
-        self.shards = None if image_codes is None else CodeShards(image_codes)
+        self.shards = None if image_codes is None else ImageTokenStore(image_codes)
         self.max_length, self.overflow, self.compat = max_length, overflow, compat
 
-    def __call__(self, line: bytes) -> Tokenized | None:
+    def __call__(self, line: bytes) -> TokenizedDocument | None:
         """A line -> its sequence, None where it is dropped as too long.
 
         Raises UserError that says what is wrong with the line.
         """
         return self.tokenize(parse_line(line))
 
-    def tokenize(self, row: Any) -> Tokenized | None:
+    def tokenize(self, row: Any) -> TokenizedDocument | None:
         if self.compat == "medmax":
             done = self._as_medmax(row)
         else:
             document = Document.from_json(row)
             own_codes = sum(picture.codes is not None for picture in document.pictures)
-            document = document.map_pictures(self._with_codes)
+            document = document.map_images(self._with_codes)
             ids = document.to_ids(self.tokenizer)
             lengths = [len(picture.codes or ()) + 2 for picture in document.pictures]
-            done = Tokenized(row, ids, len(lengths), sum(lengths), own_codes)
+            done = TokenizedDocument(row, ids, len(lengths), sum(lengths), own_codes)
         if self.max_length is None or len(done.ids) <= self.max_length:
             return done
         if self.overflow == "drop":
             return None
         if self.overflow == "trim_text":
-            short = trim_text(done.ids, self.max_length, self.tokenizer.vocabulary)
+            short = truncate_text(done.ids, self.max_length, self.tokenizer.vocabulary)
             return replace(done, ids=short, trimmed=len(done.ids) - len(short))
-        raise TooLong(
+        raise DocumentTooLong(
             f"{len(done.ids)} tokens, --max_length is {self.max_length}; raise it, or use "
             "--overflow drop or trim_text"
         )
 
-    def _as_medmax(self, row: Any) -> Tokenized:
-        ids = medmax_ids(row, self.tokenizer)
+    def _as_medmax(self, row: Any) -> TokenizedDocument:
+        ids = encode_medmax(row, self.tokenizer)
         marks = self.tokenizer.vocabulary
         of_pictures = {*marks.image_codes, marks.begin_image, marks.end_image}
         pictures = ids.count(marks.begin_image)
-        return Tokenized(row, ids, pictures, sum(i in of_pictures for i in ids), pictures)
+        return TokenizedDocument(row, ids, pictures, sum(i in of_pictures for i in ids), pictures)
 
-    def _with_codes(self, picture: Picture) -> Picture:
+    def _with_codes(self, picture: ImagePart) -> ImagePart:
         """The picture with codes, from its line or from the shards by its path."""
         shards = self.shards
         if picture.codes is not None:
@@ -132,7 +132,7 @@ def parse_line(line: bytes) -> Any:
         raise DocumentError("JSON nested too deeply") from error
 
 
-def trim_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
+def truncate_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
     """Cuts words until a document's ids fit; pictures and marks stay whole.
 
     The user's words go first, from their beginning on, since questions stand at the end; then
@@ -146,7 +146,7 @@ def trim_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
     for place, token in enumerate(ids):
         if token == vocabulary.end_turn:
             turn, answered = turn + 1, False
-        elif token in vocabulary.text_pieces:
+        elif token in vocabulary.text_tokens:
             if turn % 2 == 0:
                 users.append(place)
             elif answered:
@@ -157,7 +157,7 @@ def trim_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
     excess = len(ids) - limit
     cut = set([*users, *reversed(answers)][:excess])
     if len(cut) < excess:
-        raise TooLong(
+        raise DocumentTooLong(
             f"{len(ids)} tokens, of which {len(ids) - len(users) - len(answers)} are pictures, "
             f"marks and the least of answers: --max_length {limit} has no room for them"
         )

@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 
 from medley.errors import UserError
 from medley.utils.arrow_cache import CACHE_KEY, cache_key, cache_place, numbers_of, open_mapped
-from medley.utils.files import whole_file
+from medley.utils.files import atomic_file
 
 _NAME = re.compile(r"partition_(\d+)_rank_(\d+)\.parquet")
 _FAILED = b"medley.failed"
 
 
 @dataclass(frozen=True)
-class Failure:
+class TokenizationFailure:
     img_path: str
     error: str
 
@@ -63,7 +63,7 @@ def write_partition(
     path: Path,
     paths: Sequence[str],
     codes: np.ndarray[Any, np.dtype[Any]],
-    failures: Iterable[Failure],
+    failures: Iterable[TokenizationFailure],
     extra: dict[str, pa.Array] | None = None,
 ) -> None:
     """Writes paths (N) and codes uint16 (N, C), with columns of the input where asked for."""
@@ -77,7 +77,7 @@ def write_partition(
     }
     failed = json.dumps([[f.img_path, f.error] for f in failures], ensure_ascii=False)
     table = pa.table(columns).replace_schema_metadata({_FAILED: failed.encode()})
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary)
         _refuse_second(path)  # looked for once more: encoding a partition takes its time
 
@@ -93,9 +93,9 @@ def _refuse_second(path: Path) -> None:
         )
 
 
-def read_failures(path: Path) -> list[Failure]:
+def read_failures(path: Path) -> list[TokenizationFailure]:
     metadata = pq.read_schema(path).metadata or {}
-    return [Failure(*pair) for pair in json.loads(metadata.get(_FAILED, b"[]"))]
+    return [TokenizationFailure(*pair) for pair in json.loads(metadata.get(_FAILED, b"[]"))]
 
 
 def write_error_lists(folder: Path) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
     Gives how many pictures have codes, and how many failed.
     """
     encoded = 0
-    by_rank: dict[int, list[Failure]] = {}
+    by_rank: dict[int, list[TokenizationFailure]] = {}
     for path in finished_partitions(folder).values():
         match = _NAME.fullmatch(path.name)
         assert match is not None
@@ -114,7 +114,7 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
         old.unlink()
     for rank, failures in by_rank.items():
         if failures:
-            with whole_file(folder / f"errors_rank_{rank}.jsonl") as temporary:
+            with atomic_file(folder / f"errors_rank_{rank}.jsonl") as temporary:
                 lines = [
                     json.dumps({"img_path": f.img_path, "error": f.error}, ensure_ascii=False)
                     for f in failures
@@ -123,7 +123,7 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
     return encoded, sum(map(len, by_rank.values()))
 
 
-class CodeShards:
+class ImageTokenStore:
     """Looks up the codes of a picture in a folder of shards, or in one Parquet file.
 
     A picture is found by the path as it was written, then by its real path. The shards are
@@ -225,7 +225,7 @@ def _make_table(folder: Path, files: list[Path], table: Path, index: Path, key: 
         metadata={CACHE_KEY: key.encode()},
     )
     found: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
-    with whole_file(table) as temporary:
+    with atomic_file(table) as temporary:
         with pa.ipc.new_file(str(temporary), schema) as writer:
             for file, batch in ((f, b) for f in files for b in _batches(f)):
                 lengths = set(pc.unique(pc.list_value_length(batch["img_tokens"])).to_pylist())
@@ -244,7 +244,7 @@ def _make_table(folder: Path, files: list[Path], table: Path, index: Path, key: 
         hashes = np.concatenate(found)
         order = np.argsort(hashes, kind="stable")
         _refuse_contradictions(folder, temporary, hashes[order], order)
-        with whole_file(index) as numbers, open(numbers, "wb") as out:
+        with atomic_file(index) as numbers, open(numbers, "wb") as out:
             np.save(out, np.stack([hashes[order], order.astype(np.uint64)]))
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def medmax_ids(row: Any, tokenizer: TextTokenizer) -> list[int]:
+def encode_medmax(row: Any, tokenizer: TextTokenizer) -> list[int]:
     """One line as MedMax's program makes it: every mark typed in `text` is parsed, the one
     list of codes stands at every placeholder, and no code is checked.
     """
@@ -38,12 +38,12 @@ def medmax_collate(rows: list[list[int]], vocabulary: Vocabulary) -> dict[str, T
     """
     import torch  # here, so that tokenizing documents starts without it
 
-    from medley.data.packing import IGNORED
+    from medley.data.packing import IGNORE_INDEX
 
     longest = max(map(len, rows))
     ids = torch.tensor([row + [vocabulary.pad] * (longest - len(row)) for row in rows])
     mask = (ids != vocabulary.pad).long()
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     for number, row in enumerate(rows):
         start = 0
         if vocabulary.end_turn in rows[0]:

@@ -14,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medley.data.document import answer_spans
+from medley.data.document import assistant_spans
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 
-Learn = Literal["answers", "everything", "pictures"]
-IGNORED = -100  # the label that a loss passes over, as torch's cross_entropy has it
+TrainOn = Literal["answers", "everything", "pictures"]
+IGNORE_INDEX = -100  # the label that a loss passes over, as torch's cross_entropy has it
 
 
 class SequenceTooLong(UserError):
     """A document that is longer than a row."""
 
 
-def pack_evenly(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def pack_balanced(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Places whole documents into rows: longest first, each into the emptiest row.
 
     There are as many rows as the tokens need at the least, and another one whenever a document
@@ -56,8 +56,8 @@ def pack_evenly(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def labels_for(
-    ids: NDArray[np.int64], vocabulary: Vocabulary, learn: Learn = "answers"
+def build_labels(
+    ids: NDArray[np.int64], vocabulary: Vocabulary, learn: TrainOn = "answers"
 ) -> NDArray[np.int64]:
     """Labels (S,) of one document, not shifted: learned ids stand, the rest is IGNORED.
 
@@ -72,14 +72,14 @@ def labels_for(
     elif learn == "everything":
         learned[:] = True
     else:
-        for start, end in answer_spans(ids.tolist(), vocabulary):
+        for start, end in assistant_spans(ids.tolist(), vocabulary):
             learned[start:end] = True
     learned[0] = False  # nothing predicts a document's first token
-    return np.where(learned, ids, IGNORED)
+    return np.where(learned, ids, IGNORE_INDEX)
 
 
-def make_row(
-    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, learn: Learn = "answers"
+def build_sequence(
+    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, learn: TrainOn = "answers"
 ) -> dict[str, Tensor]:
     """One row of documents: input_ids, position_ids and labels, each int64 (S,).
 
@@ -87,7 +87,7 @@ def make_row(
     """
     ids = np.concatenate(documents)
     positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
-    labels = np.concatenate([labels_for(d, vocabulary, learn) for d in documents])
+    labels = np.concatenate([build_labels(d, vocabulary, learn) for d in documents])
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
@@ -95,13 +95,13 @@ def make_row(
     }
 
 
-def stack_rows(rows: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
+def collate(rows: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Rows of any lengths -> tensors (B, S), padded on the right.
 
     Padding is a "document" of its own, with positions that restart, and carries no label.
     """
     longest = max(len(row["input_ids"]) for row in rows)
-    padding = {"input_ids": vocabulary.pad, "labels": IGNORED}
+    padding = {"input_ids": vocabulary.pad, "labels": IGNORE_INDEX}
 
     def pad(name: str, row: Tensor) -> Tensor:
         rest = longest - len(row)

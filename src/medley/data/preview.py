@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from PIL import Image
 
-from medley.data.document import Document, Picture, answer_spans, ids_to_parts
+from medley.data.document import Document, ImagePart, assistant_spans, ids_to_parts
 from medley.data.vocabulary import BOS, END_TURN, EOS, TextTokenizer
 
 LEARNED = "\u27e6", "\u27e7"  # white square brackets around what is learned
@@ -25,7 +25,7 @@ def example_text(
     """Ids as text: pictures by their number of codes, what is learned between white square
     brackets. `spans` (start, end) say what that is; a whole document's answers unless given.
     """
-    spans = answer_spans(ids, tokenizer.vocabulary) if spans is None else spans
+    spans = assistant_spans(ids, tokenizer.vocabulary) if spans is None else spans
     marks = {tokenizer.vocabulary.bos: BOS, tokenizer.vocabulary.eos: EOS}
     marks[tokenizer.vocabulary.end_turn] = END_TURN
     edges = sorted({0, len(ids), *(edge for span in spans for edge in span)})
@@ -54,7 +54,7 @@ def page(
     title: str,
     summary: Sequence[tuple[str, str]],
     documents: Sequence[tuple[str, Document]],
-    show: Callable[[Picture], Image.Image | str],
+    show: Callable[[ImagePart], Image.Image | str],
 ) -> str:
     """An HTML page of documents with their pictures inside; `show` gives a picture, or why not."""
     rows = "".join(
@@ -77,7 +77,7 @@ th{{text-align:left;padding-right:2rem}}p{{white-space:pre-wrap;margin:.3rem 0;p
 """
 
 
-def _document(document: Document, show: Callable[[Picture], Image.Image | str]) -> str:
+def _document(document: Document, show: Callable[[ImagePart], Image.Image | str]) -> str:
     return "".join(
         f'<p class="{turn.role}">'
         + "".join(html.escape(p) if isinstance(p, str) else _picture(show(p)) for p in turn.parts)

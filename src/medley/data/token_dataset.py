@@ -30,13 +30,8 @@ from medley.utils.arrow_cache import (
     open_mapped,
     strings_of,
 )
-from medley.utils.files import (
-    json_lines,
-    quick_hash,
-    read_json,
-    whole_file,
-    write_json,
-)
+from medley.utils.files import atomic_file, partial_hash, read_json, write_json
+from medley.utils.jsonl import json_lines
 
 LARGEST_ID = np.iinfo(np.uint16).max
 _BATCH = 2000  # sequences of one record batch
@@ -70,7 +65,7 @@ def _ids_text(values: Any) -> str:
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     """Writes lines with `tokens`, whole or not at all; gives their count."""
     count = 0
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
         for row in rows:
             handle.write(json_line(row, ("tokens",)) + "\n")
             count += 1
@@ -118,7 +113,7 @@ class ParquetOutput:
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     """Writes rows with `tokens`, whole or not at all; gives their count."""
     count = 0
-    with whole_file(path) as temporary, ParquetOutput(temporary) as write:
+    with atomic_file(path) as temporary, ParquetOutput(temporary) as write:
         for batch in _batched(rows):
             write(parquet_batch(batch))
             count += len(batch)
@@ -164,7 +159,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}:{number}", row
 
 
-class TokenShards(Sequence[NDArray[np.int64]]):
+class TokenDataset(Sequence[NDArray[np.int64]]):
     """The sequences of one tokens file, memory-mapped.
 
     `shards[i]` are the ids of sequence i, int64 (S,); `lengths` all lengths, int64 (N,);
@@ -178,7 +173,7 @@ class TokenShards(Sequence[NDArray[np.int64]]):
             raise UserError(f"{path}: no such tokens file; make it with tokenizer.tokenize_jsonl")
         cache = cache_place(self.path.with_name(f".{self.path.name}.cache.arrow"))
         names = cache.with_name(f"{cache.name}.tasks.json")
-        key = f"{quick_hash(self.path)} {self.path.stat().st_mtime_ns}"
+        key = f"{partial_hash(self.path)} {self.path.stat().st_mtime_ns}"
         if cache_key(cache) != key or not names.exists():
             _make_cache(self.path, cache, names, key)
         table = open_mapped(cache)
@@ -221,7 +216,7 @@ def _make_cache(path: Path, cache: Path, names: Path, key: str) -> None:
         metadata={CACHE_KEY: key.encode()},
     )
     known: dict[str | None, int] = {}
-    with whole_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+    with atomic_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
         for batch in _batched(_checked_rows(path)):
             ids = pa.array([row["tokens"] for row in batch], pa.list_(pa.uint16()))
             tasks = [known.setdefault(_text(row.get("task")), len(known)) for row in batch]

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from medley.data.bpe_cache import WordEncoder
+from medley.data.bpe_cache import CachedBPE
 from medley.errors import UserError
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
@@ -51,7 +51,7 @@ class Vocabulary:
     """Token ids of the marks and the range of image codes.
 
     `image_codes` is the range of token ids of the codes 0, 1, 2, …; `size` is one more than
-    the largest id of the tokenizer; `text_pieces` holds the ids that are words or parts of
+    the largest id of the tokenizer; `text_tokens` holds the ids that are words or parts of
     words, and nothing else.
     """
 
@@ -65,7 +65,7 @@ class Vocabulary:
     image: int
     image_codes: range
     size: int
-    text_pieces: frozenset[int]
+    text_tokens: frozenset[int]
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
@@ -105,30 +105,30 @@ class Vocabulary:
             image=ids[IMAGE] if IMAGE in ids else mark(IMAGE_IN_UNMODIFIED_FILE),
             image_codes=_code_range(codes, where),
             size=max(ids.values()) + 1,
-            text_pieces=frozenset(ids.values()) - set(added.values()) - set(codes.values()),
+            text_tokens=frozenset(ids.values()) - set(added.values()) - set(codes.values()),
         )
 
-    def code_to_id(self, code: int) -> int:
+    def image_code_to_token(self, code: int) -> int:
         """Image code -> token id. Raises UserError for a code that does not exist."""
         if not 0 <= code < len(self.image_codes):
             raise UserError(f"image code {code} is out of range: 0 to {len(self.image_codes) - 1}")
         return self.image_codes[code]
 
-    def id_to_code(self, token: int) -> int:
+    def token_to_image_code(self, token: int) -> int:
         """Token id -> image code. Raises UserError for an id that is no image code."""
         if token not in self.image_codes:
             raise UserError(f"token id {token} is no image code: {self.image_codes}")
         return token - self.image_codes.start
 
-    def picture_ids(self, codes: Iterable[int]) -> list[int]:
+    def image_token_ids(self, codes: Iterable[int]) -> list[int]:
         """Codes of one picture in raster order -> begin mark, their ids, end mark."""
         codes = tuple(codes)
         if len(codes) < 2 or min(codes) < 0:  # rare, and told one by one
-            return [self.begin_image, *map(self.code_to_id, codes), self.end_image]
+            return [self.begin_image, *map(self.image_code_to_token, codes), self.end_image]
         try:
             return [self.begin_image, *itemgetter(*codes)(self.image_codes), self.end_image]
         except IndexError:
-            return [self.begin_image, *map(self.code_to_id, codes), self.end_image]
+            return [self.begin_image, *map(self.image_code_to_token, codes), self.end_image]
 
 
 def _code_range(codes: dict[int, int], where: str) -> range:
@@ -168,7 +168,7 @@ class TextTokenizer:
 
     vocabulary: Vocabulary
     plain: Tokenizer
-    words: WordEncoder
+    words: CachedBPE
     parsed: dict[str, Any]  # the content of the file
 
     @classmethod
@@ -179,7 +179,7 @@ class TextTokenizer:
         # the marks stay in its table, but no merge leads to them.
         bare = {**parsed, "added_tokens": []}
         plain = Tokenizer.from_str(json.dumps(bare))
-        return cls(vocabulary, plain, WordEncoder(plain, bare), parsed)
+        return cls(vocabulary, plain, CachedBPE(plain, bare), parsed)
 
     @cached_property
     def marked(self) -> Tokenizer:
@@ -189,7 +189,7 @@ class TextTokenizer:
     def longest_piece(self) -> int:
         """Bytes of the longest text piece, and so the most characters that a token can be."""
         names = self.parsed["model"]["vocab"].items()
-        return max(len(name) for name, id_ in names if id_ in self.vocabulary.text_pieces)
+        return max(len(name) for name, id_ in names if id_ in self.vocabulary.text_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, no marks parsed or added. Raises UserError for text that is no Unicode."""

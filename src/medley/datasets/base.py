@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.data.document import Document, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 
@@ -29,12 +29,12 @@ class RecordError(UserError):
         self.content, self.torn = content, torn
 
 
-class Withheld(RecordError):
+class RestrictedRecord(RecordError):
     """A record that is left out on purpose until its owner has the rights to its picture."""
 
 
 @dataclass(frozen=True)
-class Choices:
+class ConversionConfig:
     """What a conversion was asked for; a format reads what concerns it.
 
     `image_folder` is where pictures are named from, and where embedded ones are written to.
@@ -71,7 +71,7 @@ Found = tuple[str, str, Any]
 
 
 @dataclass(frozen=True)
-class Format:
+class FormatSpec:
     """One data set format. `write` is None for one that is only read.
 
     `records` yields what stands in the files; `read` makes one record a sample, `write` a sample
@@ -79,13 +79,13 @@ class Format:
     `beside` gives files, by name, to stand beside the written one.
     """
 
-    records: Callable[[Choices], Iterator[Found]]
-    read: Callable[[Any, Choices], Sample]
-    write: Callable[[Sample, Choices], dict[str, Any]] | None = None
+    records: Callable[[ConversionConfig], Iterator[Found]]
+    read: Callable[[Any, ConversionConfig], Sample]
+    write: Callable[[Sample, ConversionConfig], dict[str, Any]] | None = None
     layout: Literal["json", "jsonl", "csv"] = "json"
-    columns: Callable[[Choices], Sequence[str]] | None = None
-    beside: Callable[[str, Choices], dict[str, Any]] | None = None
-    pictures_in: Callable[[Path], Path] | None = None  # the usual folder of its pictures
+    columns: Callable[[ConversionConfig], Sequence[str]] | None = None
+    beside: Callable[[str, ConversionConfig], dict[str, Any]] | None = None
+    images_in: Callable[[Path], Path] | None = None  # the usual folder of its pictures
     splits: bool = False  # whether it is published in several, so that --split means something
 
 
@@ -98,25 +98,25 @@ def text_of(record: Any, key: str, remarks: list[str]) -> str:
     if type(value) is str:
         return value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise RecordError(f"{key!r} is {shown(value)}, expected text")
+        raise RecordError(f"{key!r} is {repr_short(value)}, expected text")
     remarks.append("numbers read as text")
     return str(value)
 
 
 def value_of(record: Any, key: str) -> Any:
     if not isinstance(record, dict):
-        raise RecordError(f"{shown(record)}, expected an object")
+        raise RecordError(f"{repr_short(record)}, expected an object")
     if key not in record:
         raise RecordError(f"{key!r} is missing")
     return record[key]
 
 
-def others(record: dict[str, Any], *taken: str) -> dict[str, Any]:
+def extra_fields(record: dict[str, Any], *taken: str) -> dict[str, Any]:
     """The values that were not taken, to be kept."""
     return {name: value for name, value in record.items() if name not in taken}
 
 
-def shown(value: Any) -> str:
+def repr_short(value: Any) -> str:
     """A value in an error: short, with its kind."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
@@ -125,10 +125,10 @@ def shown(value: Any) -> str:
 # --- pictures -----------------------------------------------------------------------------
 
 
-def picture_path(name: Any, folder: Path | None) -> str:
+def resolve_image_path(name: Any, folder: Path | None) -> str:
     """A picture's place below a folder. Raises RecordError for one that leads out of it."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise RecordError(f"a picture is named {shown(name)}, expected a path")
+        raise RecordError(f"a picture is named {repr_short(name)}, expected a path")
     if folder is None:
         return name
     own = name if name.startswith(os.sep) else f"{_text(folder)}{os.sep}{name}"
@@ -157,8 +157,8 @@ def _above(folder: Path) -> tuple[str, str]:
     return here, os.path.normpath(Path(here) / folder).rstrip(os.sep) + os.sep
 
 
-def picture_name(path: str, folder: Path | None) -> str:
-    """The inverse of `picture_path`. Raises RecordError for a path that is not below the folder."""
+def relative_image_name(path: str, folder: Path | None) -> str:
+    """The inverse of `resolve_image_path`. Raises RecordError for a path that is not below the folder."""
     if folder is None:
         return path
     if not is_below(path, folder):
@@ -166,26 +166,26 @@ def picture_name(path: str, folder: Path | None) -> str:
     return os.path.relpath(path, folder)
 
 
-def placed(document: Document, folder: Path | None) -> Document:
+def resolve_image_paths(document: Document, folder: Path | None) -> Document:
     """A document whose pictures are named from the folder, or lie below it already."""
     if folder is None:
         return document
 
-    def below(picture: Picture) -> Picture:
+    def below(picture: ImagePart) -> ImagePart:
         if picture.path is None or is_below(str(picture.path), folder):
             return picture
-        return replace(picture, path=picture_path(str(picture.path), folder))
+        return replace(picture, path=resolve_image_path(str(picture.path), folder))
 
-    return document.map_pictures(below)
+    return document.map_images(below)
 
 
-def only_path(picture: Picture) -> str:
+def require_path(picture: ImagePart) -> str:
     if picture.path is None:
         raise RecordError("a picture has codes and no path: this format has no place for them")
     return str(picture.path)
 
 
-def at_most_one(pictures: Sequence[Picture]) -> Picture | None:
+def single_image(pictures: Sequence[ImagePart]) -> ImagePart | None:
     if len(pictures) > 1:
         raise RecordError(f"{len(pictures)} pictures, this format holds one")
     return pictures[0] if pictures else None
@@ -196,11 +196,11 @@ def at_most_one(pictures: Sequence[Picture]) -> Picture | None:
 
 def question_and_answer(picture: str | None, question: str, answer: str) -> Document:
     """The usual document of a visual question: the picture, then the question; the answer."""
-    parts: list[Part] = [Picture(path=picture)] if picture is not None else []
+    parts: list[ContentPart] = [ImagePart(path=picture)] if picture is not None else []
     return Document((Turn("user", (*parts, question)), Turn("assistant", (answer,))))
 
 
-def as_question(document: Document) -> tuple[str | None, str, str]:
+def to_qa(document: Document) -> tuple[str | None, str, str]:
     """The inverse: path of the picture, question, answer.
 
     Raises RecordError for a document that is more than one question and its answer.
@@ -208,56 +208,58 @@ def as_question(document: Document) -> tuple[str | None, str, str]:
     if [turn.role for turn in document.turns] != ["user", "assistant"]:
         raise RecordError(f"{len(document.turns)} turns, this format holds one question and answer")
     asked, answered = document.turns
-    picture = at_most_one(document.pictures)
+    picture = single_image(document.pictures)
     parts = asked.parts[1:] if picture is not None else asked.parts
     if picture is not None and asked.parts[0] is not picture:
         raise RecordError("the picture does not stand before the question, which this format needs")
-    path = None if picture is None else only_path(picture)
-    return path, joined(parts), joined(answered.parts)
+    path = None if picture is None else require_path(picture)
+    return path, join_text(parts), join_text(answered.parts)
 
 
-def captioned(picture: str, caption: str, choices: Choices) -> Document:
+def from_caption(picture: str, caption: str, choices: ConversionConfig) -> Document:
     """A question about a picture and its caption; without a question (`--prompt ""`) the caption
     stands behind the picture, and both are learned."""
     prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
     if prompt:
         return question_and_answer(picture, prompt, caption)
-    return Document((Turn("assistant", (Picture(path=picture), caption)),))
+    return Document((Turn("assistant", (ImagePart(path=picture), caption)),))
 
 
-def as_caption(document: Document, choices: Choices) -> tuple[str, str]:
+def to_caption(document: Document, choices: ConversionConfig) -> tuple[str, str]:
     """The inverse: path of the picture, caption.
 
     Raises RecordError for any other document, and for another question.
     """
     prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
     if prompt:
-        path, question, caption = as_question(document)
+        path, question, caption = to_qa(document)
         if question != prompt:
-            raise RecordError(f"asks {shown(question)}, and this format holds captions (--prompt)")
+            raise RecordError(
+                f"asks {repr_short(question)}, and this format holds captions (--prompt)"
+            )
     else:
         first, *rest = document.turns[0].parts or ("",)
         if len(document.turns) > 1 or document.turns[0].role != "assistant":
             raise RecordError(f"{len(document.turns)} turns, this format holds captions")
         path, caption = None, ""
-        if isinstance(first, Picture) and all(isinstance(part, str) for part in rest):
-            path, caption = only_path(first), joined(rest)
+        if isinstance(first, ImagePart) and all(isinstance(part, str) for part in rest):
+            path, caption = require_path(first), join_text(rest)
     if path is None:
         raise RecordError("not a picture and its caption, which is what this format holds")
     return path, caption
 
 
-def joined(parts: Sequence[Part]) -> str:
+def join_text(parts: Sequence[ContentPart]) -> str:
     assert all(isinstance(part, str) for part in parts)
     return "".join(str(part) for part in parts)
 
 
-def split_at_marks(text: str, count: int) -> list[Part | None]:
+def split_at_placeholders(text: str, count: int) -> list[ContentPart | None]:
     """Text cut at its `<image>` marks, with None for each; where a record has no pictures
     (`count` 0), the mark is text that somebody typed."""
     if not count:
         return [text] if text else []
-    pieces: list[Part | None] = []
+    pieces: list[ContentPart | None] = []
     for number, piece in enumerate(text.split(IMAGE)):
         pieces += [None] if number else []
         pieces += [piece] if piece else []

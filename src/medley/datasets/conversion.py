@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from medley.datasets.base import Choices, Format, RecordError, Sample, Withheld
+from medley.datasets.base import ConversionConfig, FormatSpec, RecordError, RestrictedRecord, Sample
 from medley.datasets.statistics import Duplicates
 from medley.errors import UserError
 
@@ -21,7 +21,7 @@ _REMEMBERED = 1 << 16  # pictures that need not be looked at again at once
 
 
 @dataclass
-class Tally:
+class ConversionStats:
     """What became of the records. `bad` are given to `keep` as they come."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -29,29 +29,29 @@ class Tally:
     duplicates: Duplicates = field(default_factory=Duplicates)
 
 
-def samples(
-    form: Format,
-    choices: Choices,
+def iter_samples(
+    form: FormatSpec,
+    choices: ConversionConfig,
     check: Check,
-    tally: Tally,
+    tally: ConversionStats,
     keep: Callable[[str, str, Any], None],
 ) -> Iterator[tuple[str, str, Any, Sample]]:
     """(place, split, record, sample) of every good record; a bad one goes to `keep`, with why.
 
     Raises UserError where there is not a single record.
     """
-    looked_at = PictureCheck(check)
+    looked_at = ImageValidator(check)
     for place, split, record in form.records(choices):
         tally.counts["records"] += 1
         try:
             if isinstance(record, RecordError):
                 raise record
-            sample = read_one(form, record, choices)
+            sample = read_record(form, record, choices)
             for picture in sample.document.pictures:
                 if picture.path is not None:
                     looked_at(str(picture.path))
         except RecordError as error:
-            tally.counts["withheld" if isinstance(error, Withheld) else "bad"] += 1
+            tally.counts["withheld" if isinstance(error, RestrictedRecord) else "bad"] += 1
             tally.counts["files not read to their end"] += error.torn
             keep(place, str(error), error.content if isinstance(record, RecordError) else record)
             continue
@@ -62,7 +62,7 @@ def samples(
         raise UserError(f"{choices.path}: no records in it")
 
 
-def read_one(form: Format, record: Any, choices: Choices) -> Sample:
+def read_record(form: FormatSpec, record: Any, choices: ConversionConfig) -> Sample:
     """A record as a sample. Raises RecordError, also for values of kinds that nobody thought of."""
     try:
         return form.read(record, choices)
@@ -75,7 +75,7 @@ def read_one(form: Format, record: Any, choices: Choices) -> Sample:
         ) from error
 
 
-class PictureCheck:
+class ImageValidator:
     """Looks at pictures: that the file is there, that its header is a picture's, or all of it.
 
     Raises RecordError for one that is not.
@@ -123,7 +123,7 @@ def is_medical(path: str) -> bool:
     return name.endswith((".dcm", ".dicom", ".nii", ".nii.gz")) or "." not in Path(name).name
 
 
-def kept_line(place: str, reason: str, record: Any) -> str:
+def rejected_record(place: str, reason: str, record: Any) -> str:
     """A line of the file of bad records."""
     row = {"place": place, "error": reason, "record": record}
     try:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from medley.data.document import Document, DocumentError, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     RecordError,
     Sample,
-    at_most_one,
-    only_path,
-    others,
-    picture_name,
-    picture_path,
-    shown,
+    extra_fields,
+    relative_image_name,
+    repr_short,
+    require_path,
+    resolve_image_path,
+    single_image,
     text_of,
     value_of,
 )
@@ -32,7 +32,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 _NAMES = {role: name for name, role in ROLES.items()}
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     key = TURNS[1] if isinstance(record, dict) and TURNS[0] not in record else TURNS[0]
     if isinstance(record, dict) and key not in record:
         raise RecordError(f"{TURNS[0]!r} is missing")
@@ -40,17 +40,17 @@ def read(record: Any, choices: Choices) -> Sample:
     if "id" not in record:
         raise RecordError("'id' is missing")
     if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{key!r} is {shown(messages)}, expected a list of messages")
+        raise RecordError(f"{key!r} is {repr_short(messages)}, expected a list of messages")
     remarks: list[str] = []
     picture = None
     if record.get("image") is not None:
-        picture = Picture(path=picture_path(record["image"], choices.image_folder))
+        picture = ImagePart(path=resolve_image_path(record["image"], choices.image_folder))
     turns, places = [], 0
     for number, message in enumerate(messages):
         said = value_of(message, "from")
         if not isinstance(said, str) or ROLES.get(said) != ("user", "assistant")[number % 2]:
             raise RecordError(
-                f"message {number} is from {shown(said)}, expected "
+                f"message {number} is from {repr_short(said)}, expected "
                 f"{'human' if number % 2 == 0 else 'gpt'}"
             )
         text = text_of(message, "value", remarks)
@@ -62,10 +62,10 @@ def read(record: Any, choices: Choices) -> Sample:
         document = Document(tuple(turns))
     except DocumentError as error:
         raise RecordError(str(error)) from error
-    return Sample(document, others(record, key, "image"), tuple(remarks))
+    return Sample(document, extra_fields(record, key, "image"), tuple(remarks))
 
 
-def _parts(text: str, picture: Picture | None) -> list[Part]:
+def _parts(text: str, picture: ImagePart | None) -> list[ContentPart]:
     if picture is None or IMAGE not in text:
         return [text]
     before, _, after = text.partition(IMAGE)
@@ -76,9 +76,9 @@ def _parts(text: str, picture: Picture | None) -> list[Part]:
     return [part for part in (before, picture, after) if part != ""]
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
     document = sample.document
-    picture = at_most_one(document.pictures)
+    picture = single_image(document.pictures)
     turns = list(document.turns)
     if turns[0].role == "assistant":  # a caption or a text, learned whole
         turns = asked(turns[0], picture, choices)
@@ -86,14 +86,14 @@ def write(sample: Sample, choices: Choices) -> dict[str, Any]:
     if record["id"] is None:
         raise RecordError("no 'id', which this format needs")
     if picture is not None:
-        record["image"] = picture_name(only_path(picture), choices.image_folder)
+        record["image"] = relative_image_name(require_path(picture), choices.image_folder)
     record["conversations"] = [
         {"from": _NAMES[turn.role], "value": _value(turn, picture)} for turn in turns
     ]
-    return {**record, **others(sample.fields, *record, "image", *TURNS)}
+    return {**record, **extra_fields(sample.fields, *record, "image", *TURNS)}
 
 
-def asked(turn: Turn, picture: Picture | None, choices: Choices) -> list[Turn]:
+def asked(turn: Turn, picture: ImagePart | None, choices: ConversionConfig) -> list[Turn]:
     """An assistant's turn alone, with --prompt as the question before it."""
     if choices.prompt is None:
         raise RecordError(
@@ -101,12 +101,12 @@ def asked(turn: Turn, picture: Picture | None, choices: Choices) -> list[Turn]:
         )
     if picture is not None and turn.parts[0] is not picture:
         raise RecordError("a picture behind words: this format has no pictures in answers")
-    own: tuple[Part, ...] = () if picture is None else (picture,)
+    own: tuple[ContentPart, ...] = () if picture is None else (picture,)
     rest = turn.parts[len(own) :]
     return [Turn("user", (*own, choices.prompt)), Turn("assistant", rest)]
 
 
-def _value(turn: Turn, picture: Picture | None) -> str:
+def _value(turn: Turn, picture: ImagePart | None) -> str:
     words = [part for part in turn.parts if isinstance(part, str)]
     if picture is not None and any(IMAGE in part for part in words):
         raise RecordError(f"the words hold {IMAGE}, which this format would take for a picture")
@@ -120,7 +120,7 @@ def _value(turn: Turn, picture: Picture | None) -> str:
     return f"{before}{IMAGE}{after}" if after else f"{before}\n{IMAGE}"
 
 
-FORMAT = Format(
+FORMAT = FormatSpec(
     lambda choices: records_of(choices.path), read, write,
-    pictures_in=lambda path: path.parent,
+    images_in=lambda path: path.parent,
 )  # fmt: skip

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from medley.data.document import Document, DocumentError
-from medley.data.image_token_store import CodeShards
+from medley.data.image_token_store import ImageTokenStore
 from medley.data.vocabulary import IMAGE
 from medley.datasets import documents
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     RecordError,
+    RestrictedRecord,
     Sample,
-    Withheld,
-    others,
-    placed,
-    shown,
+    extra_fields,
+    repr_short,
+    resolve_image_paths,
     value_of,
 )
 from medley.datasets.readers import records_of
@@ -32,10 +32,10 @@ CREDENTIAL = "credential"
 _OWN = ("text", "image_path", "image_tokens")
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     text = value_of(record, "text")
     if record.get(CREDENTIAL) not in (None, "yes", "no"):
-        raise RecordError(f"{CREDENTIAL} is {shown(record[CREDENTIAL])}, expected yes or no")
+        raise RecordError(f"{CREDENTIAL} is {repr_short(record[CREDENTIAL])}, expected yes or no")
     row = {name: record[name] for name in _OWN if record.get(name) not in (None, [], "")}
     lacks = (
         isinstance(text, str) and IMAGE in text and not {"image_path", "image_tokens"} & set(row)
@@ -45,10 +45,10 @@ def read(record: Any, choices: Choices) -> Sample:
             value_of(record, choices.id_key), text.count(IMAGE)
         )
     elif lacks and record.get(CREDENTIAL) == "yes":
-        raise Withheld("needs credentials, and its picture is not there")
+        raise RestrictedRecord("needs credentials, and its picture is not there")
     try:
-        document = placed(Document.from_json(row), choices.image_folder)
-        return Sample(document, others(record, *_OWN))
+        document = resolve_image_paths(Document.from_json(row), choices.image_folder)
+        return Sample(document, extra_fields(record, *_OWN))
     except DocumentError as error:
         raise RecordError(str(error)) from error
 
@@ -57,7 +57,7 @@ class _ById:
     """Image codes by the name of their picture without folder and suffix."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._shards = folder, CodeShards(folder)
+        self.folder, self._shards = folder, ImageTokenStore(folder)
         self._paths: dict[str, str] = {}
         for path in self._shards.paths():
             if self._paths.setdefault(Path(path).stem, path) != path:
@@ -80,11 +80,11 @@ def codes_by_id(folder: Path) -> _ById:
     return _ById(folder)
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
     row = documents.write(sample, choices)
     if "text" not in row:
         raise RecordError("its words hold marks, or nobody answers: MedMax's text cannot say so")
     return {**row, CREDENTIAL: sample.fields.get(CREDENTIAL, "no")}
 
 
-FORMAT = Format(lambda choices: records_of(choices.path), read, write, "jsonl")
+FORMAT = FormatSpec(lambda choices: records_of(choices.path), read, write, "jsonl")

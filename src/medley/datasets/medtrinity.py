@@ -12,22 +12,22 @@ from typing import Any
 from PIL import Image
 
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    as_caption,
-    captioned,
-    others,
-    picture_name,
-    picture_path,
-    shown,
+    extra_fields,
+    from_caption,
+    relative_image_name,
+    repr_short,
+    resolve_image_path,
     text_of,
+    to_caption,
 )
 from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.utils.files import read_json, whole_file
+from medley.utils.files import atomic_file, read_json
 
 METADATA = "metadata.jsonl"
 _STATE, _DICT = "state.json", "dataset_dict.json"  # of datasets.save_to_disk
@@ -35,7 +35,7 @@ _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp", "BMP": ".bmp"}
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     for file in _files(choices.path):
         yield from records_of(file)
 
@@ -45,13 +45,13 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if (path / _DICT).is_file():
         names = read_json(path / _DICT).get("splits", [])
-        return [file for name in names for file in _files(Path(picture_path(name, path)))]
+        return [file for name in names for file in _files(Path(resolve_image_path(name, path)))]
     if (path / _STATE).is_file():
         try:
             listed = [entry["filename"] for entry in read_json(path / _STATE)["_data_files"]]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path / _STATE}: lists no data files") from error
-        return [Path(picture_path(name, path)) for name in listed]
+        return [Path(resolve_image_path(name, path)) for name in listed]
     found = [path / METADATA] if (path / METADATA).is_file() else []
     found = found or sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if not found:
@@ -59,20 +59,20 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     remarks: list[str] = []
     caption = text_of(record, "caption", remarks)
     if isinstance(record.get("image"), dict):
         path = kept_picture(record["image"], record.get("id"), choices)
     else:
         name = record.get("file_name", record.get("image"))
-        path = picture_path(name, choices.image_folder)
+        path = resolve_image_path(name, choices.image_folder)
     fields = {"source": "medtrinity", "task": "Image Captioning"}
-    fields |= others(record, "caption", "image", "file_name")
-    return Sample(captioned(path, caption, choices), fields, tuple(remarks))
+    fields |= extra_fields(record, "caption", "image", "file_name")
+    return Sample(from_caption(path, caption, choices), fields, tuple(remarks))
 
 
-def kept_picture(image: dict[str, Any], identifier: Any, choices: Choices) -> str:
+def kept_picture(image: dict[str, Any], identifier: Any, choices: ConversionConfig) -> str:
     """Writes a picture that is embedded in a record to the picture folder, as it is, under the
     record's id; gives its path. Raises RecordError for an id that is no safe file name."""
     folder = choices.image_folder
@@ -81,7 +81,7 @@ def kept_picture(image: dict[str, Any], identifier: Any, choices: Choices) -> st
     identifier = str(identifier) if isinstance(identifier, int) else identifier
     is_name = isinstance(identifier, str) and _SAFE.fullmatch(identifier)
     if not is_name or identifier.startswith("."):
-        raise RecordError(f"its id is {shown(identifier)}: no name for a picture's file")
+        raise RecordError(f"its id is {repr_short(identifier)}: no name for a picture's file")
     data = image.get("bytes")
     if not isinstance(data, bytes):
         raise RecordError("its picture holds no bytes")
@@ -95,18 +95,22 @@ def kept_picture(image: dict[str, Any], identifier: Any, choices: Choices) -> st
         if path.read_bytes() != data:
             raise RecordError(f"{path} is there already and holds another picture")
     else:
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_bytes(data)
     return str(path)
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
-    path, caption = as_caption(sample.document, choices)
-    name = picture_name(path, choices.image_folder)
-    return {"file_name": name, "caption": caption, **others(sample.fields, "file_name", "caption")}
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+    path, caption = to_caption(sample.document, choices)
+    name = relative_image_name(path, choices.image_folder)
+    return {
+        "file_name": name,
+        "caption": caption,
+        **extra_fields(sample.fields, "file_name", "caption"),
+    }
 
 
-FORMAT = Format(
+FORMAT = FormatSpec(
     records, read, write, "jsonl",
-    pictures_in=lambda path: path if path.is_dir() else path.parent,
+    images_in=lambda path: path if path.is_dir() else path.parent,
 )  # fmt: skip

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    others,
-    picture_path,
+    extra_fields,
     question_and_answer,
-    shown,
+    repr_short,
+    resolve_image_path,
     text_of,
     value_of,
 )
@@ -50,7 +50,7 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: not a pickle of plain values ({error})") from error
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     alone = choices.path.suffix.lower() == ".parquet"
     if alone or (choices.path.is_dir() and not (choices.path / "qas").is_dir()):
         parquet = [choices.path] if alone else sorted(choices.path.glob("**/*.parquet"))
@@ -65,14 +65,14 @@ def records(choices: Choices) -> Iterator[Found]:
     for split, path in split_files(choices, FILES, "PathVQA"):
         found = read_pickle(path)
         if not isinstance(found, list):
-            raise UserError(f"{path}: holds {shown(found)}, expected a list of questions")
+            raise UserError(f"{path}: holds {repr_short(found)}, expected a list of questions")
         for number, record in enumerate(found):
             if isinstance(record, dict) and isinstance(record.get("image"), str):
                 record = {"id": f"{split}_{number}", **record, "split": split}
             yield f"{path}: record {number}", split, record
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     remarks: list[str] = []
     question = text_of(record, "question", remarks).strip()
     answer = text_of(record, "answer", remarks).strip()
@@ -81,12 +81,12 @@ def read(record: Any, choices: Choices) -> Sample:
         path = kept_picture(image, str(value_of(record, "id")), choices)
     elif isinstance(image, str):
         name = image if image.endswith(".jpg") else f"{image}.jpg"
-        path = picture_path(f"{record.get('split', '')}/{name}", choices.image_folder)
+        path = resolve_image_path(f"{record.get('split', '')}/{name}", choices.image_folder)
     else:
-        raise RecordError(f"'image' is {shown(image)}, expected a name")
+        raise RecordError(f"'image' is {repr_short(image)}, expected a name")
     closed = answer.lower() in ("yes", "no")  # the paper's own division
     fields = {"source": "pathvqa", "task": "VQA", "answer_type": "CLOSED" if closed else "OPEN"}
-    fields |= others(record, "question", "answer", "image", "split")
+    fields |= extra_fields(record, "question", "answer", "image", "split")
     return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
 
 
@@ -94,4 +94,4 @@ def image_folder(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "images"
 
 
-FORMAT = Format(records, read, splits=True, pictures_in=image_folder)
+FORMAT = FormatSpec(records, read, splits=True, images_in=image_folder)

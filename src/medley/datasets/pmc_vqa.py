@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    as_question,
-    others,
-    picture_name,
-    picture_path,
+    extra_fields,
     question_and_answer,
-    shown,
+    relative_image_name,
+    repr_short,
+    resolve_image_path,
     text_of,
+    to_qa,
 )
 from medley.datasets.readers import records_of, split_files
 
@@ -34,12 +34,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     for split, path in split_files(choices, FILES, "PMC-VQA"):
         yield from records_of(path, split)
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     """The choices follow the question, a line each; the answer is the letter of the right one."""
     remarks: list[str] = []
     offered = [_LABEL.sub("", text_of(record, f"Choice {x}", remarks)).strip() for x in LETTERS]
@@ -48,11 +48,11 @@ def read(record: Any, choices: Choices) -> Sample:
         [text_of(record, "Question", remarks).strip()]
         + [f"{letter}: {text}" for letter, text in zip(LETTERS, offered, strict=True)]
     )
-    path = picture_path(text_of(record, "Figure_path", remarks).strip(), choices.image_folder)
+    path = resolve_image_path(text_of(record, "Figure_path", remarks).strip(), choices.image_folder)
     fields = {
         "source": "pmc_vqa", "task": "VQA", "answer_type": "CLOSED", "choices": offered,
     }  # fmt: skip
-    fields |= others(record, *COLUMNS, "split")
+    fields |= extra_fields(record, *COLUMNS, "split")
     return Sample(question_and_answer(path, question, label), fields, tuple(remarks))
 
 
@@ -62,12 +62,12 @@ def _label(record: dict[str, Any], offered: Sequence[str]) -> str:
             return str(record[key]).strip()
     answer = _LABEL.sub("", str(record.get("Answer", ""))).strip()
     if answer not in offered:
-        raise RecordError(f"the answer {shown(answer)} is none of its choices")
+        raise RecordError(f"the answer {repr_short(answer)} is none of its choices")
     return LETTERS[offered.index(answer)]
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
-    path, asked, label = as_question(sample.document)
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+    path, asked, label = to_qa(sample.document)
     offered = sample.fields.get("choices")
     if not isinstance(offered, list) or len(offered) != len(LETTERS) or label not in LETTERS:
         raise RecordError("not a question with four 'choices' and a letter for its answer")
@@ -77,7 +77,7 @@ def write(sample: Sample, choices: Choices) -> dict[str, Any]:
         raise RecordError("no picture, or its choices do not follow its question")
     cells = [f" {letter}:{text} " for letter, text in zip(LETTERS, offered, strict=True)]
     answer = offered[LETTERS.index(label)]
-    values = [picture_name(path, choices.image_folder), question, answer, *cells, label]
+    values = [relative_image_name(path, choices.image_folder), question, answer, *cells, label]
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -87,7 +87,7 @@ def image_folder(path: Path) -> Path:
     return next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
 
 
-FORMAT = Format(
-    records, read, write, "csv", columns=lambda choices: COLUMNS, pictures_in=image_folder,
+FORMAT = FormatSpec(
+    records, read, write, "csv", columns=lambda choices: COLUMNS, images_in=image_folder,
     splits=True,
 )  # fmt: skip

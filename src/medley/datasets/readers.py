@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medley.datasets.base import Choices, Format, Found, RecordError
+from medley.datasets.base import ConversionConfig, FormatSpec, Found, RecordError
 from medley.errors import UserError
 
 _LONGEST_CELL = 1 << 24  # characters of a CSV cell
@@ -220,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 
 def split_files(
-    choices: Choices, names: Mapping[str, Sequence[str]], what: str
+    choices: ConversionConfig, names: Mapping[str, Sequence[str]], what: str
 ) -> list[tuple[str, Path]]:
     """(split, file) of the splits that were asked for.
 
@@ -255,7 +255,7 @@ def split_files(
 
 @contextmanager
 def writer(
-    path: Path, form: Format, choices: Choices
+    path: Path, form: FormatSpec, choices: ConversionConfig
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives what adds one record to a new file in the layout of a format.
 

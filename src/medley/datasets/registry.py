@@ -16,13 +16,13 @@ from medley.datasets import (
     text_qa,
     vqa_rad,
 )
-from medley.datasets.base import Choices, Format, RecordError, Sample
+from medley.datasets.base import ConversionConfig, FormatSpec, RecordError, Sample
 
 Name = Literal[
     "documents", "llava", "sharegpt", "medmax", "medtrinity", "vqa_rad", "slake", "pathvqa",
     "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions",
 ]  # fmt: skip
-FORMATS: dict[Name, Format] = {
+FORMATS: dict[Name, FormatSpec] = {
     "documents": documents.FORMAT,
     "llava": llava.FORMAT,
     "sharegpt": sharegpt.FORMAT,
@@ -38,4 +38,4 @@ FORMATS: dict[Name, Format] = {
     "captions": captions.FORMAT,
 }
 
-__all__ = ["FORMATS", "Choices", "Format", "Name", "RecordError", "Sample"]
+__all__ = ["FORMATS", "ConversionConfig", "FormatSpec", "Name", "RecordError", "Sample"]

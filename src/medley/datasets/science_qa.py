@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medley.data.document import Document, Picture, Turn
+from medley.data.document import Document, ImagePart, Turn
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    others,
-    picture_path,
-    shown,
+    extra_fields,
+    repr_short,
+    resolve_image_path,
     value_of,
 )
 from medley.errors import UserError
@@ -30,7 +30,7 @@ OUTPUTS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
 _BECAUSE = "BECAUSE:"
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     folder = choices.path
     problems, splits = read_json(folder / PROBLEMS), read_json(folder / SPLITS)
     lists = isinstance(splits, dict) and all(isinstance(own, list) for own in splits.values())
@@ -66,25 +66,25 @@ def prompt_formats(text: str) -> tuple[str, str]:
     return asked, answered
 
 
-def read(problem: Any, choices: Choices) -> Sample:
+def read(problem: Any, choices: ConversionConfig) -> Sample:
     identifier = value_of(problem, "id")
     offered, right = value_of(problem, "choices"), value_of(problem, "answer")
     listed = isinstance(offered, list) and all(isinstance(choice, str) for choice in offered)
     if not listed or type(right) is not int or not 0 <= right < len(offered):
-        raise RecordError(f"answer {shown(right)} of the choices {shown(offered)}")
+        raise RecordError(f"answer {repr_short(right)} of the choices {repr_short(offered)}")
     for key in ("question", "hint", "lecture", "solution"):
         if not isinstance(value_of(problem, key), str):
-            raise RecordError(f"{key!r} is {shown(problem[key])}, expected text")
+            raise RecordError(f"{key!r} is {repr_short(problem[key])}, expected text")
     question, answer = texts(problem, choices.prompt_format, choices.compat == "llava")
-    parts: tuple[str | Picture, ...] = (question,)
+    parts: tuple[str | ImagePart, ...] = (question,)
     if problem.get("image"):
         name, folder = f"{identifier}/{problem['image']}", folder_of(choices.image_folder, problem)
         # Behind the words, where LLaVA's converter puts it.
-        parts = (question, Picture(path=picture_path(name, folder)))
+        parts = (question, ImagePart(path=resolve_image_path(name, folder)))
     document = Document((Turn("user", parts), Turn("assistant", (answer,))))
     fields = {"id": identifier, "source": "science_qa", "task": "VQA", "answer_type": "CLOSED"}
     taken = ("question", "hint", "lecture", "solution", "image", "split", "task")
-    return Sample(document, {**fields, **others(problem, *taken)})
+    return Sample(document, {**fields, **extra_fields(problem, *taken)})
 
 
 def folder_of(folder: Path | None, problem: dict[str, Any]) -> Path | None:
@@ -145,4 +145,4 @@ def image_folder(path: Path) -> Path:
     return path / "images" if (path / "images").is_dir() else path
 
 
-FORMAT = Format(records, read, splits=True, pictures_in=image_folder)
+FORMAT = FormatSpec(records, read, splits=True, images_in=image_folder)

@@ -7,21 +7,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from medley.data.document import Document, DocumentError, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.datasets.base import (
     SPLITS,
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    only_path,
-    others,
-    picture_name,
-    picture_path,
-    shown,
-    split_at_marks,
+    extra_fields,
+    relative_image_name,
+    repr_short,
+    require_path,
+    resolve_image_path,
+    split_at_placeholders,
     text_of,
     value_of,
 )
@@ -57,7 +57,9 @@ def layout_of(entry: dict[str, Any]) -> dict[str, Any]:
     for given in (columns, tags):
         texts = isinstance(given, dict) and all(isinstance(n, str) for n in given.values())
         if given is not None and not texts:
-            raise UserError(f"{INFO}: columns and tags are objects of names, not {shown(given)}")
+            raise UserError(
+                f"{INFO}: columns and tags are objects of names, not {repr_short(given)}"
+            )
     return {
         "formatting": entry.get("formatting", "alpaca"),
         "columns": COLUMNS if columns is None else {n: columns.get(n) for n in COLUMNS},
@@ -66,7 +68,7 @@ def layout_of(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(4)
-def _entry(choices: Choices) -> tuple[Path, dict[str, Any]]:
+def _entry(choices: ConversionConfig) -> tuple[Path, dict[str, Any]]:
     """The data file, and its layout. Raises UserError for a data set that is not described."""
     folder = choices.path if choices.path.is_dir() else choices.path.parent
     if choices.path.is_file() and choices.path.name != INFO:
@@ -82,7 +84,7 @@ def _entry(choices: Choices) -> tuple[Path, dict[str, Any]]:
     file = entries[name].get("file_name")
     if not isinstance(file, str):
         raise UserError(f"{folder / INFO}: {name} has no file_name (hubs and scripts are not read)")
-    return Path(picture_path(file, folder)), layout_of(entries[name])
+    return Path(resolve_image_path(file, folder)), layout_of(entries[name])
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -92,7 +94,7 @@ def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     path, layout = _entry(choices)
     if layout["formatting"] not in ("sharegpt", "alpaca"):
         raise UserError(f"{path}: formatting {layout['formatting']!r}, expected sharegpt or alpaca")
@@ -105,7 +107,7 @@ def records(choices: Choices) -> Iterator[Found]:
     yield from records_of(path)
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     layout = _entry(choices)[1]
     columns, remarks = layout["columns"], list[str]()
     images = (
@@ -113,11 +115,11 @@ def read(record: Any, choices: Choices) -> Sample:
     )
     names = [images] if isinstance(images, str) else images or []
     if not isinstance(names, list):
-        raise RecordError(f"{columns['images']!r} is {shown(names)}, expected a list of paths")
-    pictures = [Picture(path=picture_path(name, choices.image_folder)) for name in names]
+        raise RecordError(f"{columns['images']!r} is {repr_short(names)}, expected a list of paths")
+    pictures = [ImagePart(path=resolve_image_path(name, choices.image_folder)) for name in names]
     sharegpt = layout["formatting"] == "sharegpt"
     said = (_messages if sharegpt else _alpaca)(record, layout, remarks)
-    pieces = [(role, split_at_marks(text, len(pictures))) for role, text in said]
+    pieces = [(role, split_at_placeholders(text, len(pictures))) for role, text in said]
     places = sum(piece is None for _, parts in pieces for piece in parts)
     if places != len(pictures):
         raise RecordError(f"{places} {IMAGE} for {len(pictures)} pictures")
@@ -133,14 +135,14 @@ def read(record: Any, choices: Choices) -> Sample:
     own = ("messages", "images", "system")
     names_used = own if sharegpt else ("prompt", "query", "response", "images", "system", "history")
     used = {columns[name] for name in names_used if columns[name]}
-    return Sample(document, others(record, *used), tuple(remarks))
+    return Sample(document, extra_fields(record, *used), tuple(remarks))
 
 
 def _messages(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tuple[str, str]]:
     columns, tags = layout["columns"], layout["tags"]
     messages = value_of(record, columns["messages"])
     if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{columns['messages']!r} is {shown(messages)}, expected messages")
+        raise RecordError(f"{columns['messages']!r} is {repr_short(messages)}, expected messages")
     roles = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant"}
     said = [
         (value_of(m, tags["role_tag"]), text_of(m, tags["content_tag"], remarks)) for m in messages
@@ -153,7 +155,7 @@ def _messages(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[t
     for number, (role, _) in enumerate(said):
         if not isinstance(role, str) or roles.get(role) != ("user", "assistant")[number % 2]:
             wanted = tags["user_tag" if number % 2 == 0 else "assistant_tag"]
-            raise RecordError(f"message {number} is from {shown(role)}, expected {wanted}")
+            raise RecordError(f"message {number} is from {repr_short(role)}, expected {wanted}")
     turns = [(roles[role], text) for role, text in said]
     return [(turns[0][0], f"{system}\n{turns[0][1]}"), *turns[1:]] if system else turns
 
@@ -168,14 +170,14 @@ def _alpaca(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tup
     turns: list[tuple[str, str]] = []
     history = (record.get(columns["history"]) or []) if columns["history"] else []
     if not isinstance(history, list):
-        raise RecordError(f"its history is {shown(history)}, expected a list")
+        raise RecordError(f"its history is {repr_short(history)}, expected a list")
     for pair in history:
         if (
             not isinstance(pair, list)
             or len(pair) != 2
             or not all(isinstance(t, str) for t in pair)
         ):
-            raise RecordError(f"an entry of its history is {shown(pair)}, expected two texts")
+            raise RecordError(f"an entry of its history is {repr_short(pair)}, expected two texts")
         turns += [("user", pair[0]), ("assistant", pair[1])]
     turns += [
         ("user", "\n".join(asked_for)), ("assistant", text_of(record, columns["response"], remarks))
@@ -185,25 +187,31 @@ def _alpaca(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tup
     return turns
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
     turns = list(sample.document.turns)
     pictures = sample.document.pictures
     if turns[0].role == "assistant":
         turns = asked(turns[0], pictures[0] if pictures else None, choices)
     if len(turns) % 2:
         raise RecordError("ends with a question, this format with its answer")
-    names = [picture_name(only_path(picture), choices.image_folder) for picture in pictures]
+    names = [
+        relative_image_name(require_path(picture), choices.image_folder) for picture in pictures
+    ]
     messages = [{"role": t.role, "content": _content(t.parts, bool(names))} for t in turns]
-    return {"messages": messages, "images": names, **others(sample.fields, "messages", "images")}
+    return {
+        "messages": messages,
+        "images": names,
+        **extra_fields(sample.fields, "messages", "images"),
+    }
 
 
-def _content(parts: tuple[Part, ...], pictures: bool) -> str:
+def _content(parts: tuple[ContentPart, ...], pictures: bool) -> str:
     if pictures and any(isinstance(part, str) and IMAGE in part for part in parts):
         raise RecordError(f"the words hold {IMAGE}, which this format would take for a picture")
     return "".join(part if isinstance(part, str) else IMAGE for part in parts)
 
 
-def beside(name: str, choices: Choices) -> dict[str, Any]:
+def beside(name: str, choices: ConversionConfig) -> dict[str, Any]:
     """dataset_info.json for a written file: its entry is called as the file, without its suffix."""
     entry = {"file_name": name, "formatting": "sharegpt", **WRITTEN}
     stem = Path(name).stem
@@ -212,7 +220,7 @@ def beside(name: str, choices: Choices) -> dict[str, Any]:
     return {INFO: {called: entry}}
 
 
-FORMAT = Format(
+FORMAT = FormatSpec(
     records, read, write, beside=beside,
-    pictures_in=lambda path: path if path.is_dir() else path.parent,
+    images_in=lambda path: path if path.is_dir() else path.parent,
 )  # fmt: skip

@@ -8,13 +8,13 @@ from typing import Any
 
 from medley.datasets import vqa_rad
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    others,
-    shown,
+    extra_fields,
+    repr_short,
     value_of,
 )
 from medley.datasets.readers import records_of, split_files
@@ -25,7 +25,7 @@ FILES = {
 LANGUAGES = ("en", "zh")
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     """Those of the language that was asked for."""
     for split, path in split_files(choices, FILES, "SLAKE"):
         for found in records_of(path, split):
@@ -39,22 +39,22 @@ def records(choices: Choices) -> Iterator[Found]:
                 yield found
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     if value_of(record, "q_lang") not in LANGUAGES:
-        raise RecordError(f"q_lang is {shown(record['q_lang'])}, expected en or zh")
+        raise RecordError(f"q_lang is {repr_short(record['q_lang'])}, expected en or zh")
     sample = vqa_rad.read({**record, "image_name": value_of(record, "img_name")}, choices)
-    fields = {**others(sample.fields, "img_name"), "source": "slake"}
+    fields = {**extra_fields(sample.fields, "img_name"), "source": "slake"}
     return Sample(sample.document, fields, sample.remarks)
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
     row = vqa_rad.write(sample, choices)
     language = value_of(sample.fields, "q_lang")
-    return {"img_name": row["image_name"], "q_lang": language, **others(row, "image_name")}
+    return {"img_name": row["image_name"], "q_lang": language, **extra_fields(row, "image_name")}
 
 
 def image_folder(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "imgs"
 
 
-FORMAT = Format(records, read, write, splits=True, pictures_in=image_folder)
+FORMAT = FormatSpec(records, read, write, splits=True, images_in=image_folder)

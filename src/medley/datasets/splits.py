@@ -47,7 +47,7 @@ def content_hashes(paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]
     return found, failed
 
 
-def contents_of(document: Document, hashes: Mapping[str, str]) -> list[str]:
+def content_ids(document: Document, hashes: Mapping[str, str]) -> list[str]:
     """What a record shows: its pictures' pixels or codes; where it has none, its words."""
     shown = []
     for picture in document.pictures:
@@ -68,7 +68,7 @@ class Leak:
     of: int
 
 
-def leaks(parts: Mapping[str, Iterable[str]], hashes: Mapping[str, str]) -> list[Leak]:
+def find_leaks(parts: Mapping[str, Iterable[str]], hashes: Mapping[str, str]) -> list[Leak]:
     """Which pictures of test and validation stand in training, by content; `parts` gives the
     pictures' paths of each split."""
     contents = {
@@ -84,13 +84,13 @@ def leaks(parts: Mapping[str, Iterable[str]], hashes: Mapping[str, str]) -> list
     return found
 
 
-def half_of(group: str, test_share: float) -> str:
+def assign_split(group: str, test_share: float) -> str:
     """train or test, by a picture's content alone: the same one on every machine."""
     digest = hashlib.sha256(f"split {group}".encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") / 2**32 < test_share else "train"
 
 
-def groups(records: Iterable[Sequence[str]]) -> dict[str, str]:
+def connected_components(records: Iterable[Sequence[str]]) -> dict[str, str]:
     """The contents of records -> one name for all pictures that are joined by common records."""
     above: dict[str, str] = {}
 

@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medley.data.document import Document
-from medley.datasets.base import Choices, Format, Sample
-from medley.datasets.conversion import Check, Tally, samples
+from medley.datasets.base import ConversionConfig, FormatSpec, Sample
+from medley.datasets.conversion import Check, ConversionStats, iter_samples
 from medley.datasets.splits import (
+    assign_split,
     balanced,
+    connected_components,
     content_hashes,
-    contents_of,
-    groups,
-    half_of,
+    content_ids,
     paths_of,
 )
 from medley.datasets.statistics import domain_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """For each good record whether it is taken, and its half (None: all of them, and the published
     splits); and the pictures that cannot be read as a whole, with the reason."""
 
@@ -34,22 +34,22 @@ class Plan:
     broken: dict[str, str] = field(default_factory=dict)
 
 
-def make_plan(
-    form: Format,
-    choices: Choices,
+def plan_split(
+    form: FormatSpec,
+    choices: ConversionConfig,
     check: Check,
     test_share: float | None,
     balanced_count: int | None,
     balance_key: str | None,
     seed: int,
-) -> Plan:
+) -> SplitPlan:
     """Reads everything once for halves without a common picture (`test_share`), and for a subset
     that is even over concepts (`balanced_count`)."""
     if test_share is None and balanced_count is None:
-        return Plan()
+        return SplitPlan()
     documents: list[Document] = []
     concepts: list[str] = []
-    found = samples(form, choices, check, Tally(), lambda *_: None)
+    found = iter_samples(form, choices, check, ConversionStats(), lambda *_: None)
     for _, _, _, sample in tqdm(found, unit=" records", desc="planning"):
         documents.append(sample.document)
         concepts.append(domain_of(sample, balance_key))
@@ -64,24 +64,24 @@ def make_plan(
     if balanced_count is not None:
         taken = balanced(concepts, balanced_count, seed)
     if test_share is not None:
-        contents = [contents_of(document, hashes) for document in documents]
-        joined = groups(contents)
-        halves = [half_of(joined[own[0]], test_share) for own in contents]
-    return Plan(taken, halves, broken)
+        contents = [content_ids(document, hashes) for document in documents]
+        joined = connected_components(contents)
+        halves = [assign_split(joined[own[0]], test_share) for own in contents]
+    return SplitPlan(taken, halves, broken)
 
 
-def chosen(
-    form: Format,
-    choices: Choices,
+def select_records(
+    form: FormatSpec,
+    choices: ConversionConfig,
     check: Check,
-    tally: Tally,
+    tally: ConversionStats,
     keep: Callable[[str, str, Any], None],
-    plan: Plan,
+    plan: SplitPlan,
 ) -> Iterator[tuple[str, str, Any, Sample]]:
     """(place, split or half, record, sample) of what is to be written; a record with a picture that
     cannot be read as a whole goes to `keep`."""
     number = -1
-    for where, split, record, sample in samples(form, choices, check, tally, keep):
+    for where, split, record, sample in iter_samples(form, choices, check, tally, keep):
         if broken := [plan.broken[p] for p in paths_of(sample.document) if p in plan.broken]:
             tally.counts["bad"] += 1
             keep(where, broken[0], record)

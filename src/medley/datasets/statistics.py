@@ -81,7 +81,7 @@ def _name(picture: Any) -> str:
     return str(picture.path).replace("\\", "/").rpartition("/")[2]
 
 
-class Counts:
+class DatasetStats:
     """Records by domain, by type of question, and by length in words."""
 
     def __init__(self) -> None:

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    as_question,
-    others,
+    extra_fields,
     question_and_answer,
     text_of,
+    to_qa,
 )
 from medley.datasets.readers import records_of
 from medley.utils.files import read_json
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     path = choices.path
     if path.suffix == ".json" and path.is_file() and _is_object(path):
         whole = read_json(path)
@@ -47,28 +47,28 @@ def _is_object(path: Path) -> bool:
         return first.lstrip().startswith(b"{")
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     remarks: list[str] = []
     question = text_of(record, choices.question_key, remarks)
     answer = text_of(record, choices.answer_key, remarks)
-    fields = others(record, choices.question_key, choices.answer_key)
+    fields = extra_fields(record, choices.question_key, choices.answer_key)
     return Sample(question_and_answer(None, question, answer), fields, tuple(remarks))
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
-    picture, question, answer = as_question(sample.document)
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+    picture, question, answer = to_qa(sample.document)
     if picture is not None:
         raise RecordError("a picture, which this format has no place for")
     keys = (choices.question_key, choices.answer_key)
-    return {keys[0]: question, keys[1]: answer, **others(sample.fields, *keys)}
+    return {keys[0]: question, keys[1]: answer, **extra_fields(sample.fields, *keys)}
 
 
-def write_cells(sample: Sample, choices: Choices) -> dict[str, Any]:
+def write_cells(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
     row = write(sample, choices)
     return {name: row[name] for name in (choices.question_key, choices.answer_key)}
 
 
-FORMAT = Format(records, read, write)
-CSV = Format(
+FORMAT = FormatSpec(records, read, write)
+CSV = FormatSpec(
     records, read, write_cells, "csv", columns=lambda c: (c.question_key, c.answer_key)
 )  # fmt: skip

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from medley.datasets.base import (
-    Choices,
-    Format,
+    ConversionConfig,
+    FormatSpec,
     Found,
     RecordError,
     Sample,
-    as_question,
-    others,
-    picture_name,
-    picture_path,
+    extra_fields,
     question_and_answer,
-    shown,
+    relative_image_name,
+    repr_short,
+    resolve_image_path,
     text_of,
+    to_qa,
     value_of,
 )
 from medley.datasets.readers import records_of, split_files
@@ -33,7 +33,7 @@ def image_folder(path: Path) -> Path:
     return next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
 
 
-def records(choices: Choices) -> Iterator[Found]:
+def records(choices: ConversionConfig) -> Iterator[Found]:
     for split, path in split_files(choices, FILES, "VQA-RAD"):
         yield from records_of(path, split)
 
@@ -42,37 +42,37 @@ def answer_type(value: Any) -> str:
     """OPEN or CLOSED. Raises RecordError for anything else."""
     kind = str(value).strip().upper()  # two rows of VQA-RAD say "CLOSED "
     if kind not in KINDS:
-        raise RecordError(f"answer_type is {shown(value)}, expected OPEN or CLOSED")
+        raise RecordError(f"answer_type is {repr_short(value)}, expected OPEN or CLOSED")
     return kind
 
 
-def read(record: Any, choices: Choices) -> Sample:
+def read(record: Any, choices: ConversionConfig) -> Sample:
     remarks: list[str] = []
     question = text_of(record, "question", remarks).strip()
     answer = text_of(record, "answer", remarks).strip()
-    path = picture_path(value_of(record, "image_name"), choices.image_folder)
+    path = resolve_image_path(value_of(record, "image_name"), choices.image_folder)
     fields = {
         "id": value_of(record, "qid"), "source": "vqa_rad", "task": "VQA",
         "answer_type": answer_type(value_of(record, "answer_type")),
     }  # fmt: skip
-    fields |= others(record, "qid", "image_name", "question", "answer", *fields)
+    fields |= extra_fields(record, "qid", "image_name", "question", "answer", *fields)
     return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
 
 
-def write(sample: Sample, choices: Choices) -> dict[str, Any]:
-    path, question, answer = as_question(sample.document)
+def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+    path, question, answer = to_qa(sample.document)
     if path is None:
         raise RecordError("no picture, and this format asks about pictures")
     if question.strip() != question or answer.strip() != answer:
         raise RecordError("blanks around the words, which this format does not keep")
     return {
         "qid": value_of(sample.fields, "id"),
-        "image_name": picture_name(path, choices.image_folder),
+        "image_name": relative_image_name(path, choices.image_folder),
         "question": question,
         "answer": answer,
         "answer_type": answer_type(value_of(sample.fields, "answer_type")),
-        **others(sample.fields, "id", "answer_type", "source", "task"),
+        **extra_fields(sample.fields, "id", "answer_type", "source", "task"),
     }
 
 
-FORMAT = Format(records, read, write, splits=True, pictures_in=image_folder)
+FORMAT = FormatSpec(records, read, write, splits=True, images_in=image_folder)

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from medley.data.document import Document, Picture
+from medley.data.document import Document, ImagePart
 from medley.errors import UserError
-from medley.evaluation.answer_files import answers_there, in_order, keys_of, row_of
+from medley.evaluation.answer_files import format_answer, question_keys, read_answers, sort_answers
 from medley.evaluation.questions import Question
 from medley.images.preprocess import ImageError, open_image, to_rgb
-from medley.inference.batch import refuse_other_options
-from medley.inference.loading import pick_device
-from medley.utils.files import append_line, read_manifest, write_manifest
+from medley.inference.batch import check_same_options
+from medley.inference.loading import resolve_device
+from medley.utils.jsonl import append_jsonl
+from medley.utils.manifest import read_manifest, write_manifest
 
 MAX_NEW_TOKENS = 64
 
@@ -42,14 +43,14 @@ class Baseline:
             raise UserError(
                 f"--baseline {folder}: no image-text model of transformers ({error})"
             ) from error
-        self.device = pick_device(device)
+        self.device = resolve_device(device)
         self.model.to(self.device).eval()
 
     @torch.inference_mode()
     def answer(self, prompt: Document) -> str:
         """The greedy answer to one question. Raises UserError for a picture that cannot be read."""
         parts = prompt.turns[0].parts
-        images = [to_rgb(_image(part)) for part in parts if isinstance(part, Picture)]
+        images = [to_rgb(_image(part)) for part in parts if isinstance(part, ImagePart)]
         inputs = self.processor(
             text=self._text(parts), images=images or None, return_tensors="pt"
         ).to(self.device)
@@ -64,16 +65,16 @@ class Baseline:
     def _text(self, parts: Sequence[Any]) -> str:
         if getattr(self.processor, "chat_template", None):
             content = [
-                {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": part}
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part}
                 for part in parts
             ]
             talk = [{"role": "user", "content": content}]
             return str(self.processor.apply_chat_template(talk, add_generation_prompt=True))
         mark = str(getattr(self.processor, "image_token", "<image>"))
-        return "\n".join(mark if isinstance(part, Picture) else part for part in parts)
+        return "\n".join(mark if isinstance(part, ImagePart) else part for part in parts)
 
 
-def _image(picture: Picture) -> Any:
+def _image(picture: ImagePart) -> Any:
     if picture.image is not None:
         return picture.image
     if picture.path is None:
@@ -81,18 +82,18 @@ def _image(picture: Picture) -> Any:
     return open_image(picture.path)
 
 
-def answer_file(folder: Path, questions: Sequence[Question], output: Path) -> list[str]:
+def write_answers(folder: Path, questions: Sequence[Question], output: Path) -> list[str]:
     """Writes LLaVA's answer file; what stands in it already is not asked again.
 
     Gives the questions that could not be answered, with why. Raises UserError where the file holds
     another model's answers, or those to other questions.
     """
-    identity = identity_of(folder, questions)
+    identity = run_key(folder, questions)
     if output.exists():
-        refuse_other_options(read_manifest(output).get("options", {}), identity, output)
+        check_same_options(read_manifest(output).get("options", {}), identity, output)
     write_manifest(output, identity, [], None)
-    keys = list(keys_of((q.identifier, q.asked) for q in questions))
-    there = answers_there(output)
+    keys = list(question_keys((q.identifier, q.asked) for q in questions))
+    there = read_answers(output)
     left = [(key, q) for key, q in zip(keys, questions, strict=True) if key not in there]
     failed = []
     if left:
@@ -105,12 +106,12 @@ def answer_file(folder: Path, questions: Sequence[Question], output: Path) -> li
             except (UserError, ImageError, RuntimeError, ValueError) as error:
                 failed.append(f"question {question.identifier}: {error}")
                 continue
-            append_line(output, row_of(question, text, folder.name))
-    in_order(output, keys)
+            append_jsonl(output, format_answer(question, text, folder.name))
+    sort_answers(output, keys)
     return failed
 
 
-def identity_of(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
+def run_key(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
     """What the answers depend on."""
     digest = hashlib.sha256()
     for question in questions:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.utils.files import json_lines, whole_file
+from medley.utils.files import atomic_file
+from medley.utils.jsonl import json_lines
 
 
 @dataclass(frozen=True)
-class Case:
+class Example:
     """A question with its right answer and the one that was given; `fields` of its record."""
 
     identifier: Any
@@ -26,11 +27,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredExample:
     """A case with its values by measure, where 1 is 100 percent; `right` is 0 or 1. `note` says why
     one is missing. `drawn` is the file of a picture that was the answer, or part of it."""
 
-    case: Case
+    case: Example
     scores: dict[str, float]
     note: str = ""
     drawn: str | None = None
@@ -42,8 +43,8 @@ class Scored:
         return None if found is None else found == 1
 
 
-def write_scored(path: Path, cases: Iterable[Scored]) -> None:
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+def write_scored(path: Path, cases: Iterable[ScoredExample]) -> None:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for one in cases:
             case = one.case
             row = {
@@ -54,25 +55,25 @@ def write_scored(path: Path, cases: Iterable[Scored]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_scored(path: Path) -> list[Scored]:
+def read_scored(path: Path) -> list[ScoredExample]:
     """Raises UserError for a file that is not one of these."""
     found = []
     for number, line in json_lines(path):
         try:
             row = json.loads(line)
-            case = Case(
+            case = Example(
                 row["id"], row["question"], row["gold"], row["answer"], row["kind"], row["image"]
             )
             if not isinstance(row["image"], str | None) or not isinstance(row["drawn"], str | None):
                 raise TypeError("a picture's name is no text")
             scores = {str(name): float(value) for name, value in row["scores"].items()}
-            found.append(Scored(case, scores, row["note"], row["drawn"]))
+            found.append(ScoredExample(case, scores, row["note"], row["drawn"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not a case of an evaluation ({error})") from error
     return found
 
 
-def picked(cases: Sequence[Scored], count: int) -> list[Scored]:
+def sample_examples(cases: Sequence[ScoredExample], count: int) -> list[ScoredExample]:
     """At most so many, evenly over the file; half of them wrong ones, where there are as many."""
     wrong = [one for one in cases if one.is_right is False]
     others = [one for one in cases if one.is_right is not False]
@@ -81,6 +82,6 @@ def picked(cases: Sequence[Scored], count: int) -> list[Scored]:
     return [one for one in cases if id(one) in chosen]
 
 
-def _evenly(items: Sequence[Scored], count: int) -> list[Scored]:
+def _evenly(items: Sequence[ScoredExample], count: int) -> list[ScoredExample]:
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -7,15 +7,15 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from medley.errors import UserError
-from medley.evaluation.cases import Scored
+from medley.evaluation.cases import ScoredExample
 from medley.evaluation.confidence import paired_difference
 from medley.evaluation.report import Cell, Table
 
 Key = tuple[str, str, str, int]
 
 
-def differences(
-    a: Sequence[Scored], b: Sequence[Scored], seed: int = 0
+def compare_runs(
+    a: Sequence[ScoredExample], b: Sequence[ScoredExample], seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """By measure: both means and b - a, in percent, with a 95 % interval of a paired bootstrap over
     pictures. Questions that only one run has, or scored, are left out and counted.
@@ -48,7 +48,7 @@ def differences(
     return found
 
 
-def by_key(cases: Iterable[Scored]) -> dict[Key, Scored]:
+def by_key(cases: Iterable[ScoredExample]) -> dict[Key, ScoredExample]:
     """Kind, id, question, and how often all that stood there before."""
     seen: Counter[tuple[str, str, str]] = Counter()
     found = {}

@@ -11,8 +11,8 @@ from typing import TypeVar
 import yaml
 from tqdm import tqdm
 
-from medley.errors import DataLost, UserError
-from medley.utils.chat_client import Endpoint, Failed, Message, Replies, ask_all
+from medley.errors import PartialFailure, UserError
+from medley.utils.chat_client import ChatClient, Message, RequestFailed, ResponseCache, complete_all
 
 Name = TypeVar("Name")
 _CHARACTERS = 4  # of a token, about
@@ -42,13 +42,13 @@ class JudgeOptions:
 
     endpoint: str | None = None
     judge: str | None = None
-    key_variable: str = Endpoint.key_variable
+    key_variable: str = ChatClient.key_variable
     api_version: str | None = None
     judge_temperature: float = 0.2
     judge_max_tokens: int = 1024
     at_once: int = 8
-    tries: int = Endpoint.tries
-    timeout: float = Endpoint.timeout
+    tries: int = ChatClient.tries
+    timeout: float = ChatClient.timeout
     price_in: float | None = None
     price_out: float | None = None
     max_cost: float | None = None
@@ -71,10 +71,10 @@ class JudgeOptions:
         if self.endpoint is not None:
             self.asked_of()  # before anything is printed: an address may hold a secret
 
-    def asked_of(self) -> Endpoint:
+    def asked_of(self) -> ChatClient:
         if self.endpoint is None or self.judge is None:
             raise UserError("a judge is needed: --endpoint and --judge")
-        return Endpoint(
+        return ChatClient(
             self.endpoint, self.judge, self.key_variable, self.api_version,
             self.judge_temperature, self.judge_max_tokens, self.tries, self.timeout, True,
         )  # fmt: skip
@@ -89,27 +89,27 @@ def ask_judge(
     questions: Mapping[Name, Sequence[Message]],
     kept: Path,
     readable: Callable[[Name, str], bool],
-) -> dict[Name, str | Failed]:
+) -> dict[Name, str | RequestFailed]:
     """Replies by the questions' names. They are kept in a file as they come: the same command goes
     on where it was stopped, and pays for nothing twice.
 
     Raises DryRun where only the estimate was asked for, UserError where it is above the limit.
     """
-    endpoint, replies = options.asked_of(), Replies(kept)
+    endpoint, replies = options.asked_of(), ResponseCache(kept)
     known: dict[Name, str] = {}
     for name, messages in questions.items():
-        reply = replies.get(endpoint.key_of(messages))
+        reply = replies.get(endpoint.cache_key(messages))
         if reply is not None and (readable(name, reply) or not options.ask_again):
             known[name] = reply
         elif reply is not None:
-            replies.forget(endpoint.key_of(messages))
+            replies.forget(endpoint.cache_key(messages))
     left = {name: messages for name, messages in questions.items() if name not in known}
     print(f"{len(known)} replies are there already; {_estimate(options, list(left.values()))}")
     if options.dry_run:
         raise DryRun
-    found: dict[Name, str | Failed] = dict(known)
+    found: dict[Name, str | RequestFailed] = dict(known)
     if left:
-        asked = ask_all(endpoint, left, left.__getitem__, replies, options.at_once)
+        asked = complete_all(endpoint, left, left.__getitem__, replies, options.at_once)
         found |= dict(tqdm(asked, total=len(left), desc="asking the judge", unit=" replies"))
     return {name: found[name] for name in questions}
 
@@ -131,7 +131,7 @@ def _estimate(options: JudgeOptions, questions: Sequence[Sequence[Message]]) -> 
 
 
 @dataclass(frozen=True)
-class Counts:
+class JudgeStats:
     """What became of a judge's replies."""
 
     asked: int
@@ -141,9 +141,11 @@ class Counts:
     first_failed: str = ""
 
     @classmethod
-    def of(cls, replies: Mapping[Name, str | Failed], read: Mapping[Name, bool]) -> Counts:
+    def of(
+        cls, replies: Mapping[Name, str | RequestFailed], read: Mapping[Name, bool]
+    ) -> JudgeStats:
         """`read` says which replies could be read."""
-        failed = [reply for reply in replies.values() if isinstance(reply, Failed)]
+        failed = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
         good = sum(read[name] for name in replies)
         first = failed[0].reason if failed else ""
         return cls(len(replies), good, len(replies) - good - len(failed), len(failed), first)
@@ -161,15 +163,15 @@ class Counts:
     def check(self) -> None:
         """Raises DataLost where a question got no reply, once all else is written."""
         if self.failed:
-            raise DataLost(
+            raise PartialFailure(
                 f"{self.failed} of {self.asked} questions got no reply from the judge, the first: "
                 f"{self.first_failed}; the same command asks them again"
             )
 
 
-def note_of(reply: str | Failed, is_read: bool) -> str:
+def note_of(reply: str | RequestFailed, is_read: bool) -> str:
     """Why an answer has no score; nothing where it has one."""
-    if isinstance(reply, Failed):
+    if isinstance(reply, RequestFailed):
         return f"the judge gave no reply: {reply.reason}"
     return "" if is_read else f"the judge's reply cannot be read: {reply[:200]}"
 

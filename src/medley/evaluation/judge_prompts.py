@@ -20,7 +20,7 @@ _BENCH = "llava_bench_"  # before a category's name in LLaVA's rules
 
 
 @dataclass(frozen=True)
-class Review:
+class JudgeItem:
     """A question and two answers. `first` is the reference's. `row` is the question's record."""
 
     identifier: Any
@@ -35,14 +35,14 @@ class Review:
 
 
 @dataclass(frozen=True)
-class Rules:
+class JudgePrompts:
     """What the judge is told: for all, and by category its role for the two and the task."""
 
     system: str
     by_category: Mapping[str, tuple[str, str]]
 
     @classmethod
-    def read(cls, path: Path | None) -> Rules:
+    def read(cls, path: Path | None) -> JudgePrompts:
         """A file of `system` and of categories with role and prompt (LLaVA's rule.json has no
         system); what it lacks is ours. Raises UserError for any other file."""
         usual = _rules(PROMPTS / "review.yaml")
@@ -63,7 +63,7 @@ class Rules:
             )
         return found
 
-    def messages(self, review: Review, falls_back: bool = True) -> list[Message]:
+    def messages(self, review: JudgeItem, falls_back: bool = True) -> list[Message]:
         role, prompt = self.of(review.category, falls_back)
         blocks = [] if review.context is None else [f"[Context]\n{review.context}\n\n"]
         blocks += [
@@ -78,11 +78,13 @@ class Rules:
         ]
 
 
-def _rules(path: Path) -> Rules:
+def _rules(path: Path) -> JudgePrompts:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # of which JSON is a part
         system = str(found.pop("system", ""))
-        return Rules(system, {n: (str(r["role"]), str(r["prompt"])) for n, r in found.items()})
+        return JudgePrompts(
+            system, {n: (str(r["role"]), str(r["prompt"])) for n, r in found.items()}
+        )
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -98,7 +100,7 @@ def reviews_of(
     answers: Sequence[tuple[Path, Rows]],
     contexts: Rows | None,
     as_published: bool,
-) -> list[Review]:
+) -> list[JudgeItem]:
     """Questions with their answers, by id, in the order of the questions.
 
     LLaVA-Med's questions hold the reference (`gpt4_answer`) themselves, LLaVA's need two answer
@@ -112,7 +114,7 @@ def reviews_of(
         raise UserError(f"{layout} needs --context, what is known of the pictures")
     sides = [_by_id(path, rows) for path, rows in answers]
     told = {str(row.get("image")): _context(layout, place, row) for place, row in contexts or []}
-    found: list[Review] = []
+    found: list[JudgeItem] = []
     seen: set[str] = set()
     for place, row in questions:
         identifier = _value(place, row, "question_id")
@@ -134,7 +136,7 @@ def reviews_of(
                 raise UserError(f"{place}: --context has no picture {image!r}")
             context = told[str(image)]
         category = _text(place, row, "category")
-        found.append(Review(
+        found.append(JudgeItem(
             identifier, _BENCH + category if layout == "llava_bench" else category,
             _text(place, row, "text"), str(own[0]["text"]), str(own[1]["text"]), context,
             image, row, (_answer_id(own[0]), _answer_id(own[1])),
@@ -155,7 +157,7 @@ def _answer_id(row: dict[str, Any]) -> Any:
 
 def _of_llava_med(
     place: str, row: dict[str, Any], answer: dict[str, Any], as_published: bool
-) -> Review:
+) -> JudgeItem:
     question = _text(place, row, "text")
     figure = {"fig_label": _text(place, row, "fig_label"),
               "fig_caption": _text(place, row, "fig_caption"),
@@ -170,7 +172,7 @@ def _of_llava_med(
         )
     else:
         question, context = question.replace(IMAGE, "").strip(), context_of(figure, True)
-    return Review(
+    return JudgeItem(
         row["question_id"], str(row.get("type", "")), question,
         _text(place, row, "gpt4_answer"), str(answer["text"]), context, row.get("image"), row,
         (None, _answer_id(answer)),
@@ -226,7 +228,7 @@ def _value(place: str, row: dict[str, Any], name: str) -> Any:
 
 
 def review_row(
-    layout: Layout, number: int, review: Review, reply: str | None, pair: Sequence[float] | None
+    layout: Layout, number: int, review: JudgeItem, reply: str | None, pair: Sequence[float] | None
 ) -> dict[str, Any]:
     """A line of the published files of reviews; without a reply its place stays empty."""
     if layout == "llava_med":

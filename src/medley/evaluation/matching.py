@@ -43,7 +43,7 @@ def words_of(text: str) -> list[str]:
     return kept or found
 
 
-def says_the_same(answer: str, gold: str) -> bool:
+def same_answer(answer: str, gold: str) -> bool:
     """Whether the words are the same ones; marks count where there are no words at all."""
     wanted, given = words_of(gold), words_of(answer)
     if not wanted:
@@ -51,7 +51,7 @@ def says_the_same(answer: str, gold: str) -> bool:
     return wanted == given
 
 
-def holds(answer: str, gold: str) -> bool:
+def contains_words(answer: str, gold: str) -> bool:
     """Whether the gold words stand, in their order, among the given ones."""
     wanted, given = words_of(gold), words_of(answer)
     size = len(wanted)

@@ -25,7 +25,7 @@ from medley.evaluation.medmax_suite import (
     chat_reference,
 )  # fmt: skip
 from medley.evaluation.science_qa import parsed_letter
-from medley.utils.chat_client import Failed
+from medley.utils.chat_client import RequestFailed
 
 JUDGED = ("open", MIXED, CHAT)
 LIKENESS, RELATIVE = "similarity of pictures", "relative to the reference (judge)"
@@ -84,7 +84,7 @@ def pair_of(reply: str, as_published: bool) -> Pair | None:
 
 
 @dataclass(frozen=True)
-class Given:
+class Prediction:
     """An answer: its words, the files of its pictures, or why there is none."""
 
     text: str
@@ -100,7 +100,7 @@ class Scores:
     """Scores of rows by their numbers, with a note where one is missing."""
 
     def __init__(
-        self, rows: Sequence[Row], given: dict[int, Given], as_published: bool = False
+        self, rows: Sequence[Row], given: dict[int, Prediction], as_published: bool = False
     ) -> None:
         self.rows, self.given, self.as_published = rows, given, as_published
         self.by_row: dict[int, dict[str, float]] = {row.number: {} for row in rows}
@@ -135,7 +135,7 @@ class Scores:
             return verdict(reply, self.as_published) is not None
         return pair_of(reply, self.as_published) is not None
 
-    def take_reply(self, number: int, reply: str | Failed) -> bool:
+    def take_reply(self, number: int, reply: str | RequestFailed) -> bool:
         """Keeps what a judge says of a row; whether it could be read."""
         is_read = isinstance(reply, str) and self._read(number, reply)
         self.notes[number] = note_of(reply, is_read) or self.notes[number]

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medley.data.document import Part, Picture
+from medley.data.document import ContentPart, ImagePart
 from medley.data.vocabulary import IMAGE
 from medley.datasets.base import CAPTION_PROMPT
 from medley.errors import UserError
@@ -86,12 +86,12 @@ def row_of(number: int, record: Any) -> Row:
     return Row(number, task, kind, str(prompt or ""), record.get("answer"), image or None)
 
 
-def prompt_for(processor: Processor, row: Row, picture: Picture | None) -> list[Part]:
+def prompt_for(processor: Processor, row: Row, picture: ImagePart | None) -> list[ContentPart]:
     """What a row asks, as MedMax lays it out. A turn ends behind it only for `sft`; a picture that
     a row names as its right answer is not shown."""
     if row.task == CHAT:
         return _chat_prompt(row, picture)
-    shown: list[Part] = [picture] if picture and row.task not in (GENERATION, MIXED) else []
+    shown: list[ContentPart] = [picture] if picture and row.task not in (GENERATION, MIXED) else []
     if row.task == CAPTIONING:
         return [*shown, CAPTION_PROMPT if processor != "default" else row.prompt]
     if processor != "chameleon" or row.task == GENERATION:
@@ -101,12 +101,12 @@ def prompt_for(processor: Processor, row: Row, picture: Picture | None) -> list[
     return [*shown, f"{_LEADS.get(row.kind, '')}Question: {row.prompt.strip()}\nAnswer:"]
 
 
-def _chat_prompt(row: Row, picture: Picture | None) -> list[Part]:
+def _chat_prompt(row: Row, picture: ImagePart | None) -> list[ContentPart]:
     """The picture where its mark stands, or first."""
     words = row.prompt.replace(IMAGE, "").strip()
     behind = row.prompt.strip().endswith(IMAGE) and not row.prompt.strip().startswith(IMAGE)
     text = DESCRIBE if row.kind == _DETAILED else words
-    shown: list[Part] = [picture] if picture else []
+    shown: list[ContentPart] = [picture] if picture else []
     return [text, *shown] if behind else [*shown, text]
 
 

@@ -31,7 +31,7 @@ def f1(answer: str, gold: str) -> tuple[float, float, float]:
     return 2 * precision * recall / (precision + recall), precision, recall
 
 
-def likeness(answer: str, candidate: str) -> float:
+def word_recall(answer: str, candidate: str) -> float:
     """Share of a candidate's distinct words that were given."""
     own = set(candidate.split())
     return len(own.intersection(answer.split())) / len(own) if own else 0.0

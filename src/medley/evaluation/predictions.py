@@ -11,15 +11,15 @@ from medley.data.vocabulary import IMAGE
 from medley.datasets.base import RecordError
 from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.evaluation.cases import Case
+from medley.evaluation.cases import Example
 from medley.evaluation.matching import is_yes_or_no
 from medley.evaluation.questions import CLOSED, OPEN, Question
-from medley.utils.files import read_json, refuse_half_characters
+from medley.utils.files import check_unicode, read_json
 
 
 def paired(
     questions: Sequence[Question], answers: Path, skip_missing: bool = False
-) -> tuple[list[Case], int]:
+) -> tuple[list[Example], int]:
     """Cases in the order of the questions, and how many of them have no answer.
 
     Those count as answered with nothing, unless they are skipped. Questions that share an id are
@@ -52,7 +52,7 @@ def paired(
 
 
 def _told_apart(
-    answers: Path, key: str, questions: Sequence[Question], given: Sequence[Given]
+    answers: Path, key: str, questions: Sequence[Question], given: Sequence[Prediction]
 ) -> list[str | None]:
     """The text of each of the questions that share an id; None for one without."""
     if len(questions) == 1:
@@ -75,7 +75,7 @@ def _told_apart(
 
 
 @dataclass(frozen=True)
-class Given:
+class Prediction:
     """An answer, and the question as its file has it, without marks of pictures."""
 
     text: str
@@ -86,23 +86,23 @@ def _bare(prompt: str) -> str:
     return prompt.replace(IMAGE, "").strip()
 
 
-def answers_by(path: Path) -> dict[str, list[Given]]:
+def answers_by(path: Path) -> dict[str, list[Prediction]]:
     """The answers of a file by id, in their order."""
-    given: dict[str, list[Given]] = {}
+    given: dict[str, list[Prediction]] = {}
     for place, row in _rows(path):
         _check(place, row)
-        one = Given(row["text"], _bare(str(row.get("prompt", ""))))
+        one = Prediction(row["text"], _bare(str(row.get("prompt", ""))))
         given.setdefault(_key(row["question_id"]), []).append(one)
     return given
 
 
-def case_of(question: Question, answer: str) -> Case:
+def case_of(question: Question, answer: str) -> Example:
     """Without an answer_type, yes and no are closed and the rest is open. Raises UserError for a
     question without its right answer."""
     if question.gold is None:
         raise UserError(f"question {question.identifier}: the file has no right answer to it")
     kind = question.kind or (OPEN if is_yes_or_no(question.gold) is None else CLOSED)
-    return Case(
+    return Example(
         question.identifier, question.text, question.gold, answer, kind, question.image,
         question.fields,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _check(place: str, row: Any) -> None:
         raise UserError(f"{place}: expected question_id and text")
     if not isinstance(row["text"], str):
         raise UserError(f"{place}: its text is {row['text']!r}, expected text")
-    refuse_half_characters(place, row)
+    check_unicode(place, row)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -146,5 +146,5 @@ def by_identifier(path: Path) -> dict[str, Any]:
     return found
 
 
-def missing_of(wanted: Iterable[str], answers: dict[str, Any]) -> list[str]:
+def missing_ids(wanted: Iterable[str], answers: dict[str, Any]) -> list[str]:
     return [identifier for identifier in wanted if identifier not in answers]

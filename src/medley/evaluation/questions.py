@@ -8,15 +8,15 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from medley.data.document import Document, Picture, Turn
+from medley.data.document import Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import picture_path
-from medley.datasets.conversion import read_one
+from medley.datasets.base import resolve_image_path
+from medley.datasets.conversion import read_record
 from medley.datasets.llava import TURNS
 from medley.datasets.readers import records_of
-from medley.datasets.registry import FORMATS, Choices, Name, RecordError
+from medley.datasets.registry import FORMATS, ConversionConfig, Name, RecordError
 from medley.errors import UserError
-from medley.utils.files import refuse_half_characters
+from medley.utils.files import check_unicode
 
 OPEN, CLOSED = "OPEN", "CLOSED"
 
@@ -44,7 +44,7 @@ class Question:
         return str(found[0].path) if found and found[0].path is not None else None
 
 
-def read_questions(path: Path, form: Name, choices: Choices) -> list[Question]:
+def read_questions(path: Path, form: Name, choices: ConversionConfig) -> list[Question]:
     """Questions in their order. Raises UserError with the place of a bad one.
 
     `llava` takes LLaVA's question files (JSONL of question_id, image, text) and its lists (id,
@@ -56,7 +56,7 @@ def read_questions(path: Path, form: Name, choices: Choices) -> list[Question]:
         if isinstance(record, RecordError):
             raise UserError(f"{place}: {record}")
         try:
-            refuse_half_characters(place, record)
+            check_unicode(place, record)
             if form == "llava":
                 found.append(_of_llava(record, choices.image_folder))
             else:
@@ -93,7 +93,7 @@ def _of_llava(record: Any, folder: Path | None) -> Question:
         raise RecordError(f"image is {image!r}, expected a path")
     # The picture's place in LLaVA's files is before or behind the words; here it comes first.
     words = asked.replace(IMAGE, "").strip()
-    picture = [Picture(path=picture_path(image, folder))] if image else []
+    picture = [ImagePart(path=resolve_image_path(image, folder))] if image else []
     fields = {n: v for n, v in record.items() if n not in (*TURNS, "text", key, "image")}
     return Question(
         identifier, asked, Document((Turn("user", (*picture, words)),)),
@@ -117,8 +117,8 @@ def _said(record: dict[str, Any], turns: Any) -> Iterator[Any]:
         yield turn["value"]
 
 
-def _of_sample(record: Any, form: Name, choices: Choices, number: int) -> Question:
-    sample = read_one(FORMATS[form], record, choices)
+def _of_sample(record: Any, form: Name, choices: ConversionConfig, number: int) -> Question:
+    sample = read_record(FORMATS[form], record, choices)
     turns = sample.document.turns
     if turns[0].role != "user" or len(turns) > 2:
         raise RecordError(
@@ -128,7 +128,7 @@ def _of_sample(record: Any, form: Name, choices: Choices, number: int) -> Questi
     asked = "\n".join(part if isinstance(part, str) else IMAGE for part in turns[0].parts)
     gold = None
     if len(turns) == 2:
-        if any(isinstance(part, Picture) for part in turns[1].parts):
+        if any(isinstance(part, ImagePart) for part in turns[1].parts):
             raise RecordError("a picture in the answer: only words are compared")
         gold = "".join(str(part) for part in turns[1].parts)
     if form == "science_qa":  # the letter alone is right, whatever a prompt format adds to it

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from medley.errors import UserError
-from medley.evaluation.cases import Case
-from medley.evaluation.metrics import bleu, exact_match, f1, likeness
+from medley.evaluation.cases import Example
+from medley.evaluation.metrics import bleu, exact_match, f1, word_recall
 from medley.evaluation.questions import CLOSED, OPEN
 from medley.evaluation.vqa_normalize import normalise
 
@@ -22,7 +22,7 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
-def likeliest(answer: str, candidates: Sequence[str]) -> str:
+def nearest_candidate(answer: str, candidates: Sequence[str]) -> str:
     """The first of the normalised candidates that are most alike, also where none is alike at all.
 
     Raises UserError for none of them.
@@ -31,16 +31,16 @@ def likeliest(answer: str, candidates: Sequence[str]) -> str:
         raise UserError(
             "the candidates are empty: run_eval needs the open answers of the train set"
         )
-    return max(candidates, key=lambda text: likeness(answer, text))
+    return max(candidates, key=lambda text: word_recall(answer, text))
 
 
 def normalised(candidates: Sequence[Any]) -> list[str]:
-    """Candidates as `likeliest` compares them, each once: only the first of equals can win."""
+    """Candidates as `nearest_candidate` compares them, each once: only the first of equals can win."""
     return list(dict.fromkeys(normalise(str(c).lower(), True) for c in candidates))
 
 
 def published_scores(
-    cases: Sequence[Case], compat: Compat, candidates: Sequence[Any] | None
+    cases: Sequence[Example], compat: Compat, candidates: Sequence[Any] | None
 ) -> dict[str, float]:
     """LLaVA-Med's table in percent, without the rows of a class that has no question, by which the
     published code divides. It knows OPEN and CLOSED alone: other kinds of a record are left out.
@@ -65,7 +65,7 @@ def published_scores(
             if compat == "run_eval":
                 if texts is None:
                     raise UserError("--compat run_eval needs --candidate, a file of open answers")
-                sums["open accuracy"] += float(likeliest(again[0], texts) == again[1])
+                sums["open accuracy"] += float(nearest_candidate(again[0], texts) == again[1])
             else:
                 sums["open accuracy"] += gold in answer
         elif case.kind == CLOSED:
@@ -83,7 +83,7 @@ def published_scores(
     return table
 
 
-def is_known(case: Case) -> bool:
+def is_known(case: Example) -> bool:
     """Whether the published code scores a case: by its record's own word, if it has one."""
     said = case.fields.get("answer_type", case.kind)
     return str(said).strip().upper() in (OPEN, CLOSED)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from medley.errors import UserError
-from medley.evaluation.cases import Scored, picked, write_scored
+from medley.evaluation.cases import ScoredExample, sample_examples, write_scored
 from medley.evaluation.confidence import interval_of
 from medley.images.preprocess import ImageError, open_image
-from medley.utils.files import whole_file, write_json
-from medley.version import __version__
+from medley.utils.files import atomic_file, write_json
+from medley.utils.html import data_url, render
 
 GALLERY = 48  # answers that a page shows
 LONGEST = 2000  # characters of a text on a page
@@ -40,7 +36,7 @@ class Table:
     text: str = ""
 
 
-def cases_path(output: Path) -> Path:
+def examples_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.cases.jsonl")
 
 
@@ -49,7 +45,7 @@ def write_report(
     title: str,
     values: dict[str, Any],
     tables: Sequence[Table],
-    cases: Sequence[Scored],
+    cases: Sequence[ScoredExample],
     notes: Sequence[str] = (),
     gallery: int = GALLERY,
 ) -> None:
@@ -58,33 +54,24 @@ def write_report(
 
     The page stands alone: its pictures are inside, as thumbnails.
     """
-    write_scored(cases_path(output), cases)
+    write_scored(examples_path(output), cases)
     wrong = [one for one in cases if one.is_right is False]
     write_scored(output.with_name(f"{output.name}.wrong.jsonl"), wrong)
-    shown = picked(cases, gallery)
-    text = _template().render(
-        title=title, notes=notes, tables=tables, cards=[_card(one) for one in shown],
-        count=len(cases), both=any(one.is_right is False for one in cases), version=__version__,
+    shown = sample_examples(cases, gallery)
+    text = render(
+        "evaluation.html", title, notes=notes, tables=tables, cards=[_card(one) for one in shown],
+        count=len(cases), both=any(one.is_right is False for one in cases),
     )  # fmt: skip
-    with whole_file(page_path(output)) as temporary:
+    with atomic_file(report_path(output)) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(output, values)  # last: where it stands, the others do, too
 
 
-def page_path(output: Path) -> Path:
+def report_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.html")
 
 
-def _template() -> Any:
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise UserError("reports need jinja2: pip install 'medley-mm[evaluate]'") from error
-    source = resources.files("medley.evaluation").joinpath("report.html").read_text("utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-
-
-def _card(one: Scored) -> dict[str, Any]:
+def _card(one: ScoredExample) -> dict[str, Any]:
     case = one.case
     pictures = [_shown(case.image, "the question's picture")] if case.image else []
     pictures += [_shown(one.drawn, "the picture that was drawn")] if one.drawn else []
@@ -109,11 +96,7 @@ def _shown(path: str, alt: str) -> dict[str, str | None]:
 
 @lru_cache(GALLERY)
 def _thumbnail(path: str) -> str:
-    image = open_image(path).convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(open_image(path), THUMBNAIL)
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -136,7 +119,7 @@ def measures_table(
     return Table(title, ("", "percent", "", "95 % interval", "n", *beside), rows, text)
 
 
-def measures_of(cases: Sequence[Scored], seed: int = 0) -> dict[str, dict[str, float]]:
+def measures_of(cases: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, float]]:
     """Measure -> percent, interval and n, over the cases that have it."""
     names = sorted({name for one in cases for name in one.scores if name != "right"})
     return {
@@ -145,7 +128,7 @@ def measures_of(cases: Sequence[Scored], seed: int = 0) -> dict[str, dict[str, f
     }
 
 
-def kinds_table(title: str, cases: Sequence[Scored], seed: int = 0) -> Table:
+def kinds_table(title: str, cases: Sequence[ScoredExample], seed: int = 0) -> Table:
     """Kinds of cases in rows, measures in columns."""
     whole = measures_of(cases, seed)
     rows = []

@@ -12,10 +12,10 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import picture_path
+from medley.datasets.base import resolve_image_path
 from medley.datasets.science_qa import folder_of
 from medley.errors import UserError
-from medley.evaluation.cases import Case, Scored
+from medley.evaluation.cases import Example, ScoredExample
 
 Compat = Literal["none", "llava", "llava_med"]
 
@@ -108,7 +108,7 @@ class Scores:
             for right in sorted({right for right, _ in pairs})
         }
 
-    def cases(self, problems: Mapping[str, Any], folder: Path | None) -> list[Scored]:
+    def cases(self, problems: Mapping[str, Any], folder: Path | None) -> list[ScoredExample]:
         """The same for a report, in the order of the results. Raises RecordError for a picture
         outside of the folder."""
         right = {row["question_id"] for row in self.correct}
@@ -122,13 +122,13 @@ class Scores:
             )
             image = None
             if problem.get("image") and folder is not None:
-                image = picture_path(f"{name}/{problem['image']}", folder_of(folder, problem))
-            case = Case(
+                image = resolve_image_path(f"{name}/{problem['image']}", folder_of(folder, problem))
+            case = Example(
                 name, f"{problem.get('question', '')}\n{offered}", row["ground_truth"],
                 row["pred"], str(problem.get("subject", "")), image,
             )  # fmt: skip
             hit = float(name in right)
-            found.append(Scored(case, {"right": hit, "accuracy": hit}))
+            found.append(ScoredExample(case, {"right": hit, "accuracy": hit}))
         return found
 
 

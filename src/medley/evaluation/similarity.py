@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from medley.errors import UserError
 from medley.images.preprocess import to_rgb
-from medley.inference.loading import pick_device
+from medley.inference.loading import resolve_device
 from medley.utils.files import read_json
 
 _BATCH = 64
@@ -35,7 +35,7 @@ class SentenceSimilarity:
         pooling = folder / "1_Pooling" / "config.json"
         said = read_json(pooling) if pooling.is_file() else {}
         self.first_token = bool(said.get("pooling_mode_cls_token", False))
-        self.device = pick_device(device)
+        self.device = resolve_device(device)
         self.model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class SentenceSimilarity:
         return _cosines(self.embed(first), self.embed(second))
 
 
-class PictureSimilarity:
+class ImageSimilarity:
     """A folder of a model with a picture's and a text's tower (CLIP, SigLIP, or BiomedCLIP in
     transformers' layout)."""
 
@@ -77,11 +77,11 @@ class PictureSimilarity:
             self.model = AutoModel.from_pretrained(folder, local_files_only=True)
         if not hasattr(self.model, "get_image_features"):
             raise UserError(f"{folder}: a {type(self.model).__name__}, which embeds no pictures")
-        self.device = pick_device(device)
+        self.device = resolve_device(device)
         self.model.to(self.device).eval()
 
     @torch.inference_mode()
-    def embed_pictures(self, images: Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, D) float32, of length 1."""
         rows = []
         for start in range(0, len(images), _BATCH):
@@ -105,10 +105,10 @@ class PictureSimilarity:
         return torch.cat(rows)
 
     def with_texts(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
-        return _cosines(self.embed_pictures(images), self.embed_texts(texts))
+        return _cosines(self.embed_images(images), self.embed_texts(texts))
 
     def between(self, first: Sequence[Image.Image], second: Sequence[Image.Image]) -> list[float]:
-        return _cosines(self.embed_pictures(first), self.embed_pictures(second))
+        return _cosines(self.embed_images(first), self.embed_images(second))
 
 
 def _features(found: Any) -> Tensor:

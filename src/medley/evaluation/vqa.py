@@ -11,8 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from medley.evaluation.cases import Case, Scored
-from medley.evaluation.matching import holds, is_yes_or_no, says_the_same, words_of, yes_or_no
+from medley.evaluation.cases import Example, ScoredExample
+from medley.evaluation.matching import (
+    contains_words,
+    is_yes_or_no,
+    same_answer,
+    words_of,
+    yes_or_no,
+)
 from medley.evaluation.metrics import f1
 from medley.evaluation.questions import CLOSED
 from medley.evaluation.report import measures_of
@@ -22,7 +28,7 @@ _MOST_VALUES = 40  # of a record's value that tells groups apart
 UNCLEAR = "neither"  # of the answers that can be right, or several
 
 
-def choice_of(case: Case) -> tuple[str, str] | None:
+def choice_of(case: Example) -> tuple[str, str] | None:
     """(right, given) of a closed question that offers yes and no, or letters; `neither` for an
     answer that names none of them, or several. None for any other question."""
     if case.kind != CLOSED:
@@ -35,27 +41,27 @@ def choice_of(case: Case) -> tuple[str, str] | None:
     return None if wanted is None else (wanted, yes_or_no(case.answer) or UNCLEAR)
 
 
-def is_right(case: Case) -> bool:
+def is_right(case: Example) -> bool:
     """Whether a closed question has the right answer: the same letter, the same yes or no, or the
     gold words, in their order, among those that were given. An open one, whether its words are the
     gold ones."""
     if (choice := choice_of(case)) is not None:
         return choice[0] == choice[1]
-    same = holds if case.kind == CLOSED else says_the_same
+    same = contains_words if case.kind == CLOSED else same_answer
     return same(case.answer, case.gold)
 
 
-def score(case: Case) -> Scored:
+def score(case: Example) -> ScoredExample:
     right = float(is_right(case))
     if case.kind == CLOSED:
-        return Scored(case, {"right": right, "closed accuracy": right})
+        return ScoredExample(case, {"right": right, "closed accuracy": right})
     value, _, recall = f1(" ".join(words_of(case.answer)), " ".join(words_of(case.gold)))
-    return Scored(
+    return ScoredExample(
         case, {"right": right, "open exact match": right, "open recall": recall, "open f1": value}
     )
 
 
-def own_scores(cases: Sequence[Scored], seed: int = 0) -> dict[str, dict[str, Any]]:
+def own_scores(cases: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Accuracies, recall and F1 in percent, each with n and a 95 % interval, of all questions and
     of each group of their records."""
     groups = {"all": _scores_of(cases, seed)}
@@ -66,7 +72,7 @@ def own_scores(cases: Sequence[Scored], seed: int = 0) -> dict[str, dict[str, An
     return groups
 
 
-def _scores_of(cases: Sequence[Scored], seed: int) -> dict[str, Any]:
+def _scores_of(cases: Sequence[ScoredExample], seed: int) -> dict[str, Any]:
     closed = sum(one.case.kind == CLOSED for one in cases)
     choices = [choice_of(one.case) for one in cases]
     unclear = sum(choice is not None and choice[1] == UNCLEAR for choice in choices)
@@ -77,7 +83,7 @@ def _scores_of(cases: Sequence[Scored], seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def grouping_fields(cases: Sequence[Case]) -> list[str]:
+def grouping_fields(cases: Sequence[Example]) -> list[str]:
     """Values of the records that tell groups apart: a few different texts, in most records."""
     names = Counter(n for case in cases for n, v in case.fields.items() if isinstance(v, str))
     return [
@@ -88,7 +94,7 @@ def grouping_fields(cases: Sequence[Case]) -> list[str]:
     ]  # fmt: skip
 
 
-def confusion(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
+def confusion(cases: Sequence[Example]) -> dict[str, dict[str, int]]:
     """Right answer -> given answer -> how often, of the closed questions that offer choices."""
     pairs = Counter(choice for case in cases if (choice := choice_of(case)) is not None)
     columns = sorted({given for _, given in pairs} | {gold for gold, _ in pairs})
@@ -101,7 +107,7 @@ def confusion(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
 # --- what somebody scores who does not look -----------------------------------------------------
 
 
-def commonest(cases: Sequence[Case]) -> list[Case]:
+def majority_baseline(cases: Sequence[Example]) -> list[Example]:
     """The same questions, each answered with the commonest right answer of its kind."""
     golds: dict[str, Counter[str]] = {}
     written: dict[str, str] = {}  # as it stands in the file, for one that is written in two ways
@@ -113,7 +119,7 @@ def commonest(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, answer=usual[case.kind]) for case in cases]
 
 
-def drawn(cases: Sequence[Case], seed: int) -> list[Case]:
+def random_baseline(cases: Sequence[Example], seed: int) -> list[Example]:
     """The same questions, each answered with a right answer of its kind that was drawn."""
     golds: dict[str, list[str]] = {}
     for case in cases:

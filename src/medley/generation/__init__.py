@@ -2,6 +2,6 @@
 
 from medley.generation.config import GenerationOptions
 from medley.generation.engine import Engine
-from medley.generation.sequence import Request, Result
+from medley.generation.sequence import GenerationOutput, Request
 
-__all__ = ["Engine", "GenerationOptions", "Request", "Result"]
+__all__ = ["Engine", "GenerationOptions", "GenerationOutput", "Request"]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.generation.fused_decode import FusedStep
+from medley.generation.fused_decode import FusedDecoder
 from medley.generation.kv_cache import KeyValueCache
-from medley.generation.packed_linear import Matrix
-from medley.generation.sampling import choose_from_all, guide, uniforms
-from medley.generation.sequence import Row
+from medley.generation.packed_linear import PackedLinear
+from medley.generation.sampling import apply_cfg, philox_uniforms, sample_full_sort
+from medley.generation.sequence import SequenceState
 
-NO_NUMBERS = (
+NONFINITE_LOGITS = (
     "the model's logits are no finite numbers: its weights are broken, or too large for float16 "
     "(take bfloat16 or float32)"
 )
@@ -28,14 +28,14 @@ NO_NUMBERS = (
 _CAPTURE = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
-class Burst:
+class GraphedDecode:
     """Steps of rows that are all inside of pictures, up to a length of their streams.
 
     It holds for these rows in these slots, and for a cache whose memory has not moved.
     """
 
     def __init__(
-        self, rows: Sequence[Row], fused: FusedStep, cache: KeyValueCache, head: Matrix,
+        self, rows: Sequence[SequenceState], fused: FusedDecoder, cache: KeyValueCache, head: PackedLinear,
         codes: slice, length: int, steps: int,
     ) -> None:  # fmt: skip
         self.fused, self.cache, self.head, self.length = fused, cache, head, length
@@ -44,8 +44,8 @@ class Burst:
         options = [row.request.options for row in rows]
         three, owner = [], [0] * cache.streams
         for number, row in enumerate(rows):
-            nothing = row.full if row.nothing is None else row.nothing
-            three.append([row.full.slot, (row.images_only or nothing).slot, nothing.slot])
+            nothing = row.full if row.uncond is None else row.uncond
+            three.append([row.full.slot, (row.image_cond or nothing).slot, nothing.slot])
             for stream in row.streams:
                 owner[stream.slot] = number
 
@@ -53,7 +53,7 @@ class Burst:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
         self.three, self.owner = torch.tensor(three).to(device), torch.tensor(owner).to(device)
-        self.guided = column([row.nothing is not None for row in rows], torch.bool)
+        self.guided = column([row.uncond is not None for row in rows], torch.bool)
         self.scale_text = column([o.guidance_scale_text for o in options], torch.float32)
         self.scale_image = column([o.guidance_scale_image for o in options], torch.float32)
         self.temperature = column([o.image_temperature for o in options], torch.float32)
@@ -69,7 +69,7 @@ class Burst:
         self.finite = torch.ones(1, dtype=torch.bool, device=device)
         self.graph: Any = None  # torch.cuda.CUDAGraph, once it is captured
 
-    def __call__(self, rows: Sequence[Row], steps: int) -> list[list[int]]:
+    def __call__(self, rows: Sequence[SequenceState], steps: int) -> list[list[int]]:
         """The next `steps` codes of every row. Raises UserError where logits are no numbers."""
         tokens, positions = [0] * len(self.owner), [0] * len(self.owner)
         for row in rows:
@@ -79,7 +79,7 @@ class Burst:
         self.tokens.copy_(torch.tensor(tokens))
         self.positions.copy_(torch.tensor(positions))
         drawn = [
-            uniforms(
+            philox_uniforms(
                 [row.request.options.seed for row in rows],
                 [row.request.row for row in rows],
                 [len(row.request.prompt) + len(row.result.ids) + step for row in rows],
@@ -92,7 +92,7 @@ class Burst:
         for _ in range(steps):
             self._next()
         if not bool(self.finite):
-            raise UserError(NO_NUMBERS)
+            raise UserError(NONFINITE_LOGITS)
         for row in rows:
             for stream in row.streams:
                 stream.length += steps
@@ -121,11 +121,11 @@ class Burst:
         mask = (self.places <= self.positions[:, None])[:, None, None]
         states = self.fused(self.tokens, self.positions, mask, self.cache)
         full, images, nothing = self.head(states).float()[self.three].unbind(1)
-        mixed = guide(full, images, nothing, self.scale_text, self.scale_image)
+        mixed = apply_cfg(full, images, nothing, self.scale_text, self.scale_image)
         table = torch.where(self.guided, mixed, full)
         self.finite &= table.amax(-1).isfinite().all()
         drawn = self.uniforms.index_select(0, self.index)[0]
-        sampled = choose_from_all(table / self.temperature, drawn, self.top_k, self.top_p)
+        sampled = sample_full_sort(table / self.temperature, drawn, self.top_k, self.top_p)
         codes = torch.where(self.greedy, table.argmax(-1), sampled)
         self.codes.index_copy_(0, self.index, codes[None])
         self.tokens.copy_(codes[self.owner] + self.first)

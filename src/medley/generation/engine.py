@@ -20,21 +20,23 @@ from torch import nn
 
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
-from medley.generation.cuda_graph import Burst
-from medley.generation.grammar import Grammar, TokenClasses
-from medley.generation.kv_cache import bytes_a_token
-from medley.generation.model_runner import Passes
-from medley.generation.prefix_cache import LEAST, Prefixes, shared
-from medley.generation.sampler import Chooser
-from medley.generation.sequence import Request, Result, Row, Stream
+from medley.generation.cuda_graph import GraphedDecode
+from medley.generation.grammar import Grammar, TokenMasks
+from medley.generation.kv_cache import bytes_per_token
+from medley.generation.model_runner import ModelRunner
+from medley.generation.prefix_cache import MIN_PREFIX, PrefixCache, shared_prefix_length
+from medley.generation.sampler import Sampler
+from medley.generation.sequence import CFGBranch, GenerationOutput, Request, SequenceState
 
-ROWS = 32  # that are worked on at once, unless said otherwise
+MAX_NUM_SEQS = 32  # that are worked on at once, unless said otherwise
 PREFILL_TOKENS = 8192  # of all prompts that are read in one pass
 PREFIX_BYTES = 1 << 30  # of remembered contexts, or one whole context where that takes more
-BURST = 32  # codes of a picture between two looks of the host
-STREAMS = 3  # of a row, at most
+GRAPH_STEPS = 32  # codes of a picture between two looks of the host
+BRANCHES = 3  # of a row, at most
 
-Step = tuple[int, int | None, Result]  # ticket, new token or None at the end, result so far
+Step = tuple[
+    int, int | None, GenerationOutput
+]  # ticket, new token or None at the end, result so far
 
 
 class Engine:
@@ -51,31 +53,31 @@ class Engine:
         vocabulary: Vocabulary,
         codes_per_image: int,
         fuse: bool = False,
-        rows: int = ROWS,
+        rows: int = MAX_NUM_SEQS,
         codebook: int | None = None,
     ) -> None:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.codes_per_image, self.capacity = codes_per_image, rows
-        self._passes = Passes(decoder, vocabulary.pad, fuse, STREAMS * rows)
+        self._passes = ModelRunner(decoder, vocabulary.pad, fuse, BRANCHES * rows)
         self._cache = self._passes.cache
-        self.classes = TokenClasses(
+        self.classes = TokenMasks(
             vocabulary, decoder.config.vocab_size, self._passes.device, codebook
         )
-        self._chooser = Chooser(self.classes)
-        whole = self.context * bytes_a_token(decoder.config, self._passes.dtype)
-        self.prefixes = Prefixes(max(PREFIX_BYTES, whole))
+        self._chooser = Sampler(self.classes)
+        whole = self.context * bytes_per_token(decoder.config, self._passes.dtype)
+        self.prefixes = PrefixCache(max(PREFIX_BYTES, whole))
         # A look up at every code costs a GPU more than the step; a CPU loses nothing by it.
         plain_head = type(decoder.lm_head) is nn.Linear
-        self.bursts = self._passes.device.type == "cuda" and plain_head
-        self._burst: tuple[Any, Burst] | None = None
+        self.use_cuda_graph = self._passes.device.type == "cuda" and plain_head
+        self._burst: tuple[Any, GraphedDecode] | None = None
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._rows: list[Row] = []
+        self._rows: list[SequenceState] = []
         self._tickets = 0
         self._inbox: dict[int, deque[Step]] = {}
 
-    def set_capacity(self, rows: int) -> None:
+    def set_max_num_seqs(self, rows: int) -> None:
         """So many requests are worked on at once from now on."""
-        self.capacity, self._cache.most = rows, STREAMS * rows
+        self.capacity, self._cache.most = rows, BRANCHES * rows
 
     @property
     def device(self) -> torch.device:
@@ -109,10 +111,10 @@ class Engine:
             self._free(row.streams, [*self._rows, row])
 
     @property
-    def busy(self) -> bool:
+    def has_work(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def news(self, ticket: int) -> Iterator[Step]:
+    def poll(self, ticket: int) -> Iterator[Step]:
         """What has become of a request since it was asked last, without any work."""
         inbox = self._inbox.get(ticket)
         while inbox:
@@ -123,25 +125,27 @@ class Engine:
 
     # --- many requests --------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[Request], batch_size: int = ROWS) -> list[Result]:
+    def generate(
+        self, requests: Sequence[Request], batch_size: int = MAX_NUM_SEQS
+    ) -> list[GenerationOutput]:
         """Results in the order of the requests. Raises UserError before the first step for a
         prompt that cannot be."""
         for request in requests:
             self.check(request.prompt)
-        results = [Result() for _ in requests]
+        results = [GenerationOutput() for _ in requests]
         for index, _, result in self.run(requests, batch_size):
             results[index] = result
         return results
 
     def run(
-        self, requests: Iterable[Request], batch_size: int = ROWS
+        self, requests: Iterable[Request], batch_size: int = MAX_NUM_SEQS
     ) -> Generator[Step, None, None]:
         """Yields (index of the request, new token or None at its end, its result so far).
 
         Requests are taken as there is room for them. Closing the iterator cancels what has not
         ended.
         """
-        self.set_capacity(max(self.capacity, batch_size))
+        self.set_max_num_seqs(max(self.capacity, batch_size))
         left = enumerate(requests)
         own: dict[int, int] = {}
         try:
@@ -152,7 +156,7 @@ class Engine:
                     return
                 self.step()
                 for ticket, index in list(own.items()):
-                    for _, token, result in self.news(ticket):
+                    for _, token, result in self.poll(ticket):
                         if token is None:
                             del own[ticket]
                         yield index, token, result
@@ -163,11 +167,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Takes waiting requests in, and gives every row its next token."""
-        self._admit()
+        self._schedule()
         if not self._rows:
             return
-        if steps := self._steps_in_pictures():
-            self._draw_on(steps)
+        if steps := self._graphable_steps():
+            self._decode_images(steps)
             return
         states = self._passes.decode(self._rows)
         tokens = self._chooser(self._rows, states, self._passes.logits, self._cache.streams)
@@ -178,17 +182,21 @@ class Engine:
                 beginning.append(row)
             elif token == self.vocabulary.end_image:
                 self._free(row.streams[1:], self._rows)
-                row.images_only = row.nothing = None
+                row.image_cond = row.uncond = None
         self._open_guidance([row for row in beginning if row.grammar.finished is None])
         for row in [row for row in self._rows if row.grammar.finished is not None]:
             self._end(row)
 
-    def _steps_in_pictures(self) -> int:
+    def _graphable_steps(self) -> int:
         """How many steps all rows stay inside of pictures, where it is worth not to look up: 0
         where it is not."""
-        if not self.bursts or self._passes.fused is None or (self._waiting and self._has_room):
+        if (
+            not self.use_cuda_graph
+            or self._passes.fused is None
+            or (self._waiting and self._has_room)
+        ):
             return 0
-        least = BURST
+        least = GRAPH_STEPS
         for row in self._rows:
             if row.next_token is None or row.grammar.drawn is None:
                 return 0
@@ -199,7 +207,7 @@ class Engine:
     def _has_room(self) -> bool:
         return len(self._rows) < self.capacity
 
-    def _draw_on(self, steps: int) -> None:
+    def _decode_images(self, steps: int) -> None:
         """So many codes of every row, read by the host when all of them are there."""
         assert self._passes.fused is not None
         longest = max(stream.length for row in self._rows for stream in row.streams)
@@ -208,14 +216,14 @@ class Engine:
         key = (slots, self._cache.moves, length)
         if self._burst is None or self._burst[0] != key:
             head = self._passes.head(self._chooser.codes)
-            made = Burst(
+            made = GraphedDecode(
                 self._rows,
                 self._passes.fused,
                 self._cache,
                 head,
                 self._chooser.codes,
                 length,
-                BURST,
+                GRAPH_STEPS,
             )
             self._burst = (key, made)
         for row, tokens in zip(self._rows, self._burst[1](self._rows, steps), strict=True):
@@ -241,7 +249,7 @@ class Engine:
         grammar.start()
         return grammar
 
-    def _admit(self) -> None:
+    def _schedule(self) -> None:
         while self._waiting and len(self._rows) < self.capacity:
             joining: list[tuple[int, Request, Grammar]] = []
             while self._waiting and len(self._rows) + len(joining) < self.capacity:
@@ -254,7 +262,7 @@ class Engine:
                 if grammar.finished is None:
                     joining.append((ticket, request, grammar))
                 else:
-                    result = Result([], grammar.finished, grammar.missing_picture_note())
+                    result = GenerationOutput([], grammar.finished, grammar.image_skipped_reason())
                     self._inbox[ticket].append((ticket, None, result))
             self._join(joining)
 
@@ -263,11 +271,11 @@ class Engine:
         prompts = [list(request.prompt) for _, request, _ in joining]
         if not prompts:
             return
-        streams: list[Stream] = []
+        streams: list[CFGBranch] = []
         begun = []
         try:
             for ids in prompts:
-                streams.append(Stream(self._cache.add_stream(), 0))
+                streams.append(CFGBranch(self._cache.add_stream(), 0))
                 found = self.prefixes.find(ids)
                 if found is not None:
                     self._cache.restore(streams[-1].slot, *found)
@@ -281,20 +289,20 @@ class Engine:
             seen[torch.tensor(list(request.prompt), device=self._passes.device)] = True
             logits = self._passes.logits(state[None], slice(None))[0]
             seen &= self.classes.text
-            self._rows.append(Row(ticket, request, grammar, stream, seen, logits))
+            self._rows.append(SequenceState(ticket, request, grammar, stream, seen, logits))
 
-    def _take(self, row: Row, token: int) -> None:
+    def _take(self, row: SequenceState, token: int) -> None:
         row.result.ids.append(token)
         row.next_token, row.logits = token, None
-        if token in self.vocabulary.text_pieces:
+        if token in self.vocabulary.text_tokens:
             row.seen[token] = True
         row.grammar.take(token)
         if row.ticket in self._inbox:
             self._inbox[row.ticket].append((row.ticket, token, row.result))
 
-    def _end(self, row: Row) -> None:
+    def _end(self, row: SequenceState) -> None:
         row.result.finish_reason = row.grammar.finished or ""
-        row.result.note = row.grammar.missing_picture_note()
+        row.result.note = row.grammar.image_skipped_reason()
         if row.request.keep:
             ids = tuple(row.ids[: row.full.length])
             self.prefixes.keep(self._cache.export(row.full.slot, ids))
@@ -303,12 +311,12 @@ class Engine:
         if row.ticket in self._inbox:
             self._inbox[row.ticket].append((row.ticket, None, row.result))
 
-    def _open_guidance(self, rows: Sequence[Row]) -> None:
+    def _open_guidance(self, rows: Sequence[SequenceState]) -> None:
         """Streams of the context's pictures only and of nothing, up to before the begin mark.
 
         What such a context shares with the full one is copied, not read again.
         """
-        streams: list[Stream] = []
+        streams: list[CFGBranch] = []
         contexts: list[list[int]] = []
         begun: list[int] = []
         for row in rows:
@@ -316,10 +324,10 @@ class Engine:
             pictures = self._pictures_of(ids)
             bos = self.vocabulary.bos
             for context in ([bos], [bos, *pictures]) if pictures else ([bos],):
-                stream = Stream(self._cache.add_stream(), len(context))
-                same = shared(context, ids)
+                stream = CFGBranch(self._cache.add_stream(), len(context))
+                same = shared_prefix_length(context, ids)
                 if 0 < same < len(context):  # copies are worth it from a few tokens on
-                    same = same if same >= LEAST else 0
+                    same = same if same >= MIN_PREFIX else 0
                 if same:
                     self._cache.copy(row.full.slot, stream.slot, same)
                 if same < len(context):
@@ -327,9 +335,9 @@ class Engine:
                     contexts.append(context)
                     begun.append(same)
                 if len(context) == 1:
-                    row.nothing = stream
+                    row.uncond = stream
                 else:
-                    row.images_only = stream
+                    row.image_cond = stream
         for stream, context, start in zip(streams, contexts, begun, strict=True):
             self._passes.read([stream], [context], [start])
 
@@ -345,7 +353,7 @@ class Engine:
                 start = None
         return found
 
-    def _free(self, streams: Sequence[Stream], rows: Sequence[Row]) -> None:
+    def _free(self, streams: Sequence[CFGBranch], rows: Sequence[SequenceState]) -> None:
         for stream in streams:
             moved, freed = self._cache.remove_stream(stream.slot), stream.slot
             stream.slot = -1

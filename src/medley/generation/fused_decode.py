@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medley.generation.kv_cache import KeyValueCache
-from medley.generation.packed_linear import LARGEST, Matrix
+from medley.generation.packed_linear import LARGEST, PackedLinear
 
 _HEAD_NORM_EPS = 1e-5  # of Chameleon's query and key norms
 
 
 class _Layer(NamedTuple):
-    query_key_value: Matrix  # ((H + 2 G) K, D)
+    query_key_value: PackedLinear  # ((H + 2 G) K, D)
     head_scale: Tensor  # (H + G, K): of queries, then keys
     head_shift: Tensor
-    output: Matrix  # (D, H K)
-    gate_up: Matrix  # (2 F, D)
-    down: Matrix  # (D, F)
+    output: PackedLinear  # (D, H K)
+    gate_up: PackedLinear  # (2 F, D)
+    down: PackedLinear  # (D, F)
     attention_norm: Tensor
     feed_forward_norm: Tensor
 
@@ -58,7 +58,7 @@ def _join(*modules: nn.Linear) -> Tensor:
     return joined
 
 
-class FusedStep:
+class FusedDecoder:
     """Tokens of all streams of a cache -> their last hidden states, normed, (R, D)."""
 
     def __init__(self, decoder: Any) -> None:
@@ -80,12 +80,12 @@ class FusedStep:
     def _of(layer: Any, pack: bool) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return _Layer(
-            Matrix(_join(attention.q_proj, attention.k_proj, attention.v_proj), pack),
+            PackedLinear(_join(attention.q_proj, attention.k_proj, attention.v_proj), pack),
             torch.cat([attention.q_norm.weight, attention.k_norm.weight]).detach(),
             torch.cat([attention.q_norm.bias, attention.k_norm.bias]).detach(),
-            Matrix(attention.o_proj.weight, pack),
-            Matrix(_join(mlp.gate_proj, mlp.up_proj), pack),
-            Matrix(mlp.down_proj.weight, pack),
+            PackedLinear(attention.o_proj.weight, pack),
+            PackedLinear(_join(mlp.gate_proj, mlp.up_proj), pack),
+            PackedLinear(mlp.down_proj.weight, pack),
             layer.input_layernorm.weight,
             layer.post_attention_layernorm.weight,
         )

@@ -18,7 +18,7 @@ from medley.generation.config import GenerationOptions
 
 
 @dataclass(frozen=True)
-class TokenClasses:
+class TokenMasks:
     """Boolean masks (V,) over the vocabulary, made once a model."""
 
     vocabulary: Vocabulary
@@ -27,7 +27,7 @@ class TokenClasses:
     codebook: int | None = None  # vectors of the VQGAN's codebook; None: one for each image code
 
     @cached_property
-    def drawable(self) -> range:
+    def decodable_image_tokens(self) -> range:
         """Ids of the image codes that the VQGAN can turn into pixels."""
         codes = self.vocabulary.image_codes
         return codes if self.codebook is None else codes[: self.codebook]
@@ -36,7 +36,7 @@ class TokenClasses:
     def text(self) -> Tensor:
         """Text pieces, and nothing else."""
         mask = torch.zeros(self.size, dtype=torch.bool)
-        mask[[i for i in self.vocabulary.text_pieces if i < self.size]] = True
+        mask[[i for i in self.vocabulary.text_tokens if i < self.size]] = True
         return mask.to(self.device)
 
     @cached_property
@@ -50,7 +50,7 @@ class TokenClasses:
     @cached_property
     def codes(self) -> Tensor:
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
-        mask[self.drawable.start : self.drawable.stop] = True
+        mask[self.decodable_image_tokens.start : self.decodable_image_tokens.stop] = True
         return mask
 
     def words(self, begin_image: bool, ends: bool) -> Tensor:
@@ -58,7 +58,7 @@ class TokenClasses:
         return self._words[begin_image, ends]
 
     @cached_property
-    def pictures_or_end(self) -> Tensor:
+    def images_or_end(self) -> Tensor:
         """Another picture or the end, where no words are wanted."""
         return self.begin_image | self.ends
 
@@ -89,10 +89,10 @@ class Grammar:
     images: int = 0
     drawn: int | None = None  # codes drawn of the current picture; None in the text state
     finished: str | None = None  # why the row ended: "end", "stop", "length" or "images"
-    barred: bool = field(default=False)  # a picture was allowed but had no room
+    image_blocked: bool = field(default=False)  # a picture was allowed but had no room
 
     @property
-    def picture_tokens(self) -> int:
+    def tokens_per_image(self) -> int:
         return self.codes_per_image + 2
 
     @property
@@ -107,16 +107,16 @@ class Grammar:
         if missing > 0 and self._picture_allowed():
             if self.options.mode == "image":
                 return self.vocabulary.begin_image
-            if self.room < missing * self.picture_tokens + 2:  # a word more, and they do not fit
+            if self.room < missing * self.tokens_per_image + 2:  # a word more, and they do not fit
                 return self.vocabulary.begin_image
         return None
 
-    def allowed(self, classes: TokenClasses) -> Tensor:
+    def allowed(self, classes: TokenMasks) -> Tensor:
         """Mask (V,) of the tokens that may come next, where none is forced."""
         if self.in_image:
             return classes.codes
         if self.options.mode == "image":  # those that have to come are forced
-            return classes.pictures_or_end
+            return classes.images_or_end
         picture = self._picture_allowed()
         missing = picture and self.images < self.options.images_wanted
         allowed = classes.words(picture, not missing)
@@ -131,8 +131,8 @@ class Grammar:
             return False
         if options.max_images is not None and self.images >= options.max_images:
             return False
-        if self.room < self.picture_tokens:
-            self.barred = True
+        if self.room < self.tokens_per_image:
+            self.image_blocked = True
             return False
         return True
 
@@ -161,15 +161,15 @@ class Grammar:
         if self.room <= 0 and self.finished is None:
             self.finished = "length"
 
-    def missing_picture_note(self) -> str | None:
+    def image_skipped_reason(self) -> str | None:
         """Why a picture that could have come did not."""
         short = self.finished == "length" and self.images < self.options.images_wanted
-        if not (self.barred or short) or self.images >= max(1, self.options.images_wanted):
+        if not (self.image_blocked or short) or self.images >= max(1, self.options.images_wanted):
             return None
         came = (
             f"{self.images} of {self.options.images_wanted} images" if self.images else "no image"
         )
         return (
-            f"{came} because a whole picture takes {self.picture_tokens} tokens and fewer were "
+            f"{came} because a whole picture takes {self.tokens_per_image} tokens and fewer were "
             "left of the context or of max_new_tokens"
         )

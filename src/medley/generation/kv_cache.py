@@ -17,7 +17,7 @@ _GROWTH = 256  # room is made in steps of this many places
 
 
 @dataclass(frozen=True)
-class Prefix:
+class CachedPrefix:
     """Ids of the beginning of a context, and their keys and values: (2, H, T, K) a layer."""
 
     ids: tuple[int, ...]
@@ -85,12 +85,14 @@ class KeyValueCache:
         for table in (*self._keys, *self._values):
             table[target, :, :length] = table[source, :, :length]
 
-    def export(self, slot: int, ids: tuple[int, ...]) -> Prefix:
+    def export(self, slot: int, ids: tuple[int, ...]) -> CachedPrefix:
         """A copy of what a slot holds of the first tokens of its context."""
         pairs = zip(self._keys, self._values, strict=True)
-        return Prefix(ids, tuple(torch.stack([t[slot, :, : len(ids)] for t in p]) for p in pairs))
+        return CachedPrefix(
+            ids, tuple(torch.stack([t[slot, :, : len(ids)] for t in p]) for p in pairs)
+        )
 
-    def restore(self, slot: int, prefix: Prefix, length: int) -> None:
+    def restore(self, slot: int, prefix: CachedPrefix, length: int) -> None:
         """The first `length` places of what was exported, into a slot."""
         self._reserve(self.streams, length)
         for tables, side in ((self._keys, 0), (self._values, 1)):
@@ -154,7 +156,7 @@ class KeyValueCache:
         return self._length, 0
 
 
-def bytes_a_token(config: transformers.ChameleonConfig, dtype: torch.dtype) -> int:
+def bytes_per_token(config: transformers.ChameleonConfig, dtype: torch.dtype) -> int:
     """What one token of one stream takes, in all layers."""
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     return int(2 * config.num_hidden_layers * width * dtype.itemsize)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medley.generation.fused_decode import FusedStep, can_fuse
+from medley.generation.fused_decode import FusedDecoder, can_fuse
 from medley.generation.kv_cache import KeyValueCache
-from medley.generation.packed_linear import LARGEST, Matrix
-from medley.generation.sequence import Row, Stream
+from medley.generation.packed_linear import LARGEST, PackedLinear
+from medley.generation.sequence import CFGBranch, SequenceState
 
 
-class Passes:
+class ModelRunner:
     """A decoder and its cache. With `fuse` a step is made by hand where the weights are plain;
     `most` streams are expected at once."""
 
@@ -32,12 +32,12 @@ class Passes:
         )
         self.dtype: torch.dtype = embedding.weight.dtype
         with torch.no_grad():
-            self.fused = FusedStep(decoder) if fuse and can_fuse(decoder) else None
+            self.fused = FusedDecoder(decoder) if fuse and can_fuse(decoder) else None
         self.cache = KeyValueCache(decoder.config, self.dtype, self.device, most)
-        self._heads: dict[tuple[Any, Any], Matrix] = {}  # by the part of the vocabulary
+        self._heads: dict[tuple[Any, Any], PackedLinear] = {}  # by the part of the vocabulary
 
     def read(
-        self, streams: Sequence[Stream], contexts: Sequence[Sequence[int]], begun: Sequence[int]
+        self, streams: Sequence[CFGBranch], contexts: Sequence[Sequence[int]], begun: Sequence[int]
     ) -> Tensor:
         """Reads contexts from their places `begun` on, in one pass, into neighbouring slots; gives
         the state (D,) behind the last token of each, as (B, D).
@@ -70,7 +70,7 @@ class Passes:
         ).last_hidden_state  # fmt: skip
         return hidden
 
-    def decode(self, rows: Sequence[Row]) -> Tensor | None:
+    def decode(self, rows: Sequence[SequenceState]) -> Tensor | None:
         """One pass for all streams: states (R, D) by slot; None where all rows are new.
 
         Streams of rows that are new keep their slots: all slots are stepped, and those without
@@ -109,9 +109,9 @@ class Passes:
             return logits[:, part].to(self.device)
         return self.head(part)(states.to(head.weight.device)).float().to(self.device)
 
-    def head(self, part: slice) -> Matrix:
+    def head(self, part: slice) -> PackedLinear:
         key, weight = (part.start, part.stop), self.decoder.lm_head.weight
         if key not in self._heads:
             pack = self.fused is not None and weight.nbytes <= LARGEST
-            self._heads[key] = Matrix(weight[part], pack)
+            self._heads[key] = PackedLinear(weight[part], pack)
         return self._heads[key]

@@ -20,7 +20,7 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-class Matrix:
+class PackedLinear:
     """`states @ weight.T` for states (R, D) and a weight (N, D) that does not change.
 
     `pack` keeps a second copy in the other layout, where this machine has one.

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medley.generation.kv_cache import Prefix
+from medley.generation.kv_cache import CachedPrefix
 
-LEAST = 16  # shorter beginnings are read again faster than found
+MIN_PREFIX = 16  # shorter beginnings are read again faster than found
 
 
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the beginning that two sequences have in common."""
     count = 0
     for a, b in zip(one, other, strict=False):
@@ -20,32 +20,32 @@ def shared(one: Sequence[int], other: Sequence[int]) -> int:
     return count
 
 
-class Prefixes:
+class PrefixCache:
     """Keeps the latest prefixes within a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._kept: list[Prefix] = []  # oldest first
+        self._kept: list[CachedPrefix] = []  # oldest first
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, prefix: Prefix) -> None:
+    def keep(self, prefix: CachedPrefix) -> None:
         """Takes one in, in place of those that it begins with, and lets go of the oldest."""
         self._kept = [p for p in self._kept if prefix.ids[: len(p.ids)] != p.ids]
         self._kept.append(prefix)
         while self._kept and sum(p.nbytes for p in self._kept) > self.limit:
             del self._kept[0]
 
-    def find(self, ids: Sequence[int]) -> tuple[Prefix, int] | None:
+    def find(self, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
         """The prefix that shares the longest beginning with `ids`, and its length.
 
         One token is always left to read: the logits behind it are wanted.
         """
-        best: tuple[Prefix, int] | None = None
+        best: tuple[CachedPrefix, int] | None = None
         for prefix in self._kept:
-            length = min(shared(prefix.ids, ids), len(ids) - 1)
-            if length >= LEAST and (best is None or length > best[1]):
+            length = min(shared_prefix_length(prefix.ids, ids), len(ids) - 1)
+            if length >= MIN_PREFIX and (best is None or length > best[1]):
                 best = (prefix, length)
         if best is not None:
             self._kept.remove(best[0])

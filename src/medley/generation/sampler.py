@@ -15,21 +15,23 @@ import torch
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.generation.cuda_graph import NO_NUMBERS
-from medley.generation.grammar import TokenClasses
-from medley.generation.sampling import choose, guide, penalise_repetition, uniforms
-from medley.generation.sequence import Row
+from medley.generation.cuda_graph import NONFINITE_LOGITS
+from medley.generation.grammar import TokenMasks
+from medley.generation.sampling import apply_cfg, penalize_repetition, philox_uniforms, sample
+from medley.generation.sequence import SequenceState
 
 Logits = Callable[[Tensor, slice], Tensor]
 
 
-class Chooser:
-    def __init__(self, classes: TokenClasses) -> None:
+class Sampler:
+    def __init__(self, classes: TokenMasks) -> None:
         self.classes = classes
-        self.codes = slice(classes.drawable.start, classes.drawable.stop)
+        self.codes = slice(
+            classes.decodable_image_tokens.start, classes.decodable_image_tokens.stop
+        )
 
     def __call__(
-        self, rows: Sequence[Row], states: Tensor | None, logits: Logits, streams: int
+        self, rows: Sequence[SequenceState], states: Tensor | None, logits: Logits, streams: int
     ) -> list[int]:
         """States (R, D) by slot, None where all rows are new -> a token for each row.
 
@@ -48,7 +50,9 @@ class Chooser:
                     tokens[i] = token
         return [int(token) for token in tokens if token is not None]
 
-    def _words(self, rows: Sequence[Row], states: Tensor | None, logits: Logits) -> list[int]:
+    def _words(
+        self, rows: Sequence[SequenceState], states: Tensor | None, logits: Logits
+    ) -> list[int]:
         options = [row.request.options for row in rows]
         moving = [row.full.slot for row in rows if row.logits is None]
         found = iter(logits(states[moving], slice(None)) if moving and states is not None else ())
@@ -56,7 +60,7 @@ class Chooser:
         if any(o.repetition_penalty != 1 for o in options):
             seen = torch.stack([row.seen for row in rows])
             penalty = self._column([o.repetition_penalty for o in options], table)
-            table = penalise_repetition(table, seen, penalty)
+            table = penalize_repetition(table, seen, penalty)
         allowed = [row.grammar.allowed(self.classes) for row in rows]
         table = table.masked_fill(~torch.stack(allowed), float("-inf"))
         return self._draw(
@@ -64,26 +68,28 @@ class Chooser:
             [o.text_top_k for o in options], [o.text_top_p for o in options],
         )  # fmt: skip
 
-    def _pictures(self, rows: Sequence[Row], states: Tensor | None, logits: Logits) -> list[int]:
+    def _pictures(
+        self, rows: Sequence[SequenceState], states: Tensor | None, logits: Logits
+    ) -> list[int]:
         assert states is not None  # a row inside of a picture has read its begin mark
         options = [row.request.options for row in rows]
         slots: list[int] = []
         for row in rows:
-            nothing = row.full if row.nothing is None else row.nothing
-            slots += [row.full.slot, (row.images_only or nothing).slot, nothing.slot]
+            nothing = row.full if row.uncond is None else row.uncond
+            slots += [row.full.slot, (row.image_cond or nothing).slot, nothing.slot]
         used = sorted(set(slots))  # without pictures two streams are one, unguided all three
         made = logits(states[used], self.codes)
         full, images, nothing_ = (
             made[[used.index(s) for s in slots]].view(len(rows), 3, -1).unbind(1)
         )
         table = full
-        if any(row.nothing is not None for row in rows):
-            mixed = guide(
+        if any(row.uncond is not None for row in rows):
+            mixed = apply_cfg(
                 full, images, nothing_,
                 self._column([o.guidance_scale_text for o in options], made),
                 self._column([o.guidance_scale_image for o in options], made),
             )  # fmt: skip
-            guided = [[row.nothing is not None] for row in rows]
+            guided = [[row.uncond is not None] for row in rows]
             table = torch.where(torch.tensor(guided, device=made.device), mixed, full)
         codes = self._draw(
             rows, table, [o.image_greedy for o in options], [o.image_temperature for o in options],
@@ -92,23 +98,23 @@ class Chooser:
         return [self.codes.start + code for code in codes]
 
     def _draw(
-        self, rows: Sequence[Row], table: Tensor, greedy: Sequence[bool],
+        self, rows: Sequence[SequenceState], table: Tensor, greedy: Sequence[bool],
         temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
     ) -> list[int]:  # fmt: skip
         if not bool(table.amax(-1).isfinite().all()):
-            raise UserError(NO_NUMBERS)
+            raise UserError(NONFINITE_LOGITS)
         likeliest: list[int] = table.argmax(-1).tolist() if any(greedy) else []
         sampled = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
         if not sampled:
             return likeliest
         part = table if len(sampled) == len(rows) else table[sampled]
         part = part / self._column([temperature[i] for i in sampled], table)
-        drawn = uniforms(
+        drawn = philox_uniforms(
             [rows[i].request.options.seed for i in sampled],
             [rows[i].request.row for i in sampled],
             [len(rows[i].request.prompt) + len(rows[i].result.ids) for i in sampled],
         )
-        chosen = choose(
+        chosen = sample(
             part, drawn, self._column([top_k[i] for i in sampled], table),
             self._column([top_p[i] for i in sampled], table),
         ).tolist()  # fmt: skip

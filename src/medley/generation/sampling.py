@@ -15,7 +15,7 @@ from torch import Tensor
 CANDIDATES = 1024  # likeliest tokens that are looked at first: sorting all of them takes longer
 
 
-def guide(
+def apply_cfg(
     full: Tensor,
     images_only: Tensor,
     nothing: Tensor,
@@ -30,13 +30,13 @@ def guide(
     return nothing + scale_image * (images_only - nothing) + scale_text * (full - images_only)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     """Divides positive and multiplies negative logits of `seen` (B, V) by `penalty`."""
     changed = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, changed, logits)
 
 
-def uniforms(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+def philox_uniforms(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Tensor:
     """One number in [0, 1) for each (seed, row, position), float64 (B,), and nothing else.
 
     Philox counts rather than remembers, so neither the neighbours of a row nor the order of
@@ -49,7 +49,7 @@ def uniforms(seeds: Sequence[int], rows: Sequence[int], positions: Sequence[int]
     return torch.tensor([int(value) * 2.0**-53 for value in drawn], dtype=torch.float64)
 
 
-def kept(
+def top_k_top_p(
     logits: Tensor, top_k: Tensor | int, top_p: Tensor | float, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `width` likeliest tokens, ids and probabilities (B, width), likeliest first; what top-k
@@ -72,7 +72,7 @@ def kept(
     return ids, probabilities * keep, complete
 
 
-def choose(
+def sample(
     logits: Tensor, uniform: Tensor, top_k: Tensor | int = 0, top_p: Tensor | float = 1.0
 ) -> Tensor:
     """Logits (B, V), uniform float64 (B,) -> tokens int64 (B,), sampled from what top-k and top-p
@@ -81,17 +81,19 @@ def choose(
         logits = logits.cpu()
         top_k = top_k.cpu() if isinstance(top_k, Tensor) else top_k
         top_p = top_p.cpu() if isinstance(top_p, Tensor) else top_p
-    ids, probabilities, complete = kept(logits, top_k, top_p, min(CANDIDATES, logits.shape[-1]))
+    ids, probabilities, complete = top_k_top_p(
+        logits, top_k, top_p, min(CANDIDATES, logits.shape[-1])
+    )
     if not bool(complete.all()):
-        return choose_from_all(logits, uniform, top_k, top_p)
+        return sample_full_sort(logits, uniform, top_k, top_p)
     return _pick(ids, probabilities, uniform)
 
 
-def choose_from_all(
+def sample_full_sort(
     logits: Tensor, uniform: Tensor, top_k: Tensor | int, top_p: Tensor | float
 ) -> Tensor:
     """The same, with all tokens sorted and nothing asked of the device."""
-    ids, probabilities, _ = kept(logits, top_k, top_p, logits.shape[-1])
+    ids, probabilities, _ = top_k_top_p(logits, top_k, top_p, logits.shape[-1])
     return _pick(ids, probabilities, uniform)
 
 

@@ -26,7 +26,7 @@ class Request:
 
 
 @dataclass
-class Result:
+class GenerationOutput:
     """What came out of a row: new ids without prompt, why it ended, why no picture came."""
 
     ids: list[int] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Result:
 
 
 @dataclass(eq=False)
-class Stream:
+class CFGBranch:
     """A slot of the cache, and how many tokens it has read."""
 
     slot: int
@@ -43,26 +43,26 @@ class Stream:
 
 
 @dataclass(eq=False)
-class Row:
+class SequenceState:
     """A request at work: its grammar, its streams, and what it reads next.
 
-    `images_only` and `nothing` are there while it draws a picture with guidance.
+    `image_cond` and `uncond` are there while it draws a picture with guidance.
     """
 
     ticket: int
     request: Request
     grammar: Grammar
-    full: Stream
+    full: CFGBranch
     seen: Tensor  # bool (V,): text pieces of prompt and output
     logits: Tensor | None  # (V,): those of the prompt, until the first token is chosen
-    images_only: Stream | None = None
-    nothing: Stream | None = None
+    image_cond: CFGBranch | None = None
+    uncond: CFGBranch | None = None
     next_token: int | None = None
-    result: Result = field(default_factory=Result)
+    result: GenerationOutput = field(default_factory=GenerationOutput)
 
     @property
-    def streams(self) -> list[Stream]:
-        return [s for s in (self.full, self.images_only, self.nothing) if s is not None]
+    def streams(self) -> list[CFGBranch]:
+        return [s for s in (self.full, self.image_cond, self.uncond) if s is not None]
 
     @property
     def ids(self) -> list[int]:

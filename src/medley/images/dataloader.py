@@ -14,52 +14,58 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medley.images.preprocess import Fit, ImageError, to_bytes
-from medley.images.sources import Part, Source
-from medley.utils.files import printable
+from medley.images.preprocess import Fit, ImageError, to_uint8_square
+from medley.images.sources import ImageSource, Partition
+from medley.utils.files import escape_name
 
 MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
-class SquaresBatch:
+class ImageBatch:
     """Some pictures of one part, in order. `squares` uint8 (N, H, W, 3) are those without error."""
 
-    part: Part
+    part: Partition
     ends_part: bool
     names: list[str]
     errors: list[str]  # one for each name, empty where the picture was read
     squares: Tensor
 
 
-class Squares(Dataset[tuple[list[str], Tensor]]):
+class ImageDataset(Dataset[tuple[list[str], Tensor]]):
     """Reads pictures of any kind as uint8 squares of `size` pixels; asked for whole batches."""
 
     def __init__(self, size: int, fit: Fit, exif_orientation: bool = False) -> None:
         self.size, self.fit, self.exif_orientation = size, fit, exif_orientation
 
-    def __getitems__(self, sources: list[Source]) -> tuple[list[str], Tensor]:
+    def __getitems__(self, sources: list[ImageSource]) -> tuple[list[str], Tensor]:
         errors: list[str] = []
         squares: list[Tensor] = [torch.zeros(0, self.size, self.size, 3, dtype=torch.uint8)]
         for source in sources:
             try:
-                if printable(source.name) != source.name:
-                    raise ImageError(f"{printable(source.name)}: its name is not UTF-8; rename it")
+                if escape_name(source.name) != source.name:
+                    raise ImageError(
+                        f"{escape_name(source.name)}: its name is not UTF-8; rename it"
+                    )
                 image = source.open(self.exif_orientation)
-                squares.append(to_bytes(image, self.size, self.fit)[None])
+                squares.append(to_uint8_square(image, self.size, self.fit)[None])
                 errors.append("")
             except ImageError as error:
-                errors.append(printable(str(error)))
+                errors.append(escape_name(str(error)))
         return errors, torch.cat(squares)
 
 
-def square_batches(
-    parts: Iterable[Part], squares: Squares, batch_size: int, workers: int, pin: bool = False
-) -> Iterator[SquaresBatch]:
+def image_batches(
+    parts: Iterable[Partition],
+    squares: ImageDataset,
+    batch_size: int,
+    workers: int,
+    pin: bool = False,
+) -> Iterator[ImageBatch]:
     """Batches of at most `batch_size` pictures, in order, none across the end of a part."""
-    ahead: deque[tuple[Part, list[Source], bool]] = deque()  # asked for, not yet come
+    ahead: deque[tuple[Partition, list[ImageSource], bool]] = deque()  # asked for, not yet come
 
-    def asked() -> Iterator[list[Source]]:
+    def asked() -> Iterator[list[ImageSource]]:
         for part in parts:
             for start in range(0, len(part.sources), batch_size):
                 chosen = part.sources[start : start + batch_size]
@@ -75,8 +81,8 @@ def square_batches(
     )
     for errors, read in loader:
         part, sources, ends_part = ahead.popleft()
-        names = [printable(source.name) for source in sources]
-        yield SquaresBatch(part, ends_part, names, errors, read)
+        names = [escape_name(source.name) for source in sources]
+        yield ImageBatch(part, ends_part, names, errors, read)
 
 
 def _as_it_is(batch: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:

@@ -72,7 +72,9 @@ def read_frame(data: BinaryIO, kind: Kind, frame: int, name: str) -> Image.Image
     return _nifti_slice(data, kind, frame, name)
 
 
-def spread(values: NDArray[Any], keep: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
+def rescale_to_uint8(
+    values: NDArray[Any], keep: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
     """Grey values of any depth -> uint8, smallest to black, largest to white.
 
     `keep` marks the values that decide the range; those that are not finite never do.
@@ -163,7 +165,7 @@ def _window(
     center, width = _first(voi.get("WindowCenter")), _first(voi.get("WindowWidth"))
     if center is None or width is None or width <= 0:
         padding = dataset.get("PixelPaddingValue")
-        return spread(values, None if padding is None else stored != padding)
+        return rescale_to_uint8(values, None if padding is None else stored != padding)
     function = str(voi.get("VOILUTFunction") or "LINEAR")
     if function == "SIGMOID":
         return _to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)))

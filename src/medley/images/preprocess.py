@@ -124,7 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in _DEEP_MODES:
-        return Image.fromarray(medical.spread(np.asarray(image))).convert("RGB")
+        return Image.fromarray(medical.rescale_to_uint8(np.asarray(image))).convert("RGB")
     rgba = np.asarray(image.convert("RGBA"))
     if (rgba[..., 3] == 255).all():
         return image.convert("RGB")
@@ -133,7 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(blended.astype(np.uint8))  # truncated, not rounded, as Chameleon does
 
 
-def to_square(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
+def resize_square(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
     """An RGB picture -> `size` x `size`: its middle, or all of it on black (`pad`)."""
     side = min(image.size) if fit == "crop" else max(image.size)
     width, height = (max(1, round(size / side * length)) for length in image.size)
@@ -147,9 +147,9 @@ def to_square(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
     return scaled.crop((left, top, left + size, top + size))
 
 
-def to_bytes(image: Image.Image, size: int, fit: Fit = "crop") -> Tensor:
+def to_uint8_square(image: Image.Image, size: int, fit: Fit = "crop") -> Tensor:
     """A picture of any mode -> uint8 (size, size, 3), a quarter of what its pixels take."""
-    return torch.from_numpy(np.array(to_square(to_rgb(image), size, fit)))
+    return torch.from_numpy(np.array(resize_square(to_rgb(image), size, fit)))
 
 
 def bytes_to_pixels(squares: Tensor) -> Tensor:
@@ -159,10 +159,10 @@ def bytes_to_pixels(squares: Tensor) -> Tensor:
 
 def to_pixels(image: Image.Image, size: int, fit: Fit = "crop") -> Tensor:
     """A picture of any mode -> float32 (3, size, size) in [-1, 1]."""
-    return bytes_to_pixels(to_bytes(image, size, fit)[None])[0].contiguous()
+    return bytes_to_pixels(to_uint8_square(image, size, fit)[None])[0].contiguous()
 
 
-def from_pixels(pixels: Tensor) -> Image.Image:
+def to_pil(pixels: Tensor) -> Image.Image:
     """Float (3, H, W), about [-1, 1] -> picture; clamped and truncated as Chameleon does."""
     unit = (pixels.detach().float().cpu().clamp(-1, 1) + 1) / 2
     array = (unit.permute(1, 2, 0).numpy() * 255).astype(np.uint8)

@@ -26,7 +26,7 @@ def is_address(name: str) -> bool:
     return _ADDRESS.match(name) is not None
 
 
-class OnlyHttp(urllib.request.HTTPRedirectHandler):
+class HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
     """Follows no address to another kind of one (ftp, file), nor to one that is not allowed."""
 
     def __init__(self, allowed: Callable[[str], bool] = is_address) -> None:
@@ -82,7 +82,7 @@ def fetch_bytes(
     name = address.partition("?")[0]
     if name.lower().endswith((".nii", ".nii.gz")):  # unpacks to gigabytes
         raise ImageError(f"{address}: a volume; fetch it yourself and name the file")
-    opener = urllib.request.build_opener(OnlyHttp(allowed))
+    opener = urllib.request.build_opener(HttpOnlyRedirects(allowed))
     until = time.monotonic() + whole_time
     data = bytearray()
     try:

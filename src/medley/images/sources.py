@@ -25,7 +25,7 @@ from PIL import Image
 from medley.errors import UserError
 from medley.images import medical
 from medley.images.preprocess import Frame, count_frames, open_image, read_image
-from medley.utils.files import printable
+from medley.utils.files import escape_name
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", *medical.SUFFIXES
@@ -40,7 +40,7 @@ Frames = Literal["first", "middle", "all"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Where a picture lies: a file, or a stretch of a tar. `name` is what everybody calls it."""
 
     name: str
@@ -58,7 +58,7 @@ class Source:
             name = self.name.removesuffix(f"#{self.frame}")
             return read_image(data, name, self.frame, exif_orientation)
 
-    def frames(self) -> list[Source]:
+    def frames(self) -> list[ImageSource]:
         """One source for each frame of the file, called `name#0`, `name#1` and so on.
 
         A file that cannot be read stays one source: whoever opens it will say why.
@@ -81,14 +81,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """Rows `number * size` to `(number + 1) * size` of a list; `kept` are its other columns."""
 
     number: int
-    sources: list[Source]
+    sources: list[ImageSource]
     kept: pa.Table | None
 
-    def with_frames(self, frames: Frames | None) -> Part:
+    def with_frames(self, frames: Frames | None) -> Partition:
         """The same part with a frame chosen in each file, or with a source for every frame."""
         if frames is None:
             return self
@@ -97,7 +97,7 @@ class Part:
         split = [(row, one) for row, s in enumerate(self.sources) for one in s.frames()]
         rows = pa.array([row for row, _ in split], pa.int64())
         kept = None if self.kept is None else self.kept.take(rows)
-        return Part(self.number, [one for _, one in split], kept)
+        return Partition(self.number, [one for _, one in split], kept)
 
 
 class ImageList:
@@ -119,10 +119,10 @@ class ImageList:
         self.path, self.image_key = path, image_key
         self.keep_columns, self.limit = keep_columns, limit
 
-    def parts(self, size: int) -> Iterator[Part]:
+    def parts(self, size: int) -> Iterator[Partition]:
         """Every part in order, each of `size` rows but for the last."""
         left = sys.maxsize if self.limit is None else self.limit
-        sources: list[Source] = []
+        sources: list[ImageSource] = []
         tables: list[pa.Table] = []
         number = 0
         for more, kept in self._chunks():
@@ -132,13 +132,13 @@ class ImageList:
             tables += [] if kept is None else [kept.slice(0, len(more))]
             while len(sources) >= size or (sources and left == 0):
                 table = pa.concat_tables(tables) if tables else None
-                yield Part(number, sources[:size], table and table.slice(0, size))
+                yield Partition(number, sources[:size], table and table.slice(0, size))
                 sources, tables = sources[size:], [] if table is None else [table.slice(size)]
                 number += 1
             if left == 0:
                 return
         if sources:
-            yield Part(number, sources, pa.concat_tables(tables) if tables else None)
+            yield Partition(number, sources, pa.concat_tables(tables) if tables else None)
         elif number == 0:
             raise UserError(f"{self.path}: a list without a single row")
 
@@ -151,14 +151,14 @@ class ImageList:
 
     # --- where rows come from -------------------------------------------------------------
 
-    def _chunks(self) -> Iterator[tuple[list[Source], pa.Table | None]]:
+    def _chunks(self) -> Iterator[tuple[list[ImageSource], pa.Table | None]]:
         if self.path.is_dir() or self.path.suffix == TAR:
             yield from self._from_folder()
             return
         for table in self._tables():
             names = [str(name) for name in table[self.image_key].to_pylist()]
             kept = table.drop_columns([self.image_key]) if self.keep_columns else None
-            yield [Source(name, name) for name in names], kept
+            yield [ImageSource(name, name) for name in names], kept
 
     def _tables(self) -> Iterator[pa.Table]:
         """Chunks of a CSV or Parquet file with the columns that are wanted of it."""
@@ -218,9 +218,9 @@ class ImageList:
             )
         return table
 
-    def _from_folder(self) -> Iterator[tuple[list[Source], pa.Table | None]]:
+    def _from_folder(self) -> Iterator[tuple[list[ImageSource], pa.Table | None]]:
         files = _walk(self.path) if self.path.is_dir() else iter([str(self.path)])
-        rows: Iterator[tuple[Source, _Sample]] = (row for f in files for row in _rows_of(f))
+        rows: Iterator[tuple[ImageSource, _Sample]] = (row for f in files for row in _rows_of(f))
         found = False
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             found = True
@@ -238,7 +238,7 @@ class Digest:
         self.rows = 0
         self._hash = hashlib.sha256()
 
-    def add(self, part: Part) -> None:
+    def add(self, part: Partition) -> None:
         self.rows += len(part.sources)
         for source in part.sources:
             self._hash.update(source.name.encode(errors="surrogateescape") + b"\n")
@@ -274,9 +274,9 @@ def _is_bare_dicom(path: str) -> bool:
         return False
 
 
-def _rows_of(file: str) -> Iterator[tuple[Source, _Sample]]:
+def _rows_of(file: str) -> Iterator[tuple[ImageSource, _Sample]]:
     if not file.endswith(TAR):
-        yield Source(file, file), dict.fromkeys(TAR_COLUMNS)
+        yield ImageSource(file, file), dict.fromkeys(TAR_COLUMNS)
         return
     try:
         with tarfile.open(file, "r:") as tar:
@@ -304,8 +304,8 @@ def _sample_key(member: str) -> str:
 
 def _pictures_of(
     tar: tarfile.TarFile, file: str, key: str, members: list[tarfile.TarInfo]
-) -> Iterator[tuple[Source, _Sample]]:
-    sample: _Sample = {**dict.fromkeys(TAR_COLUMNS), "__key__": printable(key)}
+) -> Iterator[tuple[ImageSource, _Sample]]:
+    sample: _Sample = {**dict.fromkeys(TAR_COLUMNS), "__key__": escape_name(key)}
     for member in members:
         kind = member.name.rpartition(".")[2].lower()
         if kind in TAR_COLUMNS and member.isfile():
@@ -315,4 +315,4 @@ def _pictures_of(
     for member in members:
         if member.name.lower().endswith(SUFFIXES):
             name = f"{file}/{member.name}"
-            yield Source(name, file, None, member.offset_data, member.size), sample
+            yield ImageSource(name, file, None, member.offset_data, member.size), sample

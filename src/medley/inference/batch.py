@@ -12,11 +12,11 @@ from typing import Any
 from medley.data.document import Document, DocumentError
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
-from medley.inference.model import Answer, Model, Prompt
-from medley.utils.files import json_lines
+from medley.inference.model import Model, Prompt, Response
+from medley.utils.jsonl import json_lines
 
 
-def prompts_in(path: Path) -> list[Prompt | Document]:
+def read_prompts(path: Path) -> list[Prompt | Document]:
     """The prompts of a JSONL file.
 
     A line is like a document's: `text` with one `<image>` for each of `image_path`, or
@@ -43,13 +43,13 @@ def prompts_in(path: Path) -> list[Prompt | Document]:
     return prompts
 
 
-def answers(
+def generate_all(
     model: Model,
     prompts: Iterable[tuple[int, Prompt | Document, GenerationOptions]],
     complete: bool = False,
     batch_size: int = 32,
     prepare: Callable[[Prompt | Document], Prompt | Document] = lambda prompt: prompt,
-) -> Iterator[tuple[int, Answer | str]]:
+) -> Iterator[tuple[int, Response | str]]:
     """(number, answer) of each (number, prompt, options) as it is there, in no order; for a prompt
     that cannot be answered (a broken picture, one that is longer than the context) the reason.
 
@@ -61,7 +61,7 @@ def answers(
     def requests() -> Iterator[Request]:
         for number, prompt, options in prompts:
             try:
-                ids = model.prompt_ids(prepare(prompt), complete)
+                ids = model.encode_prompt(prepare(prompt), complete)
                 model.engine.check(ids)
             except UserError as error:
                 failed.append((number, str(error)))
@@ -75,14 +75,14 @@ def answers(
             yield from failed
             failed.clear()
             if token is None:
-                yield numbers[index], model.answer_of(result)
+                yield numbers[index], model.to_response(result)
     yield from failed
 
 
 # --- files that a run goes on with ------------------------------------------------------------
 
 
-def rows_there(path: Path, key: str) -> list[dict[str, Any]]:
+def read_existing(path: Path, key: str) -> list[dict[str, Any]]:
     """The whole rows of an answer file; what a kill left of a line is left out.
 
     Raises UserError for a row without `key`: that is another kind of file.
@@ -101,7 +101,7 @@ def rows_there(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def refuse_other_options(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+def check_same_options(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
     """Raises UserError where the answers that are there come from other options."""
     changed = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
     if changed:
@@ -111,7 +111,7 @@ def refuse_other_options(before: dict[str, Any], now: dict[str, Any], output: Pa
         )
 
 
-def save_answer(folder: Path, number: int, answer: Answer | str) -> dict[str, Any]:
+def save_response(folder: Path, number: int, answer: Response | str) -> dict[str, Any]:
     """Pictures to PNG files; gives the line of responses.jsonl."""
     if isinstance(answer, str):
         return {"index": number, "error": answer}
@@ -127,7 +127,7 @@ def save_answer(folder: Path, number: int, answer: Answer | str) -> dict[str, An
     return row | ({"note": answer.note} if answer.note else {})
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def render_html(rows: list[dict[str, Any]]) -> str:
     """The answers as one HTML page beside their pictures."""
     blocks = []
     for row in rows:

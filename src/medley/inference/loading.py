@@ -8,15 +8,15 @@ from typing import Any, get_args
 
 import torch
 
-from medley.checkpoints.adapter import attach, base_of, find_adapter, read_adapter
+from medley.checkpoints.adapter import find_adapter, load_adapter, read_adapter, resolve_base
 from medley.checkpoints.checkpoint import Checkpoint, is_adapter, open_checkpoint
 from medley.errors import UserError
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize, quantize_layers
 from medley.utils.distributed import local_rank, world_size
-from medley.utils.files import check_fingerprint
+from medley.utils.manifest import check_fingerprint
 
-MAP = "map"  # the device that stands for several
+AUTO_MAP = "map"  # the device that stands for several
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,11 +38,11 @@ def load(
     adapter finds its base by itself, or by `base`. `vqgan` names a folder with a VQGAN that has
     a decoder. Raises UserError for anything missing or mismatched.
     """
-    checkpoint, over = find(ckpt, adapter, base)
-    return load_checkpoint(checkpoint, device, dtype, over, vqgan, quantize)
+    checkpoint, over = resolve(ckpt, adapter, base)
+    return load_model(checkpoint, device, dtype, over, vqgan, quantize)
 
 
-def find(
+def resolve(
     ckpt: str | Path, adapter: str | Path | None, base: str | Path | None
 ) -> tuple[Checkpoint, Path | None]:
     """The checkpoint that is meant, and the adapter to lay over it; nothing is loaded yet."""
@@ -53,7 +53,7 @@ def find(
                 f"{ckpt} is an adapter itself; give the base as --ckpt, or no --adapter"
             )
         over = find_adapter(path)
-        return base_of(over, base), over
+        return resolve_base(over, base), over
     if base is not None:
         raise UserError(f"--base names the base of an adapter, and {ckpt} is none")
     return open_checkpoint(ckpt), None if adapter is None else Path(adapter)
@@ -63,7 +63,7 @@ def _holds_checkpoints(path: Path) -> bool:
     return any(is_adapter(folder) for folder in path.glob("checkpoint-*"))
 
 
-def load_checkpoint(
+def load_model(
     checkpoint: Checkpoint,
     device: str,
     dtype: str | torch.dtype,
@@ -71,8 +71,8 @@ def load_checkpoint(
     vqgan: str | Path | None,
     quantize: Quantize | None,
 ) -> Model:
-    target = pick_device("auto" if device == MAP else device)
-    chosen = pick_dtype(dtype, target)
+    target = resolve_device("auto" if device == AUTO_MAP else device)
+    chosen = resolve_dtype(dtype, target)
     if quantize not in (None, *get_args(Quantize)):
         raise UserError(f"quantize is {quantize!r}, expected {' or '.join(get_args(Quantize))}")
     decoder: Any = checkpoint.decoder(chosen)
@@ -82,11 +82,11 @@ def load_checkpoint(
         decoder = _attach_checked(decoder, checkpoint, Path(adapter))
     elsewhere = None if vqgan is None else Path(vqgan)
     images = checkpoint.image_tokenizer(elsewhere, device=target)
-    decoder = spread(decoder) if device == MAP else decoder.to(target)
+    decoder = dispatch(decoder) if device == AUTO_MAP else decoder.to(target)
     return Model(decoder, checkpoint.text_tokenizer(), images, fuse=True)
 
 
-def with_adapter(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
+def share_base(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
     """A second model with an adapter over the first one's decoder, which stays as it is.
 
     They share the base's weights and the tokenizers: an adapter takes the memory of its own
@@ -110,10 +110,10 @@ def _attach_checked(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
     folder = find_adapter(adapter)
     if (adapter / "manifest.json").is_file():
         check_fingerprint(adapter, checkpoint.fingerprint(), str(checkpoint.folder))
-    return attach(decoder, folder)
+    return load_adapter(decoder, folder)
 
 
-def spread(decoder: Any) -> Any:
+def dispatch(decoder: Any) -> Any:
     """Lays the layers over all GPUs, and over the CPU what they have no room for (accelerate)."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import
 
@@ -122,7 +122,7 @@ def spread(decoder: Any) -> Any:
     return dispatch_model(decoder, places)
 
 
-def pick_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """`auto` or a torch device. Raises UserError for one that is not there."""
     if name != "auto":
         if name.startswith("cuda") and not torch.cuda.is_available():
@@ -140,15 +140,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def own_device(name: str) -> torch.device:
-    """`pick_device`, with a GPU of its own for each rank of this machine."""
-    device = pick_device(name)
+def local_device(name: str) -> torch.device:
+    """`resolve_device`, with a GPU of its own for each rank of this machine."""
+    device = resolve_device(name)
     if device.type == "cuda" and device.index is None and world_size() > 1:
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return device
 
 
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
     """A name or a dtype -> dtype; None for the checkpoint's own."""
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -12,18 +12,18 @@ from typing import Any
 
 from PIL import Image
 
-from medley.data.document import Document, Part, Picture, ids_to_parts, parts_to_ids
+from medley.data.document import ContentPart, Document, ImagePart, ids_to_parts, parts_to_ids
 from medley.data.vocabulary import TextTokenizer, Vocabulary
 from medley.errors import UserError
-from medley.generation import Engine, GenerationOptions, Request, Result
+from medley.generation import Engine, GenerationOptions, GenerationOutput, Request
 from medley.images.preprocess import open_image
 from medley.vqgan.image_tokenizer import ImageTokenizer
 
-Prompt = Sequence["str | Path | Image.Image | Picture"]
+Prompt = Sequence["str | Path | Image.Image | ImagePart"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """Parts of an answer in order, why it ended, and why a picture did not come."""
 
     parts: list[str | Image.Image]
@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Event:
+class StreamEvent:
     """What `stream` yields: one of a piece of text, progress of a picture (with a preview of what
     is there, where asked for), a whole picture; at the end the whole answer."""
 
@@ -49,7 +49,7 @@ class Event:
     progress: float | None = None
     preview: Image.Image | None = None
     image: Image.Image | None = None
-    answer: Answer | None = None
+    answer: Response | None = None
 
 
 class Model:
@@ -85,7 +85,7 @@ class Model:
 
     # --- documents ------------------------------------------------------------------------
 
-    def with_codes(self, picture: Picture) -> Picture:
+    def tokenize_image(self, picture: ImagePart) -> ImagePart:
         """The same picture with its image codes; one that has them is returned as it is."""
         if picture.codes is not None:
             if len(picture.codes) != self.image_tokenizer.codes_per_image:
@@ -100,9 +100,9 @@ class Model:
 
     def encode(self, document: Document) -> list[int]:
         """A document -> its token ids; pictures without codes are read and encoded."""
-        return document.map_pictures(self.with_codes).to_ids(self.tokenizer)
+        return document.map_images(self.tokenize_image).to_ids(self.tokenizer)
 
-    def prompt_ids(self, prompt: Prompt | Document, complete: bool = False) -> list[int]:
+    def encode_prompt(self, prompt: Prompt | Document, complete: bool = False) -> list[int]:
         """Parts of a question, or a talk that ends with one -> ids of the prompt.
 
         `complete` leaves the end-of-turn mark out, so that the text itself is continued.
@@ -114,12 +114,12 @@ class Model:
             ids = [self.vocabulary.bos, *parts_to_ids(parts, self.tokenizer)]
         return ids if complete else [*ids, self.vocabulary.end_turn]
 
-    def _part(self, part: str | Path | Image.Image | Picture) -> Part:
+    def _part(self, part: str | Path | Image.Image | ImagePart) -> ContentPart:
         if isinstance(part, Image.Image):
-            part = Picture(image=part)
+            part = ImagePart(image=part)
         elif isinstance(part, Path):
-            part = Picture(path=part)
-        return self.with_codes(part) if isinstance(part, Picture) else part
+            part = ImagePart(path=part)
+        return self.tokenize_image(part) if isinstance(part, ImagePart) else part
 
     # --- generation -----------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Model:
         Options are the fields of `GenerationOptions`.
         """
         chosen = GenerationOptions(mode=mode, **options)
-        return self.answer_batch([prompt], [chosen], complete)[0].parts
+        return self.generate_responses([prompt], [chosen], complete)[0].parts
 
     def generate_batch(
         self, prompts: Sequence[Prompt | Document], mode: Any = "any", **options: Any
@@ -143,9 +143,9 @@ class Model:
         """Answers to many prompts in one batch; `mode` is one for all, or one for each."""
         modes: list[Any] = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
         chosen = [GenerationOptions(mode=m, **options) for m in modes]
-        return [answer.parts for answer in self.answer_batch(prompts, chosen)]
+        return [answer.parts for answer in self.generate_responses(prompts, chosen)]
 
-    def answer_batch(
+    def generate_responses(
         self,
         prompts: Sequence[Prompt | Document],
         options: Sequence[GenerationOptions],
@@ -153,7 +153,7 @@ class Model:
         batch_size: int = 32,
         rows: Sequence[int] | None = None,
         deterministic: bool = False,
-    ) -> list[Answer]:
+    ) -> list[Response]:
         """Answers with their reasons.
 
         A row's randomness comes from its seed and its number: its place in `prompts`, unless
@@ -169,7 +169,7 @@ class Model:
             self._request(prompt, chosen, row, complete)
             for row, prompt, chosen in zip(numbers, prompts, options, strict=True)
         ]
-        return [self.answer_of(result) for result in self.engine.generate(requests, batch_size)]
+        return [self.to_response(result) for result in self.engine.generate(requests, batch_size)]
 
     def stream(
         self,
@@ -178,18 +178,20 @@ class Model:
         complete: bool = False,
         preview_every: int = 0,
         **options: Any,
-    ) -> Generator[Event, None, None]:
+    ) -> Generator[StreamEvent, None, None]:
         """The answer as it comes: pieces of text, progress of pictures, whole pictures.
 
         A preview comes with every `preview_every` codes of a picture; 0 for none. Closing the
         iterator ends the work.
         """
         chosen = GenerationOptions(mode=mode, **options)
-        return self.events(self._request(prompt, chosen, 0, complete), preview_every)
+        return self.stream_request(self._request(prompt, chosen, 0, complete), preview_every)
 
-    def events(self, request: Request, preview_every: int = 0) -> Generator[Event, None, None]:
+    def stream_request(
+        self, request: Request, preview_every: int = 0
+    ) -> Generator[StreamEvent, None, None]:
         """`stream`, for ids that are there already."""
-        telling = Telling(self, request, preview_every)
+        telling = StreamDecoder(self, request, preview_every)
         steps = self.engine.run([request])
         with closing(steps):
             for _, token, result in steps:
@@ -205,17 +207,17 @@ class Model:
         grey: list[int] = self.image_tokenizer.encode([Image.new("RGB", size, "gray")])[0].tolist()
         return grey
 
-    def chat(self, mode: Any = "any", **options: Any) -> Chat:
+    def chat(self, mode: Any = "any", **options: Any) -> ChatSession:
         """A talk of several turns, whose earlier turns are not read again."""
-        return Chat(self, GenerationOptions(mode=mode, **options))
+        return ChatSession(self, GenerationOptions(mode=mode, **options))
 
     def _request(
         self, prompt: Prompt | Document, options: GenerationOptions, row: int, complete: bool
     ) -> Request:
-        self.check_drawing(options)
-        return Request(self.prompt_ids(prompt, complete), options, row)
+        self.check_image_generation(options)
+        return Request(self.encode_prompt(prompt, complete), options, row)
 
-    def check_drawing(self, options: GenerationOptions) -> None:
+    def check_image_generation(self, options: GenerationOptions) -> None:
         """Warns of options that draw blank pictures; not a server's clients, who would not see it.
 
         Raises UserError where pictures are asked for and the image tokenizer has no decoder.
@@ -229,10 +231,10 @@ class Model:
                 stacklevel=4,
             )
 
-    def answer_of(self, result: Result, images: Sequence[Image.Image] = ()) -> Answer:
+    def to_response(self, result: GenerationOutput, images: Sequence[Image.Image] = ()) -> Response:
         """The parts of what was generated: without what ended it, and without a picture that the
         limit cut short. `images` are its pictures, where they were made already."""
-        ids = whole(result.ids, self.vocabulary, result.finish_reason)
+        ids = strip_terminators(result.ids, self.vocabulary, result.finish_reason)
         made = iter(images)
         parts: list[str | Image.Image] = []
         for part in ids_to_parts(ids, self.tokenizer):
@@ -241,10 +243,10 @@ class Model:
             else:
                 assert part.codes is not None
                 parts.append(next(made, None) or self.image_tokenizer.decode([part.codes])[0])
-        return Answer(parts, result.finish_reason, result.note, result.ids)
+        return Response(parts, result.finish_reason, result.note, result.ids)
 
 
-class Telling:
+class StreamDecoder:
     """What a request's tokens mean, as they come: called with each of them, and with None at the
     end, it gives events."""
 
@@ -255,39 +257,39 @@ class Telling:
         self._codes: list[int] = []
         self._images: list[Image.Image] = []
 
-    def __call__(self, token: int | None, result: Result) -> Iterator[Event]:
+    def __call__(self, token: int | None, result: GenerationOutput) -> Iterator[StreamEvent]:
         model, marks = self.model, self.model.vocabulary
-        if token in marks.text_pieces and token not in self.request.options.stop:
+        if token in marks.text_tokens and token not in self.request.options.stop:
             assert token is not None
             self._text.append(token)
             decoded = model.tokenizer.decode(self._text)
             if not decoded.endswith("\ufffd"):  # half of a character comes with the next
-                yield Event(text=decoded[len(self._shown) :])
+                yield StreamEvent(text=decoded[len(self._shown) :])
                 self._shown = decoded
             return
         if self._text and (rest := model.tokenizer.decode(self._text)[len(self._shown) :]):
-            yield Event(text=rest)
+            yield StreamEvent(text=rest)
         self._text, self._shown = [], ""
         if token is None:
-            yield Event(answer=model.answer_of(result, self._images))
+            yield StreamEvent(answer=model.to_response(result, self._images))
         elif token in marks.image_codes:
-            self._codes.append(marks.id_to_code(token))
+            self._codes.append(marks.token_to_image_code(token))
             preview = None
             if self.preview_every and len(self._codes) % self.preview_every == 0:
                 preview = model.preview(self._codes)
             done = len(self._codes) / model.image_tokenizer.codes_per_image
-            yield Event(progress=done, preview=preview)
+            yield StreamEvent(progress=done, preview=preview)
         elif token == marks.end_image:
             self._images.append(model.image_tokenizer.decode([self._codes])[0])
             self._codes = []
-            yield Event(image=self._images[-1])
+            yield StreamEvent(image=self._images[-1])
 
 
-class Chat:
-    """A talk. `say` gives the events of the next answer; what was said stays in the engine's
+class ChatSession:
+    """A talk. `send` gives the events of the next answer; what was said stays in the engine's
     memory, so that only what is new is read.
 
-    Raises UserError, from `say`, where the context has no room left: begin a new talk.
+    Raises UserError, from `send`, where the context has no room left: begin a new talk.
     """
 
     def __init__(self, model: Model, options: GenerationOptions) -> None:
@@ -295,27 +297,27 @@ class Chat:
         self.ids: list[int] = [model.vocabulary.bos]
         self.turns = 0
 
-    def say(
-        self, *parts: str | Path | Image.Image | Picture, preview_every: int = 0
-    ) -> Generator[Event, None, None]:
+    def send(
+        self, *parts: str | Path | Image.Image | ImagePart, preview_every: int = 0
+    ) -> Generator[StreamEvent, None, None]:
         """The user's next turn -> the answer as it comes, the whole of it in the last event."""
         marks = self.model.vocabulary
-        own = self.model.prompt_ids(list(parts))[1:]  # without <s>; the end of the turn is there
+        own = self.model.encode_prompt(list(parts))[1:]  # without <s>; the end of the turn is there
         request = Request([*self.ids, *own], self.options, self.turns, keep=True)
         try:
             self.model.engine.check(request.prompt)
         except UserError as error:
             raise UserError(f"{error}; or begin a new talk") from error
-        self.model.check_drawing(self.options)
-        for event in self.model.events(request, preview_every):
+        self.model.check_image_generation(self.options)
+        for event in self.model.stream_request(request, preview_every):
             if event.answer is not None:
-                said = whole(event.answer.ids, marks, event.answer.finish_reason)
+                said = strip_terminators(event.answer.ids, marks, event.answer.finish_reason)
                 self.ids = [*request.prompt, *said, marks.end_turn]
                 self.turns += 1
             yield event
 
 
-def whole(ids: Sequence[int], marks: Vocabulary, finish_reason: str) -> list[int]:
+def strip_terminators(ids: Sequence[int], marks: Vocabulary, finish_reason: str) -> list[int]:
     """Ids of an answer without the mark or stop word that ended it, and without a picture that was
     cut short at their end."""
     found = list(ids[:-1] if finish_reason in ("end", "stop") else ids)

@@ -37,15 +37,17 @@ def set_attention(decoder: Any, choice: Attention, dtype: torch.dtype) -> str:
     """
     chosen = choice
     if choice == "auto":
-        chosen = next(n for n in ("flash", "xformers", "sdpa") if lacks(n, dtype) is None)
-    reason = lacks(chosen, dtype)
+        chosen = next(
+            n for n in ("flash", "xformers", "sdpa") if unavailable_reason(n, dtype) is None
+        )
+    reason = unavailable_reason(chosen, dtype)
     if reason is not None:
         raise UserError(f"--attention {choice}: {reason}; --attention auto takes what there is")
     decoder.set_attn_implementation("flex_attention" if chosen == "flex" else f"medley_{chosen}")
     return chosen
 
 
-def lacks(choice: str, dtype: torch.dtype) -> str | None:
+def unavailable_reason(choice: str, dtype: torch.dtype) -> str | None:
     """Why this machine cannot use a kernel; None where it can."""
     if choice == "sdpa":
         return None
@@ -63,7 +65,7 @@ def lacks(choice: str, dtype: torch.dtype) -> str | None:
     return None if found else f"{module} is not installed here"
 
 
-def document_lengths(position_ids: Tensor) -> list[list[int]]:
+def sequence_lengths(position_ids: Tensor) -> list[list[int]]:
     """Positions int64 (B, S) that restart at each document -> lengths of those, by row."""
     lengths = []
     for row in position_ids.cpu():

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from medley.data.packing import IGNORED
-from medley.modeling.attention import document_lengths
-from medley.modeling.chunked_loss import LOSS_CHUNK, Head
+from medley.data.packing import IGNORE_INDEX
+from medley.modeling.attention import sequence_lengths
+from medley.modeling.chunked_loss import LOSS_CHUNK, LMHead
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
     def __init__(self, config: transformers.ChameleonConfig) -> None:
         super().__init__(config)
         sizes = (config.hidden_size, config.vocab_size)
-        self.lm_head: Head = Head(*sizes, bias=False)
+        self.lm_head: LMHead = LMHead(*sizes, bias=False)
 
     @property
-    def training_attention(self) -> bool:
+    def uses_varlen_attention(self) -> bool:
         """Whether `attention.set_attention` chose a kernel that is told of each document."""
         return str(self.config._attn_implementation).startswith("medley_")
 
@@ -78,8 +78,8 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
                     "training takes no attention_mask: documents are kept apart by position_ids"
                 )
             use_cache = False
-            if self.training_attention and position_ids is not None:
-                kwargs["documents"] = document_lengths(position_ids)
+            if self.uses_varlen_attention and position_ids is not None:
+                kwargs["documents"] = sequence_lengths(position_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -106,7 +106,7 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
 
     def label_weights(self, labels: Tensor) -> Tensor:
         """Labels int64 of any shape -> the weight of each in the loss, float32."""
-        weights = (labels != IGNORED).float()
+        weights = (labels != IGNORE_INDEX).float()
         return torch.where(
             self._is_image(labels), weights * self.loss_options.image_weight, weights
         )
@@ -119,12 +119,12 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | float | None
     ) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
-        places = (targets != IGNORED).nonzero().squeeze(1)
+        places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
         targets = targets[places]
         states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[places]
         weights = self.label_weights(targets)
         image = self._is_image(targets)
-        if isinstance(self.lm_head, Head):
+        if isinstance(self.lm_head, LMHead):
             z_loss = self.loss_options.z_loss
             total, losses = self.lm_head(states, targets, weights, z_loss)
         else:  # an adapter lies over it

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 LOSS_CHUNK = 256  # labelled places whose logits are held at once
 
 
-class HeadLoss(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """States (N, D), weight (V, D), targets int64 (N,), token weights float32 (N,), z_loss ->
     the sum of weighted losses, and each token's cross entropy, float32 (N,).
 
@@ -78,8 +78,8 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-class Head(nn.Linear):
-    """The output head: states -> logits, or with targets what `HeadLoss` gives.
+class LMHead(nn.Linear):
+    """The output head: states -> logits, or with targets what `ChunkedCrossEntropy` gives.
 
     One call in either case, so that whatever gathers its weight (ZeRO-3) does so once, on every
     rank as often as on the others.
@@ -94,4 +94,4 @@ class Head(nn.Linear):
     ) -> Any:
         if targets is None:
             return super().forward(states)
-        return HeadLoss.apply(states, self.weight, targets, token_weights, z_loss)  # type: ignore[no-untyped-call]
+        return ChunkedCrossEntropy.apply(states, self.weight, targets, token_weights, z_loss)  # type: ignore[no-untyped-call]

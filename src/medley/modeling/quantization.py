@@ -29,7 +29,7 @@ def quantize_layers(decoder: Any, kind: Quantize, dtype: torch.dtype) -> None:
         )
     kinds = importlib.import_module("bitsandbytes").nn  # untyped: held as Any
 
-    def quantised(linear: nn.Linear) -> nn.Module:
+    def is_quantized(linear: nn.Linear) -> nn.Module:
         sizes = (linear.in_features, linear.out_features)
         if kind == "4bit":
             new: Any = kinds.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
@@ -46,6 +46,6 @@ def quantize_layers(decoder: Any, kind: Quantize, dtype: torch.dtype) -> None:
         for block in (layer.self_attn, layer.mlp):
             for name, child in list(block.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(block, name, quantised(child))
+                    setattr(block, name, is_quantized(child))
     # PEFT and Trainer look at these.
     decoder.is_loaded_in_4bit, decoder.is_loaded_in_8bit = kind == "4bit", kind == "8bit"

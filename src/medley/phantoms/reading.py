@@ -52,7 +52,7 @@ class Measurement:
     residual: float
 
 
-class _Look(NamedTuple):
+class Background(NamedTuple):
     """A clean background: of what, how far it is moved (in units of half a picture), its scale."""
 
     modality: str
@@ -73,7 +73,7 @@ class _Look(NamedTuple):
 
 
 @cache
-def _backgrounds(size: int) -> tuple[list[_Look], Grid]:
+def _backgrounds(size: int) -> tuple[list[Background], Grid]:
     """Every look and organ under small shifts and scales, and their greys (N, H, W)."""
     looks = []
     for modality in ALL_MODALITIES:
@@ -81,7 +81,7 @@ def _backgrounds(size: int) -> tuple[list[_Look], Grid]:
             for dx in (-SHIFT, 0.0, SHIFT):
                 for dy in (-SHIFT, 0.0, SHIFT):
                     for scale in (1 - SCALE, 1.0, 1 + SCALE):
-                        looks.append(_Look(modality, organ, dx, dy, scale))
+                        looks.append(Background(modality, organ, dx, dy, scale))
     return looks, np.stack([look.grey(size) for look in looks])
 
 
@@ -92,7 +92,7 @@ def _colours(size: int) -> Grid:
     return np.stack([coloured(look.modality, row).ravel() for look, row in pairs])
 
 
-def _nearest(colours: Grid) -> _Look:
+def _nearest(colours: Grid) -> Background:
     """The background (H, W, 3) that differs least from a picture, on a fine grid of places."""
     size = colours.shape[0]
     far = np.abs(_colours(size) - colours.reshape(1, -1)).mean(1)
@@ -166,7 +166,7 @@ def measure(pixels: NDArray[np.uint8]) -> Measurement:
 
 
 def _settled(
-    grey: Grid, clean: Grid, look: _Look, finding: Finding, place: tuple[float, float]
+    grey: Grid, clean: Grid, look: Background, finding: Finding, place: tuple[float, float]
 ) -> Grid:
     """The clean background with a finding, at the place nearby that explains the picture best."""
     signs, (u, v) = signs_of(look.modality), look.places(len(grey))

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from medley.data.document import Document, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.phantoms.world import (
     BRIGHTNESSES,
     KINDS,
@@ -59,7 +59,7 @@ def questions(scan: Phantom) -> list[Pair]:
     return pairs
 
 
-def follow_ups(finding: Finding) -> list[Pair]:
+def follow_up_questions(finding: Finding) -> list[Pair]:
     """Questions that make sense only behind one about this finding."""
     return [
         ("Where is it?", finding.place),
@@ -84,7 +84,7 @@ def report(scan: Phantom) -> str:
     )
 
 
-def request(scan: Phantom) -> str:
+def prompt_for(scan: Phantom) -> str:
     return f"Show me {scan.description}."
 
 
@@ -117,7 +117,7 @@ def facts(modality: str, organ: str, findings: Iterable[Finding]) -> frozenset[s
     return frozenset(found)
 
 
-def facts_told(text: str) -> frozenset[str]:
+def facts_in(text: str) -> frozenset[str]:
     """The facts of a caption, a request or a report: the inverse of what tells them."""
     subject = _SUBJECT.search(text)
     modality, organ = [g for g in subject.groups() if g] if subject else ("", "")
@@ -131,23 +131,23 @@ def facts_told(text: str) -> frozenset[str]:
 # --- documents --------------------------------------------------------------------------------
 
 
-def documents(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Iterator[Document]:
+def documents(scan: Phantom, picture: ImagePart, rng: np.random.Generator) -> Iterator[Document]:
     """Documents about one scan: a talk, and a picture from text; with half of the scans a question
     alone, and with half of them a report, interleaved: words, the picture, words.
 
     One in eight also stands alone, since guidance needs a model that knows pictures without words.
     """
-    yield talk(scan, picture, rng)
+    yield conversation(scan, picture, rng)
     if rng.random() < 0.5:
         yield alone(scan, picture, rng)
-    yield Document((Turn("user", (request(scan),)), Turn("assistant", (picture,))))
+    yield Document((Turn("user", (prompt_for(scan),)), Turn("assistant", (picture,))))
     if rng.random() < 0.5:
         yield illustrated_report(scan, picture)
     if rng.random() < 0.125:
         yield Document((Turn("assistant", (picture,)),))
 
 
-def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
+def conversation(scan: Phantom, picture: ImagePart, rng: np.random.Generator) -> Document:
     """The picture, eight to nineteen questions, some of which go on from the one before, and a
     caption or a report.
 
@@ -162,39 +162,39 @@ def talk(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
         picked.append([pairs[i]])
         named = [kind for kind in by_kind if f" {kind}?" in pairs[i][0]]
         if named and rng.random() < 0.5:
-            more = follow_ups(by_kind[named[0]])
+            more = follow_up_questions(by_kind[named[0]])
             picked[-1].append(more[rng.integers(len(more))])
         if sum(map(len, picked)) >= count:
             break
-    told = _tellings(scan)
+    told = _conversations(scan)
     place = len(picked) if rng.random() < 0.75 else int(rng.integers(len(picked)))
     picked.insert(place, [told[rng.integers(len(told))]])
     turns = []
     for number, (question, answer) in enumerate(chain.from_iterable(picked)):
-        asked: tuple[Part, ...] = (picture, question) if number == 0 else (question,)
+        asked: tuple[ContentPart, ...] = (picture, question) if number == 0 else (question,)
         turns += [Turn("user", asked), Turn("assistant", (answer,))]
     return Document(tuple(turns))
 
 
-def alone(scan: Phantom, picture: Picture, rng: np.random.Generator) -> Document:
+def alone(scan: Phantom, picture: ImagePart, rng: np.random.Generator) -> Document:
     """One question, as a test asks it."""
-    pairs = questions(scan) + _tellings(scan)
+    pairs = questions(scan) + _conversations(scan)
     question, answer = pairs[rng.integers(len(pairs))]
     return Document((Turn("user", (picture, question)), Turn("assistant", (answer,))))
 
 
-def _tellings(scan: Phantom) -> list[Pair]:
+def _conversations(scan: Phantom) -> list[Pair]:
     return [("Describe the picture.", caption(scan)), ("Write a report.", report(scan))]
 
 
-def illustrated_report(scan: Phantom, picture: Picture) -> Document:
+def illustrated_report(scan: Phantom, picture: ImagePart) -> Document:
     asked = f"Write an illustrated report of {scan.description}."
     before = f"Technique: {scan.modality}. Region: {scan.organ}."
     after = f"Seen: {scan.finding_text}."
     return Document((Turn("user", (asked,)), Turn("assistant", (before, picture, after))))
 
 
-def change_document(before: Picture, after: Picture, change: Change) -> Document:
+def change_document(before: ImagePart, after: ImagePart, change: Change) -> Document:
     """Two pictures and what is different in the second."""
     asked = ("Before: ", before, " After: ", after, f" {CHANGED}")
     return Document((Turn("user", asked), Turn("assistant", (change_text(change),))))

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from medley.serving import llava_api, openai_api
-from medley.serving.limits import Busy, RequestError
+from medley.serving.limits import QueueFullError, RequestError
 from medley.serving.metrics import CONTENT_TYPE
 from medley.serving.schema import ErrorBody
 from medley.serving.state import State, error_body
@@ -59,7 +59,7 @@ def make_app(state: State) -> FastAPI:
         (HTTPException, on_http), (Exception, on_error),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # narrower than Exception
-    app.add_middleware(Gate, state=state, seconds=state.limits.seconds + GRACE)
+    app.add_middleware(RequestMiddleware, state=state, seconds=state.limits.seconds + GRACE)
     return app
 
 
@@ -85,7 +85,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     status, body = error_body(error)
     if status >= 500 and not isinstance(error, RequestError):
         log.error("%s %s", request.method, request.url.path, exc_info=error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFullError) else {}
     return JSONResponse(body, status, headers | (ONCE if status == 408 else {}))
 
 
@@ -105,7 +105,7 @@ async def on_http(request: Request, error: HTTPException) -> Response:
 # --- the gate ---------------------------------------------------------------------------------
 
 
-class Gate:
+class RequestMiddleware:
     """Before every request: a token where one is wanted, a body within its limit, no new work
     while the server drains; after it a line for the log, without what was asked or said. A request
     that takes longer than it may ends, whatever it waits for."""

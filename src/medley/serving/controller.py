@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from medley.serving.app import Gate
+from medley.serving.app import RequestMiddleware
 from medley.serving.limits import RequestError
 from medley.serving.llava_api import message
 from medley.serving.state import State, error_body
@@ -35,7 +35,7 @@ LOCAL = frozenset(("127.0.0.1", "localhost", "::1"))
 Dispatch = Literal["shortest_queue", "lottery"]
 
 
-class Status(BaseModel):
+class WorkerStatus(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     model_names: list[str]
@@ -44,10 +44,10 @@ class Status(BaseModel):
 
 
 @dataclass
-class Known:
+class RegisteredWorker:
     """A worker: what it told, and when it was heard last."""
 
-    status: Status
+    status: WorkerStatus
     check: bool
     heard: float
 
@@ -63,10 +63,10 @@ class Controller:
         seed: int | None = None,
     ) -> None:
         self.ask, self.dispatch, self.hosts = ask, dispatch, hosts
-        self.workers: dict[str, Known] = {}
+        self.workers: dict[str, RegisteredWorker] = {}
         self._choose = random.Random(seed)
 
-    async def register(self, name: str, check: bool, status: Status | None) -> bool:
+    async def register(self, name: str, check: bool, status: WorkerStatus | None) -> bool:
         """Raises RequestError for a worker on a host that was not named."""
         if not self._takes(name):
             raise RequestError(
@@ -79,7 +79,7 @@ class Controller:
             status = await self.ask(name)
         if status is None:
             return False
-        self.workers[name] = Known(status, check, time.monotonic())
+        self.workers[name] = RegisteredWorker(status, check, time.monotonic())
         return True
 
     def _takes(self, name: str) -> bool:
@@ -107,7 +107,7 @@ class Controller:
             if status is None:
                 del self.workers[name]
             else:
-                self.workers[name] = Known(status, known.check, time.monotonic())
+                self.workers[name] = RegisteredWorker(status, known.check, time.monotonic())
 
     def forget_silent(self, now: float) -> None:
         self.workers = {
@@ -139,11 +139,11 @@ class Controller:
         fitting[name].status.queue_length += 1
         return name
 
-    async def status(self) -> Status:
+    async def status(self) -> WorkerStatus:
         """Of all workers that answer, as one."""
         asked = await asyncio.gather(*(self.ask(name) for name in self.workers))
         found = [status for status in asked if status is not None]
-        return Status.model_construct(
+        return WorkerStatus.model_construct(
             model_names=sorted({name for status in found for name in status.model_names}),
             speed=sum(status.speed for status in found),
             queue_length=sum(status.queue_length for status in found),
@@ -156,7 +156,7 @@ class Controller:
 class Registration(BaseModel):
     worker_name: str
     check_heart_beat: bool
-    worker_status: Status | None = None
+    worker_status: WorkerStatus | None = None
 
 
 class HeartBeat(BaseModel):
@@ -164,7 +164,7 @@ class HeartBeat(BaseModel):
     queue_length: int = Field(ge=0)
 
 
-class Wanted(BaseModel):
+class ModelRequest(BaseModel):
     model: str
 
 
@@ -180,10 +180,10 @@ def make_controller_app(
     own = client or httpx.AsyncClient(timeout=None, follow_redirects=False, limits=limits)
     headers = {"Authorization": f"Bearer {state.token}"} if state and state.token else {}
 
-    async def ask(name: str) -> Status | None:
+    async def ask(name: str) -> WorkerStatus | None:
         try:
             found = await own.post(f"{name}/worker_get_status", timeout=ASKS, headers=headers)
-            return Status.model_validate(found.json()) if found.status_code == 200 else None
+            return WorkerStatus.model_validate(found.json()) if found.status_code == 200 else None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             return None
 
@@ -217,7 +217,7 @@ def make_controller_app(
         return {"models": controller.models()}
 
     @app.post("/get_worker_address")
-    async def get_worker_address(body: Wanted) -> dict[str, str]:
+    async def get_worker_address(body: ModelRequest) -> dict[str, str]:
         return {"address": controller.address(body.model)}
 
     @app.post("/receive_heart_beat")
@@ -249,7 +249,7 @@ def make_controller_app(
         return await refused(request, RequestError(f"{place}: {first['msg']}", 400, place))
 
     if state is not None:
-        app.add_middleware(Gate, state=state)
+        app.add_middleware(RequestMiddleware, state=state)
     return app
 
 
@@ -258,7 +258,7 @@ async def _through(
 ) -> AsyncIterator[bytes]:
     """A request given on to a worker, and its answer back. One error, and then no more."""
     try:
-        wanted = Wanted.model_validate_json(data).model
+        wanted = ModelRequest.model_validate_json(data).model
     except ValueError:
         yield message("not a request of this protocol: it names no model", NO_WORKER)
         return

@@ -30,7 +30,7 @@ class RequestError(UserError):
         self.status, self.param = status, param
 
 
-class Busy(RequestError):
+class QueueFullError(RequestError):
     """Too many wait; `retry_after` says in how many seconds there may be room."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:

@@ -18,15 +18,15 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from medley.data.document import Document, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.serving.limits import RequestError
-from medley.serving.response_stream import Answering
+from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import StopWord, any_seed
 from medley.serving.state import State, error_body
-from medley.serving.untrusted_inputs import Reader
+from medley.serving.untrusted_inputs import RequestReader
 
 log = logging.getLogger("medley.serving")
 router = APIRouter()
@@ -61,7 +61,7 @@ class GenerateRequest(BaseModel):
             repetition_penalty=1.0, seed=any_seed(),
         )  # fmt: skip
 
-    def document(self, reader: Reader) -> Document:
+    def document(self, reader: RequestReader) -> Document:
         """Raises RequestError where pictures and marks are not as many, or one is none."""
         own = self.images or []
         texts = self.prompt.split(IMAGE) if own else [self.prompt]
@@ -69,10 +69,10 @@ class GenerateRequest(BaseModel):
             raise RequestError(f"{len(own)} pictures for {len(texts) - 1} {IMAGE} in the prompt")
         reader.refuse_many(len(own))
         reader.text(self.prompt, "prompt")
-        parts: list[Part] = [texts[0]] if texts[0] else []
+        parts: list[ContentPart] = [texts[0]] if texts[0] else []
         for number, (text, image) in enumerate(zip(texts[1:], own, strict=True)):
             picture = reader.base64(image, f"images[{number}]")
-            parts += [Picture(image=picture), text] if text else [Picture(image=picture)]
+            parts += [ImagePart(image=picture), text] if text else [ImagePart(image=picture)]
         return Document((Turn("user", tuple(parts)),))
 
 
@@ -106,18 +106,18 @@ async def _generate(state: State, data: bytes) -> AsyncIterator[bytes]:
     try:
         body = GenerateRequest.model_validate_json(data)
         worker = state.worker(body.model)
-        reader = Reader(state.limits, worker.model.image_tokenizer, worker.most_characters)
+        reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.most_characters)
         async with state.reading:
             document = await state.in_thread(body.document, reader)
         stops = [body.stop] if body.stop else []
-        answers = Answering(worker, document, body.options(), 1, stops)
+        answers = ResponseStream(worker, document, body.options(), 1, stops)
 
         async def texts() -> AsyncIterator[str]:
             async for piece in pieces:
                 if piece.event.text:
                     yield piece.event.text
 
-        async with aclosing(state.timed(worker, answers)) as pieces:
+        async with aclosing(state.instrument(worker, answers)) as pieces:
             async for part in told(body.prompt, texts()):
                 yield part
         yield message(body.prompt + "".join(p for p in answers.parts[0] if isinstance(p, str)))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from medley.data.document import Document, DocumentError, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
 from medley.serving.limits import RequestError
-from medley.serving.untrusted_inputs import Reader, shown
+from medley.serving.untrusted_inputs import RequestReader, shown
 
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _IMAGE_KINDS = ("image_url", "input_image")
 
 
-def document_of(messages: Sequence[dict[str, Any]], reader: Reader) -> Document:
+def document_of(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Document:
     """A talk that ends with the user's turn. A system's text joins the first user turn; turns of
     one role that follow each other are one.
 
@@ -21,8 +21,8 @@ def document_of(messages: Sequence[dict[str, Any]], reader: Reader) -> Document:
     """
     contents = [_content(message) for message in messages]
     reader.refuse_many(sum(map(_pictures, contents)))
-    turns: list[tuple[str, list[Part]]] = []
-    told: list[Part] = []
+    turns: list[tuple[str, list[ContentPart]]] = []
+    told: list[ContentPart] = []
     for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
         place = f"messages[{number}]"
         role = message.get("role")
@@ -70,14 +70,14 @@ def _pictures(content: Any) -> int:
     return sum(isinstance(part, dict) and part.get("type") in _IMAGE_KINDS for part in parts)
 
 
-def _parts(content: Any, place: str, reader: Reader) -> list[Part]:
+def _parts(content: Any, place: str, reader: RequestReader) -> list[ContentPart]:
     if content is None:
         return []
     if isinstance(content, str):
         return [reader.text(content, place)]
     if not isinstance(content, list):
         raise RequestError(f"{place} is neither text nor a list of parts", param=place)
-    found: list[Part] = []
+    found: list[ContentPart] = []
     for number, part in enumerate(content):
         own = f"{place}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -86,7 +86,7 @@ def _parts(content: Any, place: str, reader: Reader) -> list[Part]:
         elif kind in _IMAGE_KINDS:
             address = part.get("image_url")
             address = address.get("url") if isinstance(address, dict) else address
-            found.append(Picture(image=reader.address(address, own)))
+            found.append(ImagePart(image=reader.address(address, own)))
         else:
             raise RequestError(
                 f"{own}: type is {shown(kind)}, expected text or image_url", param=own

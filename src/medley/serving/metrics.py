@@ -7,7 +7,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from medley.serving.worker import Worker
+from medley.serving.worker import EngineWorker
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -15,7 +15,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Of one process; nothing in them tells who asked, or what."""
 
-    def __init__(self, workers: Mapping[str, Worker]) -> None:
+    def __init__(self, workers: Mapping[str, EngineWorker]) -> None:
         self.registry = own = CollectorRegistry()
         self.requests = Counter(
             "medley_requests", "Requests that ended", ["path", "status"], registry=own
@@ -26,7 +26,7 @@ class Metrics:
         self.whole = Histogram(
             "medley_request_seconds", "Until the end of an answer", ["model"], registry=own
         )
-        gauges: dict[str, tuple[str, Callable[[Worker], float]]] = {
+        gauges: dict[str, tuple[str, Callable[[EngineWorker], float]]] = {
             "medley_waiting": ("Requests that wait", lambda worker: worker.waiting),
             "medley_running": ("Requests at work", lambda worker: worker.running),
             "medley_generated_tokens": ("Tokens since the start", lambda worker: worker.tokens),

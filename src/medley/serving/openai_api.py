@@ -19,11 +19,11 @@ from PIL import Image
 
 from medley.serving.limits import RequestError
 from medley.serving.messages import document_of
-from medley.serving.response_stream import Answering
+from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import ChatRequest, ImageRequest
-from medley.serving.state import State, error_body, first_unless_gone, unless_gone
-from medley.serving.untrusted_inputs import Reader, data_address, png_base64
-from medley.serving.worker import Worker
+from medley.serving.state import State, error_body, first_or_disconnect, until_disconnect
+from medley.serving.untrusted_inputs import RequestReader, data_address, png_base64
+from medley.serving.worker import EngineWorker
 
 router = APIRouter()
 
@@ -36,13 +36,13 @@ def state_of(request: Request) -> State:
 # --- models -----------------------------------------------------------------------------------
 
 
-def model_row(worker: Worker) -> dict[str, Any]:
+def model_row(worker: EngineWorker) -> dict[str, Any]:
     model = worker.model
     return {
         "id": worker.name, "object": "model", "created": worker.created, "owned_by": "medley",
         "context": model.engine.context, "image_size": model.image_tokenizer.size,
         "codes_per_image": model.image_tokenizer.codes_per_image,
-        "draws": model.image_tokenizer.can_draw,
+        "draws": model.image_tokenizer.has_decoder,
     }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def message_of(parts: list[Any]) -> dict[str, Any]:
     return message
 
 
-def usage_of(answers: Answering) -> dict[str, int]:
+def usage_of(answers: ResponseStream) -> dict[str, int]:
     read, written = answers.prompt_tokens, answers.generated_tokens
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
@@ -91,23 +91,23 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     limits = state.limits
     options = body.generation(limits)
     # Pictures are unpacked in another thread: they would keep everybody waiting.
-    reader = Reader(limits, worker.model.image_tokenizer, worker.most_characters)
+    reader = RequestReader(limits, worker.model.image_tokenizer, worker.most_characters)
     async with state.reading:
         document = await state.in_thread(document_of, body.messages, reader)
     each = worker.model.image_tokenizer.codes_per_image
     every = max(1, each // (body.previews + 1)) if body.previews and body.stream else 0
-    answers = Answering(worker, document, options, body.answers, body.stops, every)
+    answers = ResponseStream(worker, document, options, body.answers, body.stops, every)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
             "model": worker.name, "seed": options.seed}  # fmt: skip
     if body.stream:
         chunks = _chunks(state, body, answers, {**head, "object": "chat.completion.chunk"})
         # What is refused is refused with its status.
-        first = await first_unless_gone(request, chunks)
+        first = await first_or_disconnect(request, chunks)
         return StreamingResponse(_sent(first, chunks), media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store"})  # fmt: skip
     reasons: dict[int, str] = {}
     notes: dict[int, str] = {}
-    async for piece in unless_gone(request, state.timed(worker, answers)):
+    async for piece in until_disconnect(request, state.instrument(worker, answers)):
         if piece.finish_reason:
             reasons[piece.index] = piece.finish_reason
             if piece.event.answer is not None and piece.event.answer.note:
@@ -123,14 +123,14 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def _chunks(
-    state: State, body: ChatRequest, answers: Answering, head: dict[str, Any]
+    state: State, body: ChatRequest, answers: ResponseStream, head: dict[str, Any]
 ) -> AsyncGenerator[str, None]:
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
         return _event({**head, "choices": [choice]})
 
     begun: set[int] = set()
-    async with aclosing(state.timed(answers.worker, answers)) as pieces:
+    async with aclosing(state.instrument(answers.worker, answers)) as pieces:
         async for piece in pieces:
             event, index = piece.event, piece.index
             if index not in begun:
@@ -175,9 +175,9 @@ async def images(body: ImageRequest, request: Request) -> Response:
     state = state_of(request)
     worker = state.worker(body.model)
     options = body.generation(state.limits, worker.model.image_tokenizer.size)
-    reader = Reader(state.limits, worker.model.image_tokenizer, worker.most_characters)
-    answers = Answering(worker, [reader.text(body.prompt, "prompt")], options, body.answers)
-    async for _ in unless_gone(request, state.timed(worker, answers)):
+    reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.most_characters)
+    answers = ResponseStream(worker, [reader.text(body.prompt, "prompt")], options, body.answers)
+    async for _ in until_disconnect(request, state.instrument(worker, answers)):
         pass
     drawn = [part for parts in answers.parts for part in parts if isinstance(part, Image.Image)]
     if len(drawn) < body.answers:

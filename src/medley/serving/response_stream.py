@@ -10,11 +10,11 @@ from typing import Any
 
 from medley.data.document import Document
 from medley.generation import GenerationOptions
-from medley.inference.model import Event, Prompt
+from medley.inference.model import Prompt, StreamEvent
 from medley.serving.stop_strings import StopWords
-from medley.serving.worker import Job, Tell, Worker
+from medley.serving.worker import EngineWorker, GenerationJob, Tell
 
-Events = asyncio.Queue[tuple[int, Event | Exception]]
+Events = asyncio.Queue[tuple[int, StreamEvent | Exception]]
 
 
 def _teller(events: Events, index: int) -> Tell:
@@ -22,27 +22,27 @@ def _teller(events: Events, index: int) -> Tell:
     what held more would be garbage in a circle, with the job's pictures in it."""
     loop = asyncio.get_running_loop()
 
-    def tell(event: Event | Exception) -> None:
+    def tell(event: StreamEvent | Exception) -> None:
         loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
     return tell
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """An event of answer number `index`; `finish_reason` with its last one."""
 
     index: int
-    event: Event
+    event: StreamEvent
     finish_reason: str | None = None
 
 
-class Answering:
+class ResponseStream:
     """Jobs for `count` answers to one prompt. Leaving the block frees their rows."""
 
     def __init__(
         self,
-        worker: Worker,
+        worker: EngineWorker,
         prompt: Prompt | Document,
         options: GenerationOptions,
         count: int = 1,
@@ -53,7 +53,9 @@ class Answering:
         self._events: Events = asyncio.Queue()
         until = time.monotonic() + worker.limits.seconds
         self.jobs = [
-            Job(prompt, options, _teller(self._events, index), index, preview_every, until=until)
+            GenerationJob(
+                prompt, options, _teller(self._events, index), index, preview_every, until=until
+            )
             for index in range(count)
         ]
         self.parts: list[list[Any]] = [[] for _ in range(count)]  # str and pictures, as told
@@ -66,7 +68,7 @@ class Answering:
     def generated_tokens(self) -> int:
         return sum(job.generated for job in self.jobs)
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[Chunk, None]:
         """Events of all answers; raises what a job failed with. Busy comes before anything."""
         left = len(self.jobs)
         try:
@@ -84,16 +86,16 @@ class Answering:
                 if not job.over:
                     self.worker.cancel(job)
 
-    def _told(self, index: int, event: Event) -> list[Piece]:
+    def _told(self, index: int, event: StreamEvent) -> list[Chunk]:
         stop, job = self.stops[index], self.jobs[index]
         if stop.found:
             return []  # what the row had done before it was freed
-        found: list[Piece] = []
+        found: list[Chunk] = []
         if event.text is not None:
             found += self._text(index, stop(event.text))
             if stop.found:
                 self.worker.cancel(job)
-                found.append(Piece(index, Event(), "stop"))
+                found.append(Chunk(index, StreamEvent(), "stop"))
             return found
         if event.image is not None or event.answer is not None:
             found += self._text(index, stop.rest())
@@ -101,11 +103,11 @@ class Answering:
             self.parts[index].append(event.image)
         if event.answer is not None:
             reason = "length" if event.answer.finish_reason == "length" else "stop"
-            return [*found, Piece(index, event, reason)]
-        return [*found, Piece(index, event)]
+            return [*found, Chunk(index, event, reason)]
+        return [*found, Chunk(index, event)]
 
-    def _text(self, index: int, text: str) -> list[Piece]:
+    def _text(self, index: int, text: str) -> list[Chunk]:
         if not text:
             return []
         self.parts[index].append(text)
-        return [Piece(index, Event(text=text))]
+        return [Chunk(index, StreamEvent(text=text))]

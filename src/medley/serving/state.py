@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from medley.errors import UserError
-from medley.serving.limits import Busy, Limits, RequestError
+from medley.serving.limits import Limits, QueueFullError, RequestError
 from medley.serving.metrics import Metrics
-from medley.serving.response_stream import Answering, Piece
-from medley.serving.worker import Worker
+from medley.serving.response_stream import Chunk, ResponseStream
+from medley.serving.worker import EngineWorker
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -27,7 +27,9 @@ LONGEST = 1000  # characters of a message: a request's own words come back in so
 class State:
     """Of one server. `draining` says that it takes no more requests."""
 
-    def __init__(self, workers: Mapping[str, Worker], limits: Limits, token: str | None) -> None:
+    def __init__(
+        self, workers: Mapping[str, EngineWorker], limits: Limits, token: str | None
+    ) -> None:
         self.workers, self.limits, self.token = dict(workers), limits, token
         self.metrics = Metrics(self.workers)
         self.draining = False
@@ -42,7 +44,7 @@ class State:
         at_work = any(worker.running or worker.waiting for worker in self.workers.values())
         return not (at_work or self.asked)
 
-    def worker(self, name: str | None) -> Worker:
+    def worker(self, name: str | None) -> EngineWorker:
         """Raises RequestError for a model that is not there; the first one, where none is named."""
         if name is None:
             return next(iter(self.workers.values()))
@@ -55,7 +57,9 @@ class State:
     async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.to_thread(work, *arguments)
 
-    async def timed(self, worker: Worker, answers: Answering) -> AsyncGenerator[Piece, None]:
+    async def instrument(
+        self, worker: EngineWorker, answers: ResponseStream
+    ) -> AsyncGenerator[Chunk, None]:
         """The pieces, with what they took told to the counters."""
         start, first = time.monotonic(), True
         async with aclosing(answers.pieces()) as pieces:
@@ -67,7 +71,9 @@ class State:
         self.metrics.whole.labels(worker.name).observe(time.monotonic() - start)
 
 
-async def unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> AsyncIterator[Item]:
+async def until_disconnect(
+    request: Request, items: AsyncGenerator[Item, None]
+) -> AsyncIterator[Item]:
     """The items, as long as the client is there; else their source is closed, which frees rows."""
     gone = asyncio.ensure_future(_gone(request))
     coming: asyncio.Future[Any] | None = None
@@ -86,7 +92,7 @@ async def unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> As
         await items.aclose()
 
 
-async def first_unless_gone(request: Request, items: AsyncGenerator[Item, None]) -> Item:
+async def first_or_disconnect(request: Request, items: AsyncGenerator[Item, None]) -> Item:
     """The first item, with the client watched until then; whoever streams the rest watches it
     from there on."""
     gone = asyncio.ensure_future(_gone(request))
@@ -128,7 +134,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, UserError):
         status, message = 400, str(error)
     if status < 500:
-        kind = "rate_limit_error" if isinstance(error, Busy) else "invalid_request_error"
+        kind = "rate_limit_error" if isinstance(error, QueueFullError) else "invalid_request_error"
     if len(message) > LONGEST:
         message = f"{message[:LONGEST]}…"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}

@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # beside DICOM
 _SHOWN = 80  # characters of what was sent, in a message
 
 
-class Reader:
+class RequestReader:
     """What one request holds. Its pictures become the square that the model reads at once: the
     original may be a thousand times as large, and would wait with the request."""
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
-from medley.inference.model import Event, Model, Prompt, Telling
-from medley.serving.limits import Busy, Limits, RequestError
+from medley.inference.model import Model, Prompt, StreamDecoder, StreamEvent
+from medley.serving.limits import Limits, QueueFullError, RequestError
 
 log = logging.getLogger("medley.serving")
-Tell = Callable[[Event | Exception], None]
+Tell = Callable[[StreamEvent | Exception], None]
 JOIN_AT_ONCE = 4  # requests that are read between two steps: the others' rows wait for it
 LONGEST_WAIT = 60  # seconds; clients that are told to wait longer give up
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationJob:
     """A request on its way. `tell` is called with every event, and with an exception if it fails;
     nothing comes after an answer or an exception."""
 
@@ -42,22 +42,22 @@ class Job:
     prompt_tokens: int = 0
     generated: int = 0  # tokens
     ticket: int | None = None
-    telling: Telling | None = None
+    telling: StreamDecoder | None = None
     over: bool = False  # cancelled, or ended
 
 
-class Worker:
+class EngineWorker:
     """A model by its name. `rows` requests are worked on at once, the others wait."""
 
     def __init__(self, name: str, model: Model, limits: Limits, rows: int = 32) -> None:
         self.name, self.model, self.limits = name, model, limits
-        model.engine.set_capacity(rows)
+        model.engine.set_max_num_seqs(rows)
         self.created = int(time.time())
         self.tokens = 0  # that were generated since the start
         # Of a text whose every token were the longest: more cannot fit, and is not read at all.
         self.most_characters = model.engine.context * model.tokenizer.longest_piece
-        self._new: deque[Job] = deque()
-        self._at_work: list[Job] = []
+        self._new: deque[GenerationJob] = deque()
+        self._at_work: list[GenerationJob] = []
         self._wake = threading.Condition()
         self._ending: Exception | None = None  # what those who ask from now on are told
         self._seconds_a_job = 1.0  # a moving mean of the time in a row
@@ -90,7 +90,7 @@ class Worker:
     def running(self) -> int:
         return len(self._at_work)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         """Raises Busy where too many wait already, RequestError where the thread has ended."""
         with self._wake:
             if self._ending is not None:  # a new one each time: it would gather traces
@@ -98,16 +98,16 @@ class Worker:
             ahead = len(self._new) + len(self._at_work)
             if ahead >= self.capacity + self.limits.queue:
                 wait = (1 + len(self._new) / self.capacity) * self._seconds_a_job
-                raise Busy(len(self._new), min(LONGEST_WAIT, max(1, round(wait))))
+                raise QueueFullError(len(self._new), min(LONGEST_WAIT, max(1, round(wait))))
             self._new.append(job)
             self._wake.notify()
 
-    def before(self, job: Job) -> int | None:
+    def before(self, job: GenerationJob) -> int | None:
         """How many wait before it; None for a job that waits no more."""
         with self._wake:
             return self._new.index(job) if job in self._new else None
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: GenerationJob) -> None:
         """Frees the job's row before the next step. Nothing happens for one that has ended."""
         with self._wake:
             job.over = True
@@ -168,7 +168,7 @@ class Worker:
         for job in list(self._at_work):
             self._pass_on(job)
 
-    def _join(self, job: Job) -> None:
+    def _join(self, job: GenerationJob) -> None:
         if job.over:
             self._leave(job)
             return
@@ -176,10 +176,10 @@ class Worker:
             if job.options.mode != "text":
                 self.model.image_tokenizer.require_decoder()
             assert job.prompt is not None
-            ids = self.model.prompt_ids(job.prompt, job.complete)
+            ids = self.model.encode_prompt(job.prompt, job.complete)
             request = Request(ids, job.options, job.row)
             job.ticket = self.model.engine.submit(request)
-            job.telling = Telling(self.model, request, job.preview_every)
+            job.telling = StreamDecoder(self.model, request, job.preview_every)
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("%s: a request could not be read", self.name)
@@ -187,11 +187,11 @@ class Worker:
             return
         job.prompt, job.prompt_tokens, job.began = None, len(ids), time.monotonic()
 
-    def _pass_on(self, job: Job) -> None:
+    def _pass_on(self, job: GenerationJob) -> None:
         """What is new of a job to whoever asked."""
         assert job.ticket is not None and job.telling is not None
         try:
-            for _, token, result in self.model.engine.news(job.ticket):
+            for _, token, result in self.model.engine.poll(job.ticket):
                 self.tokens += token is not None
                 job.generated += token is not None
                 for event in job.telling(token, result):
@@ -206,12 +206,12 @@ class Worker:
             log.exception("%s: an answer could not be passed on", self.name)
             self._end(job, error)
 
-    def _end(self, job: Job, last: Event | Exception) -> None:
+    def _end(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
         """Tells first: to leave a row may fail on a device that is out of order."""
         self._tell_last(job, last)
         self._leave(job)
 
-    def _tell_last(self, job: Job, last: Event | Exception) -> None:
+    def _tell_last(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
         if not job.over:
             job.over = True
             try:
@@ -219,7 +219,7 @@ class Worker:
             except RuntimeError:  # the loop of whoever asked is closed
                 log.warning("%s: nobody is there to hear of an answer's end", self.name)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: GenerationJob) -> None:
         with self._wake:
             if job in self._at_work:
                 self._at_work.remove(job)

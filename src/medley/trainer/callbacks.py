@@ -14,12 +14,12 @@ from transformers import TrainerCallback
 
 from medley.errors import UserError
 from medley.utils.distributed import is_main_rank
-from medley.utils.files import whole_file
+from medley.utils.files import atomic_file
 
 COURSE, PICTURE = "log.csv", "loss.png"
 
 
-class GradientProof(TrainerCallback):  # type: ignore[misc]
+class GradientCheckCallback(TrainerCallback):  # type: ignore[misc]
     """Stops a run whose first step gave no gradient to what shall learn, as happens silently where
     gradient checkpointing cuts an adapter off from the loss."""
 
@@ -60,29 +60,29 @@ class GradientProof(TrainerCallback):  # type: ignore[misc]
             )
 
 
-class Course(TrainerCallback):  # type: ignore[misc]
+class LossCurveCallback(TrainerCallback):  # type: ignore[misc]
     """`log.csv` with every logged figure, and `loss.png`, renewed at saves and at the end."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_course(Path(args.output_dir), state.log_history)
+            write_loss_curve(Path(args.output_dir), state.log_history)
 
     on_train_end = on_save
 
 
-def write_course(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+def write_loss_curve(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for entry in history for name in entry))
     with (
-        whole_file(folder / COURSE) as temporary,
+        atomic_file(folder / COURSE) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)
-    draw_losses(folder / PICTURE, history)
+    plot_losses(folder / PICTURE, history)
 
 
-def draw_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
+def plot_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure  # slow to import; needs no display this way
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -96,11 +96,11 @@ def draw_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
     axes.grid(visible=True, alpha=0.3)
     if names:
         axes.legend()
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-class Samples(TrainerCallback):  # type: ignore[misc]
+class SampleCallback(TrainerCallback):  # type: ignore[misc]
     """Answers a few prompts at every validation, into `samples/step-N/`.
 
     `answer` is given a folder and fills it.

@@ -25,7 +25,7 @@ RUN = "run.json"  # in the output folder: what a run that is gone on with must n
 UNIVERSAL = "latest_universal"  # where DeepSpeed looks for a state for any number of ranks
 
 
-class ProvenSaves(TrainerCallback):  # type: ignore[misc]
+class VerifiedCheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Reads an adapter back after every save, marks the folder as complete when all ranks have
     written, and only then removes the oldest ones beyond `limit`."""
 
@@ -78,7 +78,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def start_or_go_on(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path | None:
+def resolve_resume(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path | None:
     """The checkpoint to go on from; None for a fresh run, whose `run` is written down.
 
     Raises UserError where there is none, where a fresh run would mix with an older one, and where
@@ -114,7 +114,7 @@ def start_or_go_on(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path |
     return start
 
 
-def is_finished(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint is that of a run's last step: only what comes after it is left."""
     state = read_json(checkpoint / "trainer_state.json")
     return bool(state["global_step"] >= state["max_steps"])
@@ -127,7 +127,7 @@ def needs_conversion(checkpoint: Path, ranks: int) -> bool:
     return bool(saved) and len(saved) != ranks
 
 
-def convert_for_any_ranks(checkpoint: Path) -> None:
+def to_universal_checkpoint(checkpoint: Path) -> None:
     """DeepSpeed's state of some ranks -> one that any number of ranks can read, beside it."""
     tag = (checkpoint / "latest").read_text().strip()
     output = checkpoint / f"{tag}_universal"

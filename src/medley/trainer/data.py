@@ -14,24 +14,31 @@ from torch.utils.data import Dataset
 
 from medley.checkpoints.checkpoint import Checkpoint
 from medley.data.medmax_compat import medmax_collate
-from medley.data.packing import IGNORED, Learn, SequenceTooLong, make_row, pack_evenly, stack_rows
-from medley.data.token_dataset import TokenShards
+from medley.data.packing import (
+    IGNORE_INDEX,
+    SequenceTooLong,
+    TrainOn,
+    build_sequence,
+    collate,
+    pack_balanced,
+)
+from medley.data.token_dataset import TokenDataset
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
-from medley.utils.files import check_fingerprint
+from medley.utils.manifest import check_fingerprint
 
 ROW = "row_numbers"  # in a batch: which rows it holds, so that an error can name their documents
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSource:
     """A tokens file, and how often its documents stand in the rows: 2 is twice, 0.5 a half."""
 
     path: Path
     weight: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Weighted:
+    def parse(cls, text: str) -> WeightedSource:
         """`FILE` or `FILE:WEIGHT`. A file that has the whole text as its name is that file."""
         name, colon, number = text.rpartition(":")
         if not colon or Path(text).exists():
@@ -46,19 +53,19 @@ class Weighted:
 
 
 @dataclass(frozen=True)
-class RowOptions:
+class PackingConfig:
     """`learn` says which tokens have labels; `as_medmax` gives batches MedMax's labels instead,
     by the rule of their first row."""
 
     max_length: int
     pack: bool = False
-    learn: Learn = "answers"
+    learn: TrainOn = "answers"
     as_medmax: bool = False
     seed: int = 0
     max_samples: int | None = None
 
 
-class Rows(Dataset[dict[str, Tensor]]):
+class PackedDataset(Dataset[dict[str, Tensor]]):
     """Rows of documents: one each, or packed up to `max_length`.
 
     `pad_to` adds blank rows until their number is a multiple of it (a whole step of all ranks):
@@ -69,9 +76,9 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        files: Sequence[tuple[TokenShards, float]],
+        files: Sequence[tuple[TokenDataset, float]],
         vocabulary: Vocabulary,
-        options: RowOptions,
+        options: PackingConfig,
         only: NDArray[np.int64] | None = None,
         pad_to: int = 1,
     ) -> None:
@@ -79,10 +86,10 @@ class Rows(Dataset[dict[str, Tensor]]):
         self.vocabulary, self.options = vocabulary, options
         for shards in self.shards:
             refuse_long(shards, options.max_length)
-        self.documents = chosen_documents(files, options) if only is None else only
+        self.documents = select_documents(files, options) if only is None else only
         lengths = lengths_of(self.shards, self.documents).tolist()
         if options.pack:
-            self.rows = pack_evenly(lengths, options.max_length)
+            self.rows = pack_balanced(lengths, options.max_length)
         else:
             self.rows = [[i] for i in range(len(lengths))]
         self.lengths = [sum(lengths[i] for i in row) for row in self.rows]
@@ -97,7 +104,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         else:
             places = (self.documents[i] for i in self.rows[index])
             documents = [self.shards[file][number] for file, number in places]
-        row = make_row(documents, self.vocabulary, self.options.learn)
+        row = build_sequence(documents, self.vocabulary, self.options.learn)
         return {**row, ROW: torch.tensor(index)}
 
     def names(self, index: int) -> list[str]:
@@ -109,14 +116,14 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         plain = [{name: value for name, value in row.items() if name != ROW} for row in rows]
-        batch = stack_rows(plain, self.vocabulary)
+        batch = collate(plain, self.vocabulary)
         if self.options.as_medmax:
             batch["labels"] = self._medmax_labels(rows, batch["labels"])
         return {**batch, ROW: torch.stack([row[ROW] for row in rows])}
 
     def _medmax_labels(self, rows: Sequence[dict[str, Tensor]], plain: Tensor) -> Tensor:
         """MedMax's labels for the rows that are not blank; nothing predicts a first token."""
-        labels = torch.full_like(plain, IGNORED)
+        labels = torch.full_like(plain, IGNORE_INDEX)
         real = [i for i, row in enumerate(rows) if int(row[ROW]) < len(self.rows)]
         if real:
             try:
@@ -127,11 +134,11 @@ class Rows(Dataset[dict[str, Tensor]]):
                 names = [name for i in real for name in self.names(int(rows[i][ROW]))]
                 raise UserError(f"--compat medmax: {error} ({', '.join(names)})") from error
             labels[torch.tensor(real), : theirs.shape[1]] = theirs
-        labels[:, 0] = IGNORED
+        labels[:, 0] = IGNORE_INDEX
         return labels
 
 
-def refuse_long(shards: TokenShards, max_length: int) -> None:
+def refuse_long(shards: TokenDataset, max_length: int) -> None:
     longest = int(shards.lengths.max(initial=0))
     if longest > max_length:
         raise SequenceTooLong(
@@ -141,8 +148,8 @@ def refuse_long(shards: TokenShards, max_length: int) -> None:
         )
 
 
-def chosen_documents(
-    files: Sequence[tuple[TokenShards, float]], options: RowOptions
+def select_documents(
+    files: Sequence[tuple[TokenDataset, float]], options: PackingConfig
 ) -> NDArray[np.int64]:
     """Places (file, number) of all documents, int64 (N, 2), as often as the weights say.
 
@@ -166,7 +173,7 @@ def chosen_documents(
     return together
 
 
-def lengths_of(shards: Sequence[TokenShards], places: NDArray[np.int64]) -> NDArray[np.int64]:
+def lengths_of(shards: Sequence[TokenDataset], places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Tokens of the documents at places (N, 2), int64 (N,)."""
     lengths = np.zeros(len(places), np.int64)
     for file, own in enumerate(shards):
@@ -175,7 +182,7 @@ def lengths_of(shards: Sequence[TokenShards], places: NDArray[np.int64]) -> NDAr
     return lengths
 
 
-def by_task(shards: TokenShards) -> dict[str, NDArray[np.int64]]:
+def by_task(shards: TokenDataset) -> dict[str, NDArray[np.int64]]:
     """Places of the documents of each task, in the file's order; one without a task is `other`."""
     found: dict[str, list[int]] = {}
     for number in range(len(shards)):
@@ -186,7 +193,7 @@ def by_task(shards: TokenShards) -> dict[str, NDArray[np.int64]]:
     }
 
 
-def open_shards(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> TokenShards:
+def open_shards(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> TokenDataset:
     """A tokens file that a base can learn from.
 
     Raises UserError for one of another token space, without sequences, or with pictures or ids
@@ -194,7 +201,7 @@ def open_shards(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> TokenSh
     """
     vqgan, fit, _ = base.vqgan()
     check_fingerprint(path, base.fingerprint(), str(base.folder), fit)
-    shards = TokenShards(path)
+    shards = TokenDataset(path)
     if not len(shards):
         raise UserError(f"{path}: no sequences in it")
     codes = vqgan.config.codes_per_image

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from medley.checkpoints.adapter import PROJECTIONS
-from medley.data.packing import Learn
+from medley.data.packing import TrainOn
 from medley.errors import UserError
 from medley.modeling.attention import Attention
 from medley.modeling.quantization import Quantize
@@ -129,7 +129,7 @@ class TrainOptions:
     name: str | None = None
     pack: bool = False
     group_by_length: bool = False
-    learn: Learn = "answers"
+    learn: TrainOn = "answers"
     compat: Literal["medmax"] | None = None
     max_length: int | None = None
     attention: Attention = "auto"

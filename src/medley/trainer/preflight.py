@@ -21,7 +21,7 @@ OVERHEAD = 600_000_000  # of python, torch and its workspaces
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCounter:
     """Operations that a token takes. `peak` is what the device reaches, operations a second.
 
     Forward 2 N, gradients of the inputs 2 N, those of weights that learn 2 N, and 2 N again
@@ -38,12 +38,17 @@ class Work:
         return 2 * self.passes * (self.layer_weights * tokens + self.head_weights * labelled)
 
 
-def work_of(model: Any, full: bool, checkpointing: bool, device: torch.device) -> Work:
+def estimate_flops(
+    model: Any, full: bool, checkpointing: bool, device: torch.device
+) -> FlopCounter:
     decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = sum(size_of(p) for p in decoder.model.layers.parameters())
     dtype = next(decoder.model.layers.parameters()).dtype
-    return Work(
-        layers, size_of(decoder.lm_head.weight), 2 + full + checkpointing, peak_of(device, dtype)
+    return FlopCounter(
+        layers,
+        size_of(decoder.lm_head.weight),
+        2 + full + checkpointing,
+        measure_peak_flops(device, dtype),
     )
 
 
@@ -52,7 +57,7 @@ def size_of(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def peak_of(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Operations a second of a matrix product here, measured for a tenth of a second."""
     if not dtype.is_floating_point:
         dtype = torch.float32
@@ -69,7 +74,7 @@ def peak_of(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingMemoryEstimate:
     """What the estimates are made from; sizes in tokens and bytes are of one device."""
 
     learned: int
@@ -112,7 +117,9 @@ class Plan:
         return self.learned * (self.bytes_a_number + ADAM_BYTES + MASTER_BYTES)
 
 
-def require_memory(plan: Plan, device: torch.device, ranks_here: int, there: float = 0) -> str:
+def check_memory(
+    plan: TrainingMemoryEstimate, device: torch.device, ranks_here: int, there: float = 0
+) -> str:
     """One line about memory. Raises UserError with advice where it cannot fit.
 
     `there` are bytes of weights that are in the device's memory already.
@@ -137,10 +144,10 @@ def require_memory(plan: Plan, device: torch.device, ranks_here: int, there: flo
     return line
 
 
-def require_disk(plan: Plan, output_dir: Path, saves: int) -> str:
+def check_disk(plan: TrainingMemoryEstimate, output_dir: Path, saves: int) -> str:
     """One line about disk. Raises UserError where the checkpoints to come find no room."""
     needed = plan.checkpoint_bytes() * saves
-    free = shutil.disk_usage(existing(output_dir)).free
+    free = shutil.disk_usage(nearest_parent(output_dir)).free
     line = (
         f"disk: about {saves} checkpoint{'s' * (saves != 1)} of "
         f"{plan.checkpoint_bytes() / 1e6:.0f} MB; {free / 1e9:.1f} GB are free"
@@ -153,11 +160,13 @@ def require_disk(plan: Plan, output_dir: Path, saves: int) -> str:
     return line
 
 
-def existing(folder: Path) -> Path:
+def nearest_parent(folder: Path) -> Path:
     return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
 
 
-def saves_to_come(strategy: str, steps: int, every: float, epochs: float, limit: int | None) -> int:
+def expected_checkpoints(
+    strategy: str, steps: int, every: float, epochs: float, limit: int | None
+) -> int:
     """How many checkpoints will lie on the disk at once, with one that is being written."""
     between = every * steps if every < 1 else every  # below 1 it is a share of all steps
     count = {"steps": steps / max(between, 1), "epoch": epochs}.get(strategy, 0)
@@ -165,11 +174,11 @@ def saves_to_come(strategy: str, steps: int, every: float, epochs: float, limit:
     return min(found, limit + 1) if limit else found
 
 
-def readable(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def count_learned(parameters: Iterable[nn.Parameter]) -> int:
+def count_trainable(parameters: Iterable[nn.Parameter]) -> int:
     return sum(size_of(p) for p in parameters if p.requires_grad)

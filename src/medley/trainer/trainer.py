@@ -16,8 +16,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from medley.errors import UserError
-from medley.trainer.data import ROW, Rows
-from medley.trainer.preflight import Work
+from medley.trainer.data import ROW, PackedDataset
+from medley.trainer.preflight import FlopCounter
 
 
 class MixedModalTrainer(Trainer):  # type: ignore[misc]
@@ -28,7 +28,7 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
     into one batch.
     """
 
-    def __init__(self, *args: Any, work: Work, group_by_length: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, work: FlopCounter, group_by_length: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.work, self.group_by_length = work, group_by_length
         self._sums = {kind: torch.zeros(4, dtype=torch.float64) for kind in ("train", "eval")}
@@ -47,7 +47,7 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         if not self.group_by_length:
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, PackedDataset)
         a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return GroupedByLength(
             [*rows.lengths, *[1] * rows.blank],
@@ -84,7 +84,11 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
 
     def _refuse(self, loss: float, rows: Tensor, training: bool) -> None:
         data = self.train_dataset if training else None
-        names = [n for r in rows.tolist() for n in data.names(r)] if isinstance(data, Rows) else []
+        names = (
+            [n for r in rows.tolist() for n in data.names(r)]
+            if isinstance(data, PackedDataset)
+            else []
+        )
         listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
         raise UserError(
             f"the loss is {loss} at step {self.state.global_step + 1}"

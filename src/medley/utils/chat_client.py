@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medley.errors import UserError
-from medley.utils.files import append_line
+from medley.utils.jsonl import append_jsonl
 
 Message = dict[str, str]
 Item = TypeVar("Item")
@@ -25,7 +25,7 @@ _STOPPING = (401, 403, 404)  # of the endpoint itself: no other question will fa
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class ChatClient:
     """Where a chat model is, and how it is asked.
 
     `api_version` makes it an Azure endpoint. The key is read from the environment, by name, and
@@ -74,7 +74,7 @@ class Endpoint:
             )
         return library.AsyncOpenAI(base_url=self.address, **common)
 
-    def key_of(self, messages: Sequence[Message]) -> str:
+    def cache_key(self, messages: Sequence[Message]) -> str:
         """What a reply is remembered by: all that it depends on."""
         asked = [
             self.address.rstrip("/"),
@@ -86,7 +86,7 @@ class Endpoint:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-class Replies:
+class ResponseCache:
     """Replies on disk, one JSON line each."""
 
     def __init__(self, path: Path) -> None:
@@ -107,24 +107,24 @@ class Replies:
         self._known.pop(key, None)
 
     def keep(self, key: str, reply: str) -> None:
-        append_line(self.path, json.dumps({"key": key, "reply": reply}))
+        append_jsonl(self.path, {"key": key, "reply": reply})
         self._known[key] = reply
 
 
 @dataclass(frozen=True)
-class Failed:
+class RequestFailed:
     """Why a question has no reply."""
 
     reason: str
 
 
-def ask_all(
-    endpoint: Endpoint,
+def complete_all(
+    endpoint: ChatClient,
     items: Iterable[Item],
     messages: Callable[[Item], Sequence[Message]],
-    replies: Replies,
+    replies: ResponseCache,
     at_once: int,
-) -> Iterator[tuple[Item, str | Failed]]:
+) -> Iterator[tuple[Item, str | RequestFailed]]:
     """(item, reply) for every item, as they come; no more than `at_once` under way.
 
     A reply that fails after all tries is a Failed, and costs no other. Raises UserError where the
@@ -154,20 +154,20 @@ async def _next(stream: AsyncIterator[Item]) -> Item | None:
 
 
 async def _ask_all(
-    endpoint: Endpoint,
+    endpoint: ChatClient,
     items: Iterator[Item],
     messages: Callable[[Item], Sequence[Message]],
-    replies: Replies,
+    replies: ResponseCache,
     at_once: int,
-) -> AsyncIterator[tuple[Item, str | Failed]]:
-    running: dict[asyncio.Task[str | Failed], Item] = {}
-    asked: dict[str, asyncio.Task[str | Failed]] = {}  # under way, by what they ask
+) -> AsyncIterator[tuple[Item, str | RequestFailed]]:
+    running: dict[asyncio.Task[str | RequestFailed], Item] = {}
+    asked: dict[str, asyncio.Task[str | RequestFailed]] = {}  # under way, by what they ask
     async with endpoint.client() as client:
         try:
             while True:
                 for item in islice(items, at_once - len(running)):
                     said = messages(item)
-                    key = endpoint.key_of(said)
+                    key = endpoint.cache_key(said)
                     same = asked.get(key)
                     work = _same(same) if same else _ask(endpoint, client, said, replies)
                     task = asyncio.create_task(work)
@@ -188,15 +188,15 @@ async def _ask_all(
             await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _same(task: asyncio.Task[str | Failed]) -> str | Failed:
+async def _same(task: asyncio.Task[str | RequestFailed]) -> str | RequestFailed:
     """The reply to a question that is under way already."""
     return await asyncio.shield(task)
 
 
 async def _ask(
-    endpoint: Endpoint, client: Any, messages: Sequence[Message], replies: Replies
-) -> str | Failed:
-    key = endpoint.key_of(messages)
+    endpoint: ChatClient, client: Any, messages: Sequence[Message], replies: ResponseCache
+) -> str | RequestFailed:
+    key = endpoint.cache_key(messages)
     if (known := replies.get(key)) is not None:
         return known
     errors: Any = importlib.import_module("openai")
@@ -209,18 +209,18 @@ async def _ask(
     except errors.APIStatusError as error:
         if error.status_code in _STOPPING:
             raise UserError(f"{endpoint.address}: {error.status_code}, {error.message}") from error
-        return Failed(f"{error.status_code}: {error.message}")
+        return RequestFailed(f"{error.status_code}: {error.message}")
     except Exception as error:  # a server may say anything; the other questions go on
-        return Failed(" ".join(str(error).split()) or type(error).__name__)
+        return RequestFailed(" ".join(str(error).split()) or type(error).__name__)
     if not isinstance(reply, str) or not reply.strip():
-        return Failed("an empty reply")
+        return RequestFailed("an empty reply")
     if reason not in (None, "stop") and not (reason == "length" and endpoint.keep_cut):
-        return Failed(
+        return RequestFailed(
             f"the reply is not whole ({reason}): its limit (--max_tokens), or the model's own"
         )
     try:
         reply.encode()
     except UnicodeEncodeError:
-        return Failed("the reply holds half of a character")
+        return RequestFailed("the reply holds half of a character")
     replies.keep(key, reply)
     return reply

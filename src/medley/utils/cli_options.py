@@ -1,14 +1,18 @@
-"""One parser for all programs: a dataclass of options <- YAML <- flags.
+"""Command-line options: a dataclass, filled from a YAML file and from flags.
 
-The help of each flag is the line about it under `Args:` in the dataclass's docstring. Unknown
-flags and keys are refused; the resolved options are printed before the work begins.
+The help of each flag is its line under `Args:` in the dataclass's docstring. Unknown flags and
+keys are errors; the resolved options are printed before the work begins. A deprecated flag stays
+usable for one release: the dataclass lists it in `aliases`, and its use prints a warning. A field
+whose flag is a reserved word of Python (`from`) has it in the dataclass's `spelling`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,10 +20,34 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from medley.errors import DataLost, UserError
+from medley.errors import PartialFailure, UserError
 from medley.utils.distributed import is_main_rank
 
 Options = TypeVar("Options")
+RECIPES = "recipes"  # folder of the package with YAML files that `--config NAME` finds
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """The present spelling of a deprecated flag.
+
+    Attributes:
+        flag: present name of the option
+        values: present spelling of deprecated values, where they changed as well
+        when_set: for a deprecated flag without a value: the value of `flag` that it stands for
+        when_unset: the value of `flag` for its `--no_` form (or `false`)
+    """
+
+    flag: str
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    when_set: str | None = None
+    when_unset: str | None = None
+
+    def convert(self, value: Any) -> Any:
+        """A value of the deprecated option -> value of the present one."""
+        if self.when_set is not None:
+            return self.when_unset if value in (False, "false", "no") else self.when_set
+        return self.values.get(value, value) if isinstance(value, str) else value
 
 
 class _Parser(ArgumentParser):  # type: ignore[misc]  # jsonargparse is not typed
@@ -30,11 +58,8 @@ class _Parser(ArgumentParser):  # type: ignore[misc]  # jsonargparse is not type
         raise SystemExit(2)
 
 
-def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options:
-    """Flags, and the YAML file that `--config` names, to an instance of a dataclass.
-
-    Exits with status 2 and one line on stderr for anything unknown or unreadable.
-    """
+def make_parser(kind: type[Any], prog: str) -> ArgumentParser:
+    """The parser of a dataclass of options."""
     assert dataclasses.is_dataclass(kind)
     docs = parse_docstring(kind.__doc__ or "")
     inherited = [parse_docstring(c.__doc__ or "") for c in reversed(kind.__mro__[:-1])]
@@ -42,10 +67,12 @@ def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options
         p.arg_name: " ".join((p.description or "").split()) for own in inherited for p in own.params
     }
     parser = _Parser(prog=prog, description=docs.short_description)
-    parser.add_argument("--config", action="config", help="a YAML file of options; flags win")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options, or a recipe's name; flags win"
+    )
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint, name = hints[field.name], f"--{field.name}"
+        hint, name = hints[field.name], f"--{_option(kind, field.name)}"
         extra: dict[str, Any] = {"help": helps[field.name]}
         if field.default_factory is not dataclasses.MISSING:
             extra["default"] = field.default_factory()
@@ -59,26 +86,165 @@ def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options
             parser.add_argument(name, type=element, nargs="+", **extra)
         else:
             parser.add_argument(name, type=hint, **extra)
-    words = list(sys.argv[1:] if argv is None else argv)
-    values = vars(parser.parse_args(_config_first(words)))
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+    return parser
 
 
-def _config_first(words: list[str]) -> list[str]:
-    """The parser lets the later of two win; flags shall win wherever the file is named."""
+def parse(kind: type[Options], prog: str, argv: Sequence[str] | None) -> Options:
+    """Flags, and the YAML file or recipe that `--config` names, to an instance of a dataclass.
+
+    Exits with status 2 and one line on stderr for anything unknown, repeated or unreadable.
+    """
+    parser = make_parser(kind, prog)
+    aliases = aliases_of(kind)
+    words = _present_spelling(list(sys.argv[1:] if argv is None else argv), aliases, prog)
+    flags = {option for option in parser._option_string_actions if option.startswith("--")}
+    _check_flags(words, flags, parser)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    options = {name: _option(kind, name) for name in names}
+    values = vars(parser.parse_args(_config_first(words, {*options.values()}, aliases, parser)))
+    return kind(**{name: values[option] for name, option in options.items()})
+
+
+def _option(kind: type[Any], field: str) -> str:
+    spelling: dict[str, str] = getattr(kind, "spelling", {})
+    return spelling.get(field, field)
+
+
+def aliases_of(kind: type[Any]) -> dict[str, Alias]:
+    """The deprecated flags of a dataclass of options and of its bases."""
+    found: dict[str, Alias] = {}
+    for base in reversed(kind.__mro__):
+        found |= base.__dict__.get("aliases", {})
+    return found
+
+
+def _present_spelling(words: list[str], aliases: Mapping[str, Alias], prog: str) -> list[str]:
+    """Replaces deprecated flags and values, with one warning for each flag."""
+    result: list[str] = []
+    warned: set[str] = set()
+    while words:
+        word, *words = words
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--")
+        negated = name.startswith("no_") and name not in aliases
+        alias = aliases.get(name.removeprefix("no_") if negated else name)
+        if alias is None or not flag.startswith("--"):
+            result.append(word)
+            continue
+        own: list[str] = []
+        if equals:
+            own = [value]
+        else:
+            while words and not words[0].startswith("--"):
+                own.append(words.pop(0))
+        if alias.when_set is not None:
+            value = "false" if negated else (own.pop(0) if own else "true")
+            new = [f"--{alias.flag}", str(alias.convert(value)), *own]
+        else:
+            new = [f"--{'no_' * negated}{alias.flag}", *(str(alias.convert(v)) for v in own)]
+        if not (name == alias.flag and [value, *own] == new[1:]) and name not in warned:
+            warned.add(name)
+            changed = name != alias.flag or any(v in alias.values for v in [value, *own])
+            if changed:
+                _warn(prog, f"{flag} is deprecated, use {' '.join(new[: 2 if own else 1])}")
+        result += new
+    return result
+
+
+def _warn(prog: str, message: str) -> None:
+    if is_main_rank():
+        sys.stderr.write(f"{prog}: warning: {message}\n")
+
+
+def _check_flags(words: Sequence[str], flags: set[str], parser: ArgumentParser) -> None:
+    """Refuses flags that are unknown, abbreviated or given twice."""
+    seen: set[str] = set()
+    for word in words:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag == "--":
+            continue
+        if flag not in flags and flag.partition(".")[0] not in flags:
+            likely = [known for known in sorted(flags) if known.startswith(flag)]
+            likely = likely or difflib.get_close_matches(flag.replace("-", "_"), flags, 1, 0.7)
+            likely = likely or difflib.get_close_matches(flag, flags, 1, 0.7)
+            hint = f"; did you mean {' or '.join(likely[:3])}?" if likely else ""
+            parser.error(f"unknown flag {flag}{hint}")
+        one = flag.replace("--no_", "--", 1) if flag.replace("--no_", "--", 1) in flags else flag
+        if one in seen:
+            parser.error(
+                f"{flag} is given twice; give it once (a flag that takes several values takes "
+                "them all behind one flag)"
+            )
+        seen.add(one)
+
+
+def _config_first(
+    words: list[str], names: set[str], aliases: Mapping[str, Alias], parser: ArgumentParser
+) -> list[str]:
+    """Moves `--config` to the front, since flags override it wherever it is given.
+
+    Its file is read here: recipes are found by name, and deprecated keys are converted.
+    """
     first: list[str] = []
     rest: list[str] = []
     while words:
         word, *words = words
         if word == "--config" and words:
-            first += [word, words.pop(0)]
+            first = ["--config", _read_config(words.pop(0), names, aliases, parser)]
+        elif word.startswith("--config="):
+            value = word.partition("=")[2]
+            first = ["--config", _read_config(value, names, aliases, parser)]
         else:
-            (first if word.startswith("--config=") else rest).append(word)
+            rest.append(word)
     return [*first, *rest]
 
 
+def _read_config(
+    name: str, names: set[str], aliases: Mapping[str, Alias], parser: ArgumentParser
+) -> str:
+    """The present options of a YAML file or recipe, as YAML."""
+    try:
+        content = yaml.safe_load(find_config(name).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {name}: cannot be read: {error}")
+    except UserError as error:
+        parser.error(str(error))
+    if not isinstance(content, dict):
+        parser.error(f"--config {name}: expected a mapping of options to values")
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        alias = aliases.get(str(key))
+        present = alias.flag if alias else str(key)
+        if present not in names:
+            likely = difflib.get_close_matches(present, names, 1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            parser.error(f"--config {name}: unknown option {key!r}{hint}")
+        if present in found:
+            parser.error(f"--config {name}: {key!r} and another key both set {present!r}")
+        if alias is not None and (key != present or alias.convert(value) != value):
+            _warn(parser.prog, f"{name}: {key!r} is deprecated, use {present!r}")
+        found[present] = value if alias is None else alias.convert(value)
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+
+
+def find_config(name: str) -> Path:
+    """A YAML file by its path, or a recipe of the package by its name.
+
+    Raises UserError that lists the recipes, where there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(resources.files("medley") / RECIPES))
+    recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    raise UserError(
+        f"--config {name}: no such file, and no recipe of that name (recipes: {', '.join(recipes)})"
+    )
+
+
 def _element(hint: Any) -> Any:
-    """What a list of options holds, for `list[X]` and `list[X] | None`; None for others."""
+    """The type of a list's elements, for `list[X]` and `list[X] | None`; None for other types."""
     for option in (hint, *get_args(hint)):
         if get_origin(option) is list:
             return get_args(option)[0]
@@ -108,18 +274,19 @@ def run_program(
     work: Callable[[Options], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses, prints the resolved options, works, and turns users' errors into one line.
+    """Parses, prints the resolved options, works, and turns user errors into one line.
 
-    Gives the exit status: 0, 2 for bad input, 3 where rows were lost, 130 when stopped by Ctrl-C.
+    Returns the exit status: 0; 2 for bad input; 3 if some records or requests failed; 130 after
+    Ctrl-C.
     """
     try:
         options = parse(kind, prog, argv)
         print_resolved(options, prog)
         work(options)
     except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: stopped\n")
+        sys.stderr.write(f"{prog}: interrupted\n")
         return 130
-    except DataLost as error:
+    except PartialFailure as error:
         sys.stderr.write(f"{prog}: {error}\n")
         return 3
     except (UserError, OSError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medley.errors import UserError
 from medley.images.preprocess import Fit
-from medley.utils.files import whole_file
+from medley.utils.files import atomic_file
 from medley.vqgan import VQGAN, VQGANConfig
 
 HUGGING_FACE_PREFIX = "model.vqmodel."
@@ -27,7 +27,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     inert stand-ins. Raises UserError for a file that is missing, a Git-LFS pointer, broken,
     or one that carries code.
     """
-    refuse_missing_or_pointer(path)
+    check_weights_file(path)
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an older container, or a broken file: the load below tells which
@@ -55,7 +55,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def refuse_missing_or_pointer(path: Path) -> None:
+def check_weights_file(path: Path) -> None:
     """Raises UserError where weights are missing, or a Git-LFS pointer stands for them."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -93,20 +93,20 @@ def read_vqgan(folder: Path) -> tuple[VQGAN, Fit]:
     loaded = load_tensors(weights_path)
     state = loaded.get("state_dict", loaded)
     kept = {k: v for k, v in state.items() if not k.startswith(_TRAINING_ONLY)}
-    return fill(config, kept, str(weights_path)), fit
+    return build_vqgan(config, kept, str(weights_path)), fit
 
 
 def write_vqgan(folder: Path, vqgan: VQGAN, fit: Fit) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "vqgan.yaml") as temporary:
+    with atomic_file(folder / "vqgan.yaml") as temporary:
         content = {**vqgan.config.to_yaml(), "preprocessing": {"fit": fit}}
         temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
     state = {k: v.detach().cpu().contiguous() for k, v in vqgan.state_dict().items()}
-    with whole_file(folder / "vqgan.ckpt") as temporary:
+    with atomic_file(folder / "vqgan.ckpt") as temporary:
         torch.save({"state_dict": state}, temporary)
 
 
-def fill(config: VQGANConfig, state: dict[str, Tensor], where: str) -> VQGAN:
+def build_vqgan(config: VQGANConfig, state: dict[str, Tensor], where: str) -> VQGAN:
     """A VQGAN with exactly these weights. Raises UserError naming what is missing or surplus."""
     with torch.device("meta"):
         vqgan = VQGAN(config)
@@ -192,4 +192,4 @@ def vqgan_without_decoder(
     }
     fresh = VQGAN(config).decoder.state_dict()
     state |= {f"decoder.{name}": tensor for name, tensor in fresh.items()}
-    return fill(config, state, where)
+    return build_vqgan(config, state, where)

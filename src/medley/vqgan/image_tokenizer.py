@@ -20,10 +20,10 @@ from medley.images.preprocess import (
     PREPROCESSING_VERSION,
     Fit,
     bytes_to_pixels,
-    from_pixels,
-    to_bytes,
+    resize_square,
+    to_pil,
     to_pixels,
-    to_square,
+    to_uint8_square,
 )
 from medley.vqgan.model import VQGAN, Encoder
 from medley.vqgan.winograd import Conv3x3
@@ -41,7 +41,7 @@ class ImageTokenizer:
         self,
         vqgan: VQGAN,
         fit: Fit = "crop",
-        can_draw: bool = True,
+        has_decoder: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -49,7 +49,7 @@ class ImageTokenizer:
         self.device = torch.device(device)
         self.vqgan = vqgan.to_compute(self.device, dtype)
         self.fit = fit
-        self.can_draw = can_draw
+        self.has_decoder = has_decoder
         self.dtype = dtype
         self._plain_encoder: Encoder | None = None
 
@@ -74,7 +74,7 @@ class ImageTokenizer:
 
     def square(self, image: Image.Image) -> Image.Image:
         """An RGB picture as small as it is read: the same codes, however large it was."""
-        return to_square(image, self.size, self.fit)
+        return resize_square(image, self.size, self.fit)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """A picture -> float32 (3, size, size) in [-1, 1]."""
@@ -82,7 +82,7 @@ class ImageTokenizer:
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any mode and size -> codes int64 (B, C), on the CPU."""
-        squares = [to_bytes(image, self.size, self.fit) for image in images]
+        squares = [to_uint8_square(image, self.size, self.fit) for image in images]
         return self.encode_bytes(torch.stack(squares)).cpu()
 
     def encode_bytes(self, squares: Tensor) -> Tensor:
@@ -133,11 +133,11 @@ class ImageTokenizer:
 
     def decode(self, codes: Tensor | Sequence[Sequence[int]]) -> list[Image.Image]:
         """Codes (B, C), each a valid code -> pictures."""
-        return [from_pixels(one) for one in self.decode_pixels(torch.as_tensor(codes))]
+        return [to_pil(one) for one in self.decode_pixels(torch.as_tensor(codes))]
 
     def require_decoder(self) -> None:
         """Raises UserError where there is no decoder to draw with."""
-        if not self.can_draw:
+        if not self.has_decoder:
             raise UserError(
                 "this checkpoint carries no VQGAN decoder, so it cannot draw pictures: name a "
                 "folder that has vqgan.yaml and vqgan.ckpt with --vqgan"

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.images.preprocess import from_pixels
+from medley.images.preprocess import to_pil
 
 HIGHEST_PSNR = 100.0  # decibels; two equal pictures would have infinitely many
 
@@ -39,7 +39,7 @@ def comparison(pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
     picture = Image.new("RGB", (side * len(pairs), 2 * side))
     for column, pair in enumerate(pairs):
         for row, pixels in enumerate(pair):
-            picture.paste(from_pixels(pixels), (column * side, row * side))
+            picture.paste(to_pil(pixels), (column * side, row * side))
     return picture
 
 

@@ -14,25 +14,26 @@ from typing import Any, Literal
 
 from medley.commands.evaluate.summarize import groups_text, reviews
 from medley.commands.model_options import check_output, check_seed
-from medley.datasets.base import RecordError, picture_path
+from medley.datasets.base import RecordError, resolve_image_path
 from medley.errors import UserError
 from medley.evaluation import judge_scores
-from medley.evaluation.cases import Case, Scored
-from medley.evaluation.judge import Counts, DryRun, JudgeOptions, ask_judge, note_of
-from medley.evaluation.judge_prompts import Layout, Review, Rules, review_row, reviews_of
+from medley.evaluation.cases import Example, ScoredExample
+from medley.evaluation.judge import DryRun, JudgeOptions, JudgeStats, ask_judge, note_of
+from medley.evaluation.judge_prompts import JudgeItem, JudgePrompts, Layout, review_row, reviews_of
 from medley.evaluation.report import (
     Cell,
     Table,
     kinds_table,
     measures_of,
     measures_table,
-    page_path,
+    report_path,
     write_report,
 )
 from medley.evaluation.similarity import SentenceSimilarity, require_folder
-from medley.utils.chat_client import Failed
+from medley.utils.chat_client import RequestFailed
 from medley.utils.cli_options import resolved
-from medley.utils.files import whole_file, write_manifest
+from medley.utils.files import atomic_file
+from medley.utils.manifest import write_manifest
 
 POINTS = 10  # the best score of a judge
 
@@ -91,7 +92,7 @@ class ReviewOptions(JudgeOptions):
 
 
 def review(options: ReviewOptions) -> None:
-    rules = Rules.read(options.rule)
+    rules = JudgePrompts.read(options.rule)
     contexts = None if options.context is None else list(reviews(options.context))
     asked = reviews_of(
         options.layout, list(reviews(options.questions)),
@@ -100,7 +101,7 @@ def review(options: ReviewOptions) -> None:
     )  # fmt: skip
     falls_back = options.layout in ("llava", "llava_med") or options.rule is None
     messages = {n: rules.messages(one, falls_back) for n, one in enumerate(asked)}
-    replies: dict[int, str | Failed] = {}
+    replies: dict[int, str | RequestFailed] = {}
     similar, folder = [], options.similarity_model
     if folder is not None and not options.dry_run:
         model = SentenceSimilarity(folder)
@@ -119,7 +120,7 @@ def review(options: ReviewOptions) -> None:
         _scored(options, one, replies.get(n), pairs.get(n), {name: similar[n]} if similar else {})
         for n, one in enumerate(asked)
     ]
-    counts = Counts.of(replies, {n: pairs.get(n) is not None for n in replies})
+    counts = JudgeStats.of(replies, {n: pairs.get(n) is not None for n in replies})
     values: dict[str, Any] = {"evaluation": "gpt-review", "layout": options.layout}
     values["scores"] = measures_of(scored, options.seed)
     said = "Points in percent of ten."
@@ -143,17 +144,17 @@ def review(options: ReviewOptions) -> None:
         print(f"{measure}: {value['percent']:.1f} % of {value['n']}")
     if options.endpoint is not None:
         print(groups_text(_groups(asked, pairs)))
-    print(f"{options.output}: scores; {page_path(options.output)} shows some")
+    print(f"{options.output}: scores; {report_path(options.output)} shows some")
     counts.check()
 
 
 def _scored(
     options: ReviewOptions,
-    one: Review,
-    reply: str | Failed | None,
+    one: JudgeItem,
+    reply: str | RequestFailed | None,
     pair: tuple[float, float] | None,
     similar: dict[str, float],
-) -> Scored:
+) -> ScoredExample:
     scores = dict(similar)
     if pair is not None:
         scores |= {"reference's points": pair[0] / POINTS, "model's points": pair[1] / POINTS}
@@ -162,16 +163,16 @@ def _scored(
     image = None
     if one.image:
         try:
-            image = picture_path(one.image, options.image_folder)
+            image = resolve_image_path(one.image, options.image_folder)
         except RecordError:
             image = None  # outside of --image_folder: it is not shown
-    case = Case(one.identifier, one.question, one.first, one.second, one.category, image)
+    case = Example(one.identifier, one.question, one.first, one.second, one.category, image)
     note = "" if reply is None else note_of(reply, pair is not None)
-    return Scored(case, scores, note)
+    return ScoredExample(case, scores, note)
 
 
 def _groups(
-    asked: Sequence[Review], pairs: dict[int, tuple[float, float] | None]
+    asked: Sequence[JudgeItem], pairs: dict[int, tuple[float, float] | None]
 ) -> dict[str, judge_scores.Summary]:
     """LLaVA-Med's groups: by type (LLaVA's category), of all, and by domain."""
     rows = []
@@ -193,12 +194,12 @@ def _groups_table(groups: dict[str, judge_scores.Summary]) -> Table:
 
 def _write_reviews(
     options: ReviewOptions,
-    asked: Sequence[Review],
-    replies: dict[int, str | Failed],
+    asked: Sequence[JudgeItem],
+    replies: dict[int, str | RequestFailed],
     pairs: dict[int, tuple[float, float] | None],
 ) -> None:
     path = options.output.with_name(f"{options.output.name}.reviews.jsonl")
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for n, one in enumerate(asked):
             reply = replies[n]
             said = reply.strip() if isinstance(reply, str) else None

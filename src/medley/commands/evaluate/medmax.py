@@ -17,52 +17,46 @@ from PIL import Image
 from tqdm import tqdm
 
 from medley.commands.evaluate.medmax_options import MedmaxOptions, image_path
-from medley.data.document import Document, Part, Picture, Turn
+from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.datasets.base import RecordError
 from medley.datasets.instructions.captions import context_of
 from medley.datasets.readers import records_of
-from medley.errors import DataLost, UserError
+from medley.errors import PartialFailure, UserError
 from medley.evaluation import medmax_suite as suite
-from medley.evaluation.cases import Case, Scored
+from medley.evaluation.cases import Example, ScoredExample
 from medley.evaluation.judge import (
-    Counts,
     DryRun,
+    JudgeStats,
     ask_judge,
     filled,
     read_prompts,
 )
-from medley.evaluation.judge_prompts import Review, Rules
+from medley.evaluation.judge_prompts import JudgeItem, JudgePrompts
 from medley.evaluation.medmax_scores import (
     JUDGED,
     LIKENESS,
-    Given,
+    Prediction,
     Scores,
     merged,
 )
 from medley.evaluation.medmax_suite import CAPTIONING, CHAT, GENERATION, MIXED, Row
-from medley.evaluation.report import kinds_table, measures_of, page_path, text_table, write_report
-from medley.evaluation.similarity import PictureSimilarity, SentenceSimilarity
+from medley.evaluation.report import kinds_table, measures_of, report_path, text_table, write_report
+from medley.evaluation.similarity import ImageSimilarity, SentenceSimilarity
 from medley.images.preprocess import ImageError, open_image
-from medley.inference.batch import answers, refuse_other_options, rows_there
-from medley.inference.model import Answer
+from medley.inference.batch import check_same_options, generate_all, read_existing
+from medley.inference.model import Response
 from medley.utils.chat_client import Message
-from medley.utils.files import (
-    append_line,
-    finite,
-    read_json,
-    read_manifest,
-    refuse_half_characters,
-    write_json,
-    write_manifest,
-)
+from medley.utils.files import check_unicode, nan_to_null, read_json, write_json
+from medley.utils.jsonl import append_jsonl
+from medley.utils.manifest import read_manifest, write_manifest
 
 
 def medmax(options: MedmaxOptions) -> None:
     rows = list(read_rows(options))
     places = ("question", "gold", "answer")
     told = read_prompts(options.judge_prompts, system=(), open=places, mixed=places)
-    rules = Rules.read(options.rule)
+    rules = JudgePrompts.read(options.rule)
     scores = Scores(rows, answered(options, rows), options.as_published)
     try:
         counts = judged(options, scores, told, rules)
@@ -83,7 +77,7 @@ def read_rows(options: MedmaxOptions) -> Iterator[Row]:
             row = suite.row_of(n - 1, record)
             if row.group in ("closed", "mcq", "open") and (fault := suite.gold_fault(row)):
                 raise UserError(fault)
-            refuse_half_characters(place, record)
+            check_unicode(place, record)
             if row.task == CHAT:
                 suite.chat_reference(row.answer)
             if row.image is not None:
@@ -105,15 +99,15 @@ def read_rows(options: MedmaxOptions) -> Iterator[Row]:
 # --- answers ----------------------------------------------------------------------------------
 
 
-def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Given]:
+def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Prediction]:
     """Answers by the rows' numbers; those of an earlier run that was stopped are kept."""
     file = options.output / "answers.jsonl"
     if file.exists():
         before = read_manifest(options.output).get("options", {})
-        refuse_other_options(before, options.identity(), options.output)
+        check_same_options(before, options.identity(), options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     write_manifest(options.output, options.identity(), [options.eval_data], None)
-    found = dict(_kept_of(options.output, row) for row in rows_there(file, "row"))
+    found = dict(_kept_of(options.output, row) for row in read_existing(file, "row"))
     left = [row for row in rows if row.number not in found]
     if len(left) < len(rows):
         print(f"{file}: {len(rows) - len(left)} answers are there already")
@@ -130,36 +124,36 @@ def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Given]:
         for row in left
     )  # fmt: skip
     complete = options.prompt_processor != "sft"
-    stream = answers(model, asked, complete, options.rows_at_once)
+    stream = generate_all(model, asked, complete, options.rows_at_once)
     for number, answer in tqdm(stream, desc="answering", unit=" answers", total=len(left)):
         found[number] = _kept(options.output, by_number[number], answer)
         if not found[number].error:
             names = [Path(path).name for path in found[number].pictures]
             row = {"row": number, "task": by_number[number].name, "text": found[number].text,
                    "pictures": names}  # fmt: skip
-            append_line(file, json.dumps(row, ensure_ascii=False))
+            append_jsonl(file, row)
     return found
 
 
-def _kept_of(folder: Path, row: dict[str, Any]) -> tuple[int, Given]:
+def _kept_of(folder: Path, row: dict[str, Any]) -> tuple[int, Prediction]:
     """A line of answers.jsonl. Raises UserError for one that is something else."""
     try:
         pictures = tuple(str(folder / "pictures" / name) for name in row["pictures"])
-        return int(row["row"]), Given(str(row["text"]), pictures)
+        return int(row["row"]), Prediction(str(row["text"]), pictures)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'answers.jsonl'}: not an answer ({error})") from error
 
 
-def prompt_of(options: MedmaxOptions, row: Row) -> list[Part]:
+def prompt_of(options: MedmaxOptions, row: Row) -> list[ContentPart]:
     shown = None
     if row.image is not None and row.task not in (GENERATION, MIXED):
-        shown = Picture(path=image_path(options, row))
+        shown = ImagePart(path=image_path(options, row))
     return suite.prompt_for(options.prompt_processor, row, shown)
 
 
-def _kept(folder: Path, row: Row, answer: Answer | str) -> Given:
+def _kept(folder: Path, row: Row, answer: Response | str) -> Prediction:
     if isinstance(answer, str):
-        return Given("", error=answer)
+        return Prediction("", error=answer)
     names = []
     (folder / "pictures").mkdir(exist_ok=True)
     for place, image in enumerate(answer.images):
@@ -167,15 +161,15 @@ def _kept(folder: Path, row: Row, answer: Answer | str) -> Given:
         image.save(path)
         names.append(str(path))
     texts = [part.strip() for part in answer.parts if isinstance(part, str)]
-    return Given(" ".join(text for text in texts if text), tuple(names))
+    return Prediction(" ".join(text for text in texts if text), tuple(names))
 
 
 # --- judges and models of likeness --------------------------------------------------------------
 
 
 def judged(
-    options: MedmaxOptions, scores: Scores, told: dict[str, str], rules: Rules
-) -> Counts | None:
+    options: MedmaxOptions, scores: Scores, told: dict[str, str], rules: JudgePrompts
+) -> JudgeStats | None:
     """Asks a judge about all that words alone do not settle; None without one.
 
     Raises DryRun where only its estimate was asked for.
@@ -192,17 +186,17 @@ def judged(
     kept = options.output / "replies.jsonl"
     replies = ask_judge(options, asked, kept, scores.readable)
     read = {number: scores.take_reply(number, reply) for number, reply in replies.items()}
-    return Counts.of(replies, read)
+    return JudgeStats.of(replies, read)
 
 
-def messages(scores: Scores, row: Row, told: dict[str, str], rules: Rules) -> list[Message]:
+def messages(scores: Scores, row: Row, told: dict[str, str], rules: JudgePrompts) -> list[Message]:
     given = scores.given[row.number].text
     if row.task == CHAT:
         known = suite.chat_reference(row.answer)
         question = row.prompt.replace(IMAGE, "").strip()
         context = context_of(known, True)
         return rules.messages(
-            Review(row.number, row.kind, question, known["gpt4_answer"], given, context)
+            JudgeItem(row.number, row.kind, question, known["gpt4_answer"], given, context)
         )
     text = filled(
         told["mixed" if row.task == MIXED else "open"],
@@ -231,7 +225,7 @@ def compare_pictures(options: MedmaxOptions, scores: Scores) -> None:
             print(f"{len(rows)} captions and pictures have no score: they need a "
                   "--similarity_model")  # fmt: skip
         return
-    model = PictureSimilarity(options.similarity_model)
+    model = ImageSimilarity(options.similarity_model)
     for start in range(0, len(rows), options.batch_size):
         images: dict[int, list[Image.Image]] = {}
         for row in rows[start : start + options.batch_size]:
@@ -266,18 +260,18 @@ def _compared(options: MedmaxOptions, scores: Scores, row: Row) -> list[str]:
 # --- results ----------------------------------------------------------------------------------
 
 
-def write(options: MedmaxOptions, scores: Scores, counts: Counts | None) -> None:
+def write(options: MedmaxOptions, scores: Scores, counts: JudgeStats | None) -> None:
     """MedMax's result file, its log and the page. Raises DataLost where an answer is missing."""
     output = options.output
     results, logs = scores.results(), scores.logs()
     for folder, found in (("results", results), ("logs", logs)):
         path = output / folder / f"{options.name}.json"
         before = read_json(path) if path.exists() else {}
-        write_json(path, merged(before, finite(found)))
+        write_json(path, merged(before, nan_to_null(found)))
     cases = [case_of(options, scores, row) for row in scores.rows]
     measures = measures_of(cases, options.seed)
     values: dict[str, Any] = {
-        "evaluation": "medmax", "results": finite(results), "scores": measures,
+        "evaluation": "medmax", "results": nan_to_null(results), "scores": measures,
     }  # fmt: skip
     notes = [f"{options.ckpt}: {len(cases)} rows of {options.eval_data}."]
     if counts is not None:
@@ -290,22 +284,22 @@ def write(options: MedmaxOptions, scores: Scores, counts: Counts | None) -> None
     tables = [kinds_table("By task", cases, options.seed)]
     write_report(page, f"MedMax's suite, {options.name}", values, tables, cases, notes)
     print(text_table(measures))
-    for name, value in finite(results).items():
+    for name, value in nan_to_null(results).items():
         print(f"{name}: {json.dumps(value)}")
     print("\n".join(notes[1:]))
-    print(f"{output}: answers, results/ and logs/; {page_path(page)} shows some")
+    print(f"{output}: answers, results/ and logs/; {report_path(page)} shows some")
     if failed:
-        raise DataLost(
+        raise PartialFailure(
             f"{len(failed)} of {len(cases)} rows were not answered, the first: {failed[0]}"
         )
     if counts is not None:
         counts.check()
 
 
-def case_of(options: MedmaxOptions, scores: Scores, row: Row) -> Scored:
+def case_of(options: MedmaxOptions, scores: Scores, row: Row) -> ScoredExample:
     given = scores.given[row.number]
     image = image_path(options, row) if row.image is not None else None
     kind = row.name if row.group == row.kind else f"{row.task}: {row.kind}"
     shown = image if row.task not in (GENERATION, MIXED) else None  # there it is the right answer
-    case = Case(row.number, row.prompt, suite.gold_text(row), given.text, kind, shown)
-    return Scored(case, scores.by_row[row.number], scores.notes[row.number], given.drawn)
+    case = Example(row.number, row.prompt, suite.gold_text(row), given.text, kind, shown)
+    return ScoredExample(case, scores.by_row[row.number], scores.notes[row.number], given.drawn)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medley.commands.model_options import BatchOptions
-from medley.datasets.base import picture_path
+from medley.datasets.base import resolve_image_path
 from medley.errors import UserError
 from medley.evaluation import medmax_suite as suite
 from medley.evaluation.judge import (
@@ -19,9 +19,7 @@ from medley.evaluation.similarity import require_folder
 from medley.generation import GenerationOptions
 from medley.inference.model import Model
 from medley.utils.cli_options import resolved
-from medley.utils.files import (
-    quick_hash,
-)
+from medley.utils.files import partial_hash
 
 Task = Literal[
     "all", "vqa", "closed", "open", "mcq", "image_captioning", "image_generation", "mm_out",
@@ -111,9 +109,9 @@ class MedmaxOptions(BatchOptions, JudgeOptions):
         names = {*BatchOptions.__dataclass_fields__, "image_folder", "prompt_processor", "compat"}
         names -= {"batch_size", "deterministic", "device"}
         kept = {name: value for name, value in resolved(self).items() if name in names}
-        return kept | {"eval_data_hash": quick_hash(self.eval_data)}
+        return kept | {"eval_data_hash": partial_hash(self.eval_data)}
 
 
 def image_path(options: MedmaxOptions, row: Row) -> str:
     assert row.image is not None
-    return picture_path(row.image, options.image_folder or options.eval_data.parent)
+    return resolve_image_path(row.image, options.image_folder or options.eval_data.parent)

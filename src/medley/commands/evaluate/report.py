@@ -7,15 +7,15 @@ from pathlib import Path
 
 from medley.commands.model_options import check_output, check_seed
 from medley.errors import UserError
-from medley.evaluation.cases import Scored, read_scored
-from medley.evaluation.comparison import by_key, comparison_table, differences, p_text
-from medley.evaluation.report import cases_path, page_path, write_report
+from medley.evaluation.cases import ScoredExample, read_scored
+from medley.evaluation.comparison import by_key, compare_runs, comparison_table, p_text
+from medley.evaluation.report import examples_path, report_path, write_report
 from medley.utils.cli_options import resolved
-from medley.utils.files import write_manifest
+from medley.utils.manifest import write_manifest
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class ReportOptions:
     """Compares two runs over the same questions.
 
     Args:
@@ -35,9 +35,9 @@ class CompareOptions:
         check_seed(self.seed)
 
 
-def compare(options: CompareOptions) -> None:
-    a, b = (read_scored(cases_path(run)) for run in options.runs)
-    found = differences(a, b, options.seed)
+def report(options: ReportOptions) -> None:
+    a, b = (read_scored(examples_path(run)) for run in options.runs)
+    found = compare_runs(a, b, options.seed)
     names = ("A", "B")
     values = {
         "evaluation": "report", "a": str(options.runs[0]), "b": str(options.runs[1]),
@@ -57,11 +57,11 @@ def compare(options: CompareOptions) -> None:
         between = f"{value['percent']:+.1f} ({value['low']:+.1f} to {value['high']:+.1f})"
         print(f"{name:32} {own['a']:9.1f} {own['b']:9.1f}   {between:22} {p_text(own['p'])}")
     print("\n".join(notes[1:]))
-    page = page_path(options.output)
+    page = report_path(options.output)
     print(f"{options.output}: {len(changed)} answers became right or wrong; {page} shows some")
 
 
-def changes(a: list[Scored], b: list[Scored]) -> list[Scored]:
+def changes(a: list[ScoredExample], b: list[ScoredExample]) -> list[ScoredExample]:
     """B's answers that are right where A's are wrong, or the other way."""
     before = by_key(a)
     found = []
@@ -70,5 +70,5 @@ def changes(a: list[Scored], b: list[Scored]) -> list[Scored]:
         if other is None or one.is_right is None or other.is_right in (None, one.is_right):
             continue
         note = f"A answered: {other.case.answer or '(nothing)'}"
-        found.append(Scored(one.case, one.scores, note, one.drawn))
+        found.append(ScoredExample(one.case, one.scores, note, one.drawn))
     return found

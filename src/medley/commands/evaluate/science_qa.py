@@ -12,23 +12,24 @@ from medley.datasets.base import RecordError
 from medley.datasets.science_qa import PROBLEMS, SPLITS, texts
 from medley.errors import UserError
 from medley.evaluation import science_qa
-from medley.evaluation.cases import Scored
+from medley.evaluation.cases import ScoredExample
 from medley.evaluation.confidence import share_interval
 from medley.evaluation.judge import (
     PROMPTS,
-    Counts,
     DryRun,
     JudgeOptions,
+    JudgeStats,
     ask_judge,
     filled,
     note_of,
     read_prompts,
 )
-from medley.evaluation.predictions import by_identifier, missing_of
-from medley.evaluation.report import confusion_table, measures_table, page_path, write_report
+from medley.evaluation.predictions import by_identifier, missing_ids
+from medley.evaluation.report import confusion_table, measures_table, report_path, write_report
 from medley.utils.chat_client import Message
 from medley.utils.cli_options import resolved
-from medley.utils.files import read_json, whole_file, write_json, write_manifest
+from medley.utils.files import atomic_file, read_json, write_json
+from medley.utils.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def score_science_qa(options: ScienceQaOptions) -> None:
     write_scores(options, options.output, options.output_result, problems, scores)
     write_manifest(options.output, resolved(options), [options.pred], None)
     left = "left out" if options.compat == "llava_med" else "counted as wrong"
-    missing = len(missing_of(wanted, answers))
+    missing = len(missing_ids(wanted, answers))
     print(f"{missing} problems have no answer ({left}), {scores.unread} answers name no letter")
     strangers = len(answers.keys() - set(wanted))
     if strangers:
@@ -81,7 +82,7 @@ def problems_of(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(splits.get(split), list):
         raise UserError(f"--split {split}: there is {', '.join(splits)}")
     wanted = [str(identifier) for identifier in splits[split]]
-    if unknown := missing_of(wanted, problems):
+    if unknown := missing_ids(wanted, problems):
         raise UserError(f"{folder / PROBLEMS}: no problem {unknown[0]}")
     for name in wanted:
         science_qa.check_problem(f"{folder / PROBLEMS}: problem {name}", problems[name])
@@ -89,7 +90,7 @@ def problems_of(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def write_scores(
-    options: ScienceQaOptions | SettleOptions,
+    options: ScienceQaOptions | AdjudicateOptions,
     output: Path,
     output_result: Path | None,
     problems: dict[str, Any],
@@ -103,7 +104,7 @@ def write_scores(
         write_json(output_result, result)
     n, right = result["count"], result["correct"]
     cases = scores.cases(problems, options.image_folder)
-    cases = [Scored(one.case, one.scores, (told or {}).get(one.case.identifier, ""))
+    cases = [ScoredExample(one.case, one.scores, (told or {}).get(one.case.identifier, ""))
              for one in cases]  # fmt: skip
     tables = []
     if n:
@@ -121,11 +122,11 @@ def write_scores(
     print(scores.line())
     if n:
         bounds = share_interval(right, n).percent()
-        print(f"95 % interval {bounds['low']:.1f} to {bounds['high']:.1f}; {page_path(output)}")
+        print(f"95 % interval {bounds['low']:.1f} to {bounds['high']:.1f}; {report_path(output)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettleOptions(JudgeOptions):
+class AdjudicateOptions(JudgeOptions):
     """Has a judge settle two answer files to ScienceQA where they differ.
 
     Args:
@@ -154,13 +155,13 @@ class SettleOptions(JudgeOptions):
         check_output(self.output, self.pred, self.other, self.output_result)
 
 
-def settle(options: SettleOptions) -> None:
+def adjudicate(options: AdjudicateOptions) -> None:
     """The letter of both where they agree; else the judge's, and where its reply names none the
     first file's."""
     problems, wanted = problems_of(options.base_dir, options.split)
     first, second = by_identifier(options.pred), _outputs(options.other)
     for path, answers in ((options.pred, first), (options.other, second)):
-        if absent := missing_of(wanted, answers):
+        if absent := missing_ids(wanted, answers):
             raise UserError(
                 f"{path}: {len(absent)} problems have no answer, the first is {absent[0]}"
             )
@@ -199,7 +200,7 @@ def settle(options: SettleOptions) -> None:
     for name in [name for name in differ if read[name]]:
         first[name] = {**first[name], "text": science_qa.last_letter(str(replies[name]))}
     scores = science_qa.score(problems, wanted, first)
-    counts = Counts.of(replies, read)
+    counts = JudgeStats.of(replies, read)
     alone = science_qa.score(problems, wanted, by_identifier(options.pred))
     other = science_qa.score(problems, wanted, second)
     said = (
@@ -228,6 +229,6 @@ def _outputs(path: Path) -> dict[str, Any]:
 
 def _write_answers(output: Path, wanted: list[str], answers: dict[str, Any]) -> None:
     """The settled answers, as an answer file."""
-    with whole_file(output.with_name(f"{output.name}.answers.jsonl")) as temporary:
+    with atomic_file(output.with_name(f"{output.name}.answers.jsonl")) as temporary:
         rows = (json.dumps(answers[name], ensure_ascii=False) + "\n" for name in wanted)
         temporary.write_text("".join(rows), encoding="utf-8")

@@ -12,7 +12,7 @@ from medley.datasets.base import RecordError
 from medley.datasets.readers import records_of
 from medley.errors import UserError
 from medley.evaluation import judge_scores
-from medley.utils.files import refuse_half_characters, write_json
+from medley.utils.files import check_unicode, write_json
 
 REPLIES = ("gpt_eval", "result", "content")  # LLaVA-Med v1.5, v1.0, LLaVA
 
@@ -84,5 +84,5 @@ def reviews(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{place}: {row}")
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object")
-        refuse_half_characters(place, row)
+        check_unicode(place, row)
         yield place, row

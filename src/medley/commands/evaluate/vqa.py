@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from medley.commands.model_options import QuestionOptions, check_output, check_seed
-from medley.errors import DataLost, UserError
-from medley.evaluation.cases import Case, Scored
-from medley.evaluation.comparison import comparison_table, differences
+from medley.errors import PartialFailure, UserError
+from medley.evaluation.cases import Example, ScoredExample
+from medley.evaluation.comparison import compare_runs, comparison_table
 from medley.evaluation.predictions import answers_by, paired, read_candidates
 from medley.evaluation.questions import Question
 from medley.evaluation.reference_scorers import Compat, is_known, published_scores, published_table
 from medley.evaluation.report import (
     Cell,
     Table,
-    cases_path,
     confusion_table,
+    examples_path,
     groups_tables,
     measures_table,
-    page_path,
+    report_path,
     text_table,
     write_report,
 )
-from medley.evaluation.vqa import commonest, confusion, drawn, own_scores, score
+from medley.evaluation.vqa import confusion, majority_baseline, own_scores, random_baseline, score
 from medley.utils.cli_options import resolved
-from medley.utils.files import hash_of, whole_file, write_manifest
+from medley.utils.files import atomic_file, path_hash
+from medley.utils.manifest import write_manifest
 
 RESULTS = "eval_results_med_datasets.jsonl"  # as LLaVA-Med calls it
 _PUBLISHED = "As published ({}), in percent"
@@ -112,7 +113,7 @@ def score_file(
     tables = tables_of(values) + compared
     write_report(output, f"Answers to {gold.name}", values, tables, scored, notes)
     inputs = [file for file in (gold, pred) if file.is_file()]
-    write_manifest(output, resolved(options), inputs, None, questions_hash=hash_of(gold))
+    write_manifest(output, resolved(options), inputs, None, questions_hash=path_hash(gold))
     print(text_table(values["scores"]["all"]))
     for name, own in values["baselines"].items():
         print(f"\n{name}:\n{text_table(measures(own['scores']))}")
@@ -120,25 +121,27 @@ def score_file(
         print(f"\n{name}, as published (percent):\n{published_table(values[name])}")
     print("\n".join(notes[1:]))
     wrong = sum(one.is_right is False for one in scored)
-    print(f"{output}: {wrong} wrong answers; {page_path(output)} shows some, all answers are in "
-          f"{cases_path(output)}")  # fmt: skip
+    print(f"{output}: {wrong} wrong answers; {report_path(output)} shows some, all answers are in "
+          f"{examples_path(output)}")  # fmt: skip
     if failed := values.get("baseline", {}).get("not answered"):
-        raise DataLost(f"{len(failed)} questions were not answered by --baseline: {failed[0]}")
+        raise PartialFailure(
+            f"{len(failed)} questions were not answered by --baseline: {failed[0]}"
+        )
     return values
 
 
 def scores_of(
-    options: VqaOptions, cases: Sequence[Case], scored: Sequence[Scored]
+    options: VqaOptions, cases: Sequence[Example], scored: Sequence[ScoredExample]
 ) -> dict[str, Any]:
     """Our scores, the published ones, and what both give to somebody who does not look."""
     candidates = None if options.candidate is None else read_candidates(options.candidate)
 
-    def published(of: Sequence[Case]) -> dict[str, Any]:
+    def published(of: Sequence[Example]) -> dict[str, Any]:
         return {name: published_scores(of, name, candidates) for name in options.compat or []}
 
     blind = {
-        "always the commonest": commonest(cases),
-        "drawn at random": drawn(cases, options.seed),
+        "always the commonest": majority_baseline(cases),
+        "drawn at random": random_baseline(cases, options.seed),
     }
     return {
         "evaluation": "vqa", "scores": own_scores(scored, options.seed), **published(cases),
@@ -200,11 +203,13 @@ def score_folder(options: VqaOptions, folder: Path) -> None:
         text = "\n".join(tables) or text_table(values["scores"]["all"])
         row = {"dataset": name, "pred_file": str(file), "results": text}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with whole_file(options.output / RESULTS) as temporary:
+    with atomic_file(options.output / RESULTS) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     print(f"{options.output / RESULTS}: {len(lines)} answer files")
     if failed:
-        raise DataLost(f"{len(failed)} of {len(files)} answer files have no score: {failed[0]}")
+        raise PartialFailure(
+            f"{len(failed)} of {len(files)} answer files have no score: {failed[0]}"
+        )
 
 
 def golds_of(path: Path) -> dict[str, Path]:
@@ -249,22 +254,22 @@ def compare(
     options: VqaOptions,
     baseline: Path,
     questions: Sequence[Question],
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     values: dict[str, Any],
     output: Path,
 ) -> Table:
     """Has another model answer the same questions, and says by how much they differ."""
-    from medley.evaluation.baseline import answer_file  # brings transformers' image-text models
+    from medley.evaluation.baseline import write_answers  # brings transformers' image-text models
 
     file = output.with_name(f"{output.name}.baseline.jsonl")
-    failed = answer_file(baseline, questions, file)
+    failed = write_answers(baseline, questions, file)
     if not answers_by(file):
         raise UserError(f"--baseline {baseline}: not one question was answered: {failed[0]}")
     own = [score(case) for case in paired(questions, file, skip_missing=True)[0]]
     values["baseline"] = {
         "path": str(baseline),
         "scores": own_scores(own, options.seed)["all"],
-        "differences": (found := differences(own, scored, options.seed)),
+        "differences": (found := compare_runs(own, scored, options.seed)),
         "not answered": failed,
     }
     print(f"{baseline}:\n{text_table(measures(values['baseline']['scores']))}\n")

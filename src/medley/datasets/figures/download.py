@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.images.remote import OnlyHttp, is_address
-from medley.utils.files import printable
+from medley.images.remote import HttpOnlyRedirects, is_address
+from medley.utils.files import escape_name
 
 _PIECE = 1 << 16
 _FINAL = (400, 401, 403, 404, 405, 410, 451)  # no second try will be answered otherwise
@@ -28,7 +28,7 @@ class FetchError(UserError):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How often, how long and how much. Seconds, bytes; `stopped` is asked at each piece."""
 
     tries: int = 5
@@ -42,7 +42,7 @@ class Patience:
 def download(
     address: str,
     path: Path,
-    patience: Patience,
+    patience: RetryPolicy,
     size: int | None = None,
     sha256: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
@@ -53,7 +53,7 @@ def download(
     FetchError after the last try, or at once where the server says that there is no such file.
     """
     if not is_address(address):
-        raise FetchError(f"{printable(address)}: not an http or https address")
+        raise FetchError(f"{escape_name(address)}: not an http or https address")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     reason = ""
@@ -69,7 +69,7 @@ def download(
             _forget(part)
             reason = str(error)
         except UnicodeEncodeError as error:
-            raise FetchError(f"{printable(address)}: an address has no such letters") from error
+            raise FetchError(f"{escape_name(address)}: an address has no such letters") from error
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         else:
@@ -83,7 +83,7 @@ class _Wrong(Exception):
     """The bytes that came are not those of the file."""
 
 
-def _fetch(address: str, part: Path, patience: Patience) -> None:
+def _fetch(address: str, part: Path, patience: RetryPolicy) -> None:
     """Appends to what is there already, where the server still has that very file."""
     have = part.stat().st_size if part.exists() else 0
     known = _known(part)
@@ -93,7 +93,7 @@ def _fetch(address: str, part: Path, patience: Patience) -> None:
     elif have:
         _forget(part)
         have = 0
-    opener = urllib.request.build_opener(OnlyHttp)
+    opener = urllib.request.build_opener(HttpOnlyRedirects)
     quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
     request = urllib.request.Request(quoted, headers=headers)
     try:

@@ -19,9 +19,10 @@ from typing import Any
 
 from PIL import Image
 
-from medley.datasets.figures.download import FetchError, Patience, download, hash_of
+from medley.datasets.figures.download import FetchError, RetryPolicy, download, hash_of
 from medley.errors import UserError
-from medley.utils.files import json_lines, whole_file
+from medley.utils.files import atomic_file
+from medley.utils.jsonl import json_lines
 
 LOG = "figures.jsonl"
 _SAFE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
@@ -81,7 +82,7 @@ def read_figures(path: Path) -> list[Figure]:
     return list(found.values())
 
 
-def there_already(folder: Path, verify: bool) -> dict[str, Outcome]:
+def existing_figures(folder: Path, verify: bool) -> dict[str, Outcome]:
     """Figures that an earlier run has fetched: those of the log whose files are as they were."""
     found: dict[str, Outcome] = {}
     for _, line in json_lines(folder / LOG) if (folder / LOG).exists() else ():
@@ -106,7 +107,7 @@ def fetch_all(
     archives: Path,
     workers: int,
     keep: bool,
-    patience: Patience,
+    patience: RetryPolicy,
 ) -> Iterator[Outcome]:
     """Fetches archives side by side and takes their figures out, as they come.
 
@@ -135,7 +136,7 @@ def fetch_all(
 
 
 def _fetch_group(
-    group: Sequence[Figure], folder: Path, archives: Path, keep: bool, patience: Patience
+    group: Sequence[Figure], folder: Path, archives: Path, keep: bool, patience: RetryPolicy
 ) -> list[Outcome]:
     """All figures of one article."""
     address = group[0].address
@@ -214,7 +215,7 @@ def _keep(figure: Figure, data: bytes, folder: Path) -> Outcome:
             pass
     except (OSError, Image.DecompressionBombError, ValueError):
         return _missing(figure, f"{figure.member} is no picture in a format that is known")
-    with whole_file(figure_path(folder, figure.identifier)) as temporary:
+    with atomic_file(figure_path(folder, figure.identifier)) as temporary:
         temporary.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     return Outcome(figure.identifier, figure.address, len(data), digest)

@@ -16,6 +16,8 @@ from medley.datasets.readers import records_of
 from medley.errors import UserError
 from medley.utils.chat_client import Message
 
+PROMPTS = Path(__file__).parent / "prompts"
+
 
 def read_captions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """LLaVA-Med's captions: an object of domains with a list of records each (taken in turn, one of

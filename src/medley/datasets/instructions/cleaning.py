@@ -18,7 +18,7 @@ _YES_NO = re.compile(r"(?:yes|no), ", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Rules:
+class CleaningRules:
     """Regular expressions: of refusals (they drop a turn), of lead-ins (cut off), of phrases inside
     of an answer (deleted), and of what may not be left in one (it drops the turn).
 
@@ -31,7 +31,7 @@ class Rules:
     forbidden: tuple[re.Pattern[str], ...]
 
     @classmethod
-    def read(cls, path: Path) -> Rules:
+    def read(cls, path: Path) -> CleaningRules:
         """A YAML file with a list of expressions for each. Raises UserError for a broken one."""
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -99,7 +99,7 @@ def placed(turns: Turns, last: bool) -> Turns:
     return [{"from": "human", "value": marked}, *turns[1:]]
 
 
-def cleaned(turns: Turns, rules: Rules) -> tuple[Turns, Turns]:
+def cleaned(turns: Turns, rules: CleaningRules) -> tuple[Turns, Turns]:
     """Turns that are kept, and those that are dropped; the picture's mark moves to the first that
     is kept."""
     kept: Turns = []

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from medley.data.document import Document, Part, Turn
+from medley.data.document import ContentPart, Document, Turn
 from medley.data.vocabulary import IMAGE
 from medley.serving.limits import Limits, RequestError
-from medley.serving.ui.image_store import Gallery, Kept
+from medley.serving.ui.image_store import ImageStore, StoredImage
 
-Shown = str | Kept
+Shown = str | StoredImage
 Standing = Literal["", "under way", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Said:
+class ChatMessage:
     """A message: words and pictures in their order, and a line below them. Of an answer, too: by
     which model, with which settings, and in `standing` whether it is not, or not all, what the
     model wanted to say."""
@@ -32,7 +32,7 @@ class Said:
 
 
 @dataclass(eq=False)
-class Halt:
+class CancelToken:
     """How an answer under way is told that it is not wanted any more: all copies of its talk share
     one. `wanted` is set where it shall end, `forgotten` where what it says shall not be shown
     either; `taken` by the one answer that there is, and `ended` once that has changed the talk for
@@ -45,29 +45,31 @@ class Halt:
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """With one model. `tries` counts how often its last answer was asked for anew."""
 
-    said: tuple[Said, ...] = ()
+    said: tuple[ChatMessage, ...] = ()
     tries: int = 0
-    halt: Halt | None = None
+    halt: CancelToken | None = None
 
-    def asked(self, parts: Sequence[Shown]) -> Talk:
+    def asked(self, parts: Sequence[Shown]) -> Conversation:
         """With the user's next message; one that got no answer goes."""
-        return Talk((*self._answered(), Said("user", tuple(parts))), halt=Halt())
+        return Conversation(
+            (*self._answered(), ChatMessage("user", tuple(parts))), halt=CancelToken()
+        )
 
-    def answer(self, answer: Said) -> Talk:
+    def answer(self, answer: ChatMessage) -> Conversation:
         """With the answer to the last question in the place of the one that is there."""
         said = self.said[:-1] if self.said and self.said[-1].role == "assistant" else self.said
         return replace(self, said=(*said, answer))
 
-    def again(self) -> Talk:
+    def again(self) -> Conversation:
         """Without the last answer, which is asked for anew."""
         if not self.said or self.said[-1].role == "user":
             return self
-        return Talk(self.said[:-1], self.tries + 1, Halt())
+        return Conversation(self.said[:-1], self.tries + 1, CancelToken())
 
-    def _answered(self) -> tuple[Said, ...]:
+    def _answered(self) -> tuple[ChatMessage, ...]:
         """Without a last question that was not answered by anything."""
         if not self.said:
             return ()
@@ -85,10 +87,10 @@ class Talk:
         return bool(self.said) and self.said[-1].standing == "under way"
 
     @property
-    def pictures(self) -> list[Kept]:
-        return [part for said in self.said for part in said.parts if isinstance(part, Kept)]
+    def pictures(self) -> list[StoredImage]:
+        return [part for said in self.said for part in said.parts if isinstance(part, StoredImage)]
 
-    def document(self, part: Callable[[Shown, str], Part]) -> Document:
+    def document(self, part: Callable[[Shown, str], ContentPart]) -> Document:
         """What the model is asked; `part` reads one, and is told its place. Raises RequestError
         where nothing is asked."""
         if not self.waits:
@@ -101,7 +103,7 @@ class Talk:
         )
 
 
-def parts_of(text: str, files: Sequence[str], limits: Limits, gallery: Gallery) -> list[Shown]:
+def parts_of(text: str, files: Sequence[str], limits: Limits, gallery: ImageStore) -> list[Shown]:
     """What somebody typed and dropped: pictures stand where `<image>` does, those without such a
     place before the text. Raises RequestError for what cannot be read, and for nothing at all."""
     if len(files) > limits.pictures:
@@ -128,21 +130,21 @@ def parts_of(text: str, files: Sequence[str], limits: Limits, gallery: Gallery) 
 # --- what is shown ----------------------------------------------------------------------------
 
 
-def messages_of(talk: Talk) -> list[dict[str, Any]]:
+def messages_of(talk: Conversation) -> list[dict[str, Any]]:
     """As Gradio's Chatbot takes them."""
     shown = [(said.role, list(_content(said))) for said in talk.said]
     return [{"role": role, "content": content} for role, content in shown if content]
 
 
-def line_of(talk: Talk) -> str:
+def line_of(talk: Conversation) -> str:
     """The line below a talk, about its last answer."""
     last = talk.said[-1] if talk.said else None
     text = last.note if last is not None else ""
     return f'<p class="status">{html.escape(text)}</p>'
 
 
-def _content(said: Said) -> Iterator[Any]:
+def _content(said: ChatMessage) -> Iterator[Any]:
     for part in said.parts:
-        yield {"path": str(part.shown)} if isinstance(part, Kept) else part
+        yield {"path": str(part.shown)} if isinstance(part, StoredImage) else part
     if said.standing == "failed":
         yield said.note

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medley.data.document import Document, DocumentError, Picture
+from medley.data.document import Document, DocumentError, ImagePart
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
-from medley.phantoms import Phantom, request
+from medley.phantoms import Phantom, prompt_for
 from medley.phantoms.world import Finding
-from medley.utils.files import json_lines
+from medley.utils.jsonl import json_lines
 
 MOST = 12  # of the owner's: more are no help
 
@@ -40,7 +40,7 @@ def phantom_examples(folder: Path) -> list[Example]:
     found = [Example(text, (str(path),)) for text, path in zip(asked, paths, strict=False)]
     change = f"Before: {IMAGE} After: {IMAGE} What has changed?"
     return [
-        *found, Example(change, (str(paths[0]), str(paths[-1]))), Example(request(scans[0])),
+        *found, Example(change, (str(paths[0]), str(paths[-1]))), Example(prompt_for(scans[0])),
         Example(f"Write an illustrated report of {scans[1].description}."),
     ]  # fmt: skip
 
@@ -55,7 +55,7 @@ def read_examples(path: Path) -> list[Example]:
         except (DocumentError, ValueError) as error:
             raise UserError(f"{path}:{number}: {error}") from error
         turn = document.turns[0]
-        files = [part.path for part in turn.parts if isinstance(part, Picture)]
+        files = [part.path for part in turn.parts if isinstance(part, ImagePart)]
         if turn.role != "user" or None in files:
             raise UserError(f"{path}:{number}: expected a question, with its pictures by path")
         places = [path.parent / str(file) for file in files]

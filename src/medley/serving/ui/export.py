@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from medley.serving.limits import RequestError
-from medley.serving.ui.conversation import Said, Shown, Talk
-from medley.serving.ui.image_store import Kept
+from medley.serving.ui.conversation import ChatMessage, Conversation, Shown
+from medley.serving.ui.image_store import StoredImage
 from medley.version import __version__
 
 DISCLAIMER = "Research only. Not for clinical decisions."
@@ -24,7 +24,7 @@ p { white-space: pre-wrap; margin: .4rem 0 } img { max-width: 100%; min-width: 8
 """  # noqa: E501
 
 
-def as_json(talks: Sequence[Talk]) -> str:
+def as_json(talks: Sequence[Conversation]) -> str:
     """Messages of OpenAI's protocol, as the server takes them, and of each answer its model, its
     settings and how it ended. Pictures that were sent are as they were shown."""
     content = {
@@ -33,7 +33,7 @@ def as_json(talks: Sequence[Talk]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=1)
 
 
-def _told(talk: Talk) -> dict[str, Any]:
+def _told(talk: Conversation) -> dict[str, Any]:
     said = [one for one in talk.said if one.parts]
     return {
         "messages": [{"role": one.role, "content": list(map(_part, one.parts))} for one in said],
@@ -54,14 +54,14 @@ def _part(part: Shown) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": address}}
 
 
-def _address(picture: Kept) -> str | None:
+def _address(picture: StoredImage) -> str | None:
     """None for a picture that is not kept any more: the words can still be saved."""
     with suppress(RequestError):
         return picture.address
     return None
 
 
-def as_html(talks: Sequence[Talk]) -> str:
+def as_html(talks: Sequence[Conversation]) -> str:
     rows = "\n".join(
         "<section>\n" + "\n".join(map(_article, talk.said)) + "\n</section>" for talk in talks
     )
@@ -84,7 +84,7 @@ def _shown(part: Shown) -> str:
     return f"<p>{html.escape(part if isinstance(part, str) else GONE)}</p>"
 
 
-def _article(said: Said) -> str:
+def _article(said: ChatMessage) -> str:
     who = "You" if said.role == "user" else said.model
     shown = "".join(map(_shown, said.parts))
     told = ", ".join(f"{name} {value}" for name, value in said.settings.items())

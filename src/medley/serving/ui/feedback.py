@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from medley.data.vocabulary import IMAGE
-from medley.serving.ui.conversation import Talk
-from medley.serving.ui.image_store import Kept
-from medley.utils.files import append_line
+from medley.serving.ui.conversation import Conversation
+from medley.serving.ui.image_store import StoredImage
+from medley.utils.jsonl import append_jsonl
 
 
 @dataclass
-class Votes:
+class FeedbackLog:
     """Kept in `folder`: `YYYY-MM-DD-conv.json`, and each picture once below `serve_images/`."""
 
     folder: Path
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def keep(self, talk: Talk, liked: bool) -> Path:
+    def keep(self, talk: Conversation, liked: bool) -> Path:
         """Appends a vote about the last answer of a talk; gives the file."""
         voted = talk.said[-1]
         now = time.time()
@@ -33,7 +32,7 @@ class Votes:
         for said in talk.said:
             words = ""
             for part in said.parts:
-                if isinstance(part, Kept):
+                if isinstance(part, StoredImage):
                     images.append(self._image(part, day))
                     words += IMAGE
                 else:
@@ -47,10 +46,10 @@ class Votes:
         }  # fmt: skip
         path = self.folder / f"{day}-conv.json"
         with self.lock:
-            append_line(path, json.dumps(row, ensure_ascii=False))
+            append_jsonl(path, row)
         return path
 
-    def _image(self, kept: Kept, day: str) -> str:
+    def _image(self, kept: StoredImage, day: str) -> str:
         """Its name below the folder. The MD5 is LLaVA's way to name, and guards nothing."""
         image = kept.image
         digest = hashlib.md5(image.tobytes(), usedforsecurity=False).hexdigest()

@@ -11,16 +11,16 @@ from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from medley.data.document import Document, Part, Picture
+from medley.data.document import ContentPart, Document, ImagePart
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.inference.model import Event
-from medley.serving.response_stream import Answering
+from medley.inference.model import StreamEvent
+from medley.serving.response_stream import ResponseStream
 from medley.serving.state import State, cancelled, error_body
-from medley.serving.ui.conversation import Halt, Said, Shown, Talk
-from medley.serving.ui.image_store import Gallery
-from medley.serving.untrusted_inputs import Reader
-from medley.serving.worker import Worker
+from medley.serving.ui.conversation import CancelToken, ChatMessage, Conversation, Shown
+from medley.serving.ui.image_store import ImageStore
+from medley.serving.untrusted_inputs import RequestReader
+from medley.serving.worker import EngineWorker
 
 log = logging.getLogger("medley.serving")
 Item = TypeVar("Item")
@@ -47,13 +47,13 @@ def options_of(settings: Mapping[str, Any], tries: int) -> GenerationOptions:
 
 
 async def answers(
-    state: State, gallery: Gallery, model: str, talk: Talk, settings: Mapping[str, Any]
-) -> AsyncGenerator[Talk, None]:
+    state: State, gallery: ImageStore, model: str, talk: Conversation, settings: Mapping[str, Any]
+) -> AsyncGenerator[Conversation, None]:
     """The talk with its answer, again and again as that grows; the last one is whole. What goes
     wrong is the answer, in plain words. Closing it, or the talk's halt, frees the model's row."""
-    began, halt = time.monotonic(), talk.halt or Halt()
+    began, halt = time.monotonic(), talk.halt or CancelToken()
     halt.taken = True
-    last = Said("assistant", (), f"{model} is asked…", model, "under way", dict(settings))
+    last = ChatMessage("assistant", (), f"{model} is asked…", model, "under way", dict(settings))
     yield talk.answer(last)
     try:
         worker = state.worker(model)
@@ -64,12 +64,12 @@ async def answers(
         async with state.reading if talk.pictures else nullcontext():
             document = await state.in_thread(_document, talk, worker)
         every = max(1, worker.model.image_tokenizer.codes_per_image // PREVIEWS)
-        asked = Answering(worker, document, options, preview_every=every)
+        asked = ResponseStream(worker, document, options, preview_every=every)
         del document  # its pictures are large, and the worker forgets them once it has read them
         note, told, seen = "", 0.0, last
         async with (
-            aclosing(state.timed(worker, asked)) as pieces,
-            aclosing(_until_halted(pieces, halt)) as looked,
+            aclosing(state.instrument(worker, asked)) as pieces,
+            aclosing(_until_cancelled(pieces, halt)) as looked,
         ):
             async for piece in looked:
                 if piece is None:
@@ -104,22 +104,22 @@ async def answers(
         halt.ended.set()
 
 
-def _document(talk: Talk, worker: Worker) -> Document:
+def _document(talk: Conversation, worker: EngineWorker) -> Document:
     """What the model is asked, read within a request's limits."""
-    reader = Reader(worker.limits, worker.model.image_tokenizer, worker.most_characters)
+    reader = RequestReader(worker.limits, worker.model.image_tokenizer, worker.most_characters)
     reader.refuse_many(len(talk.pictures))
 
-    def part(shown: Shown, place: str) -> Part:
+    def part(shown: Shown, place: str) -> ContentPart:
         if isinstance(shown, str):
             return reader.text(shown, place)
-        return Picture(image=reader.picture(shown.read(), place, shown.name))
+        return ImagePart(image=reader.picture(shown.read(), place, shown.name))
 
     return talk.document(part)
 
 
 async def _grown(
-    state: State, gallery: Gallery, last: Said, seen: Said, event: Event
-) -> tuple[Said, Said]:
+    state: State, gallery: ImageStore, last: ChatMessage, seen: ChatMessage, event: StreamEvent
+) -> tuple[ChatMessage, ChatMessage]:
     """An answer with what is new of it, and as it is shown: with a picture that is not whole."""
     parts = last.parts
     if event.progress is not None:
@@ -137,8 +137,8 @@ async def _grown(
     return last, last
 
 
-async def _until_halted(
-    items: AsyncGenerator[Item, None], halt: Halt
+async def _until_cancelled(
+    items: AsyncGenerator[Item, None], halt: CancelToken
 ) -> AsyncGenerator[Item | None, None]:
     """The items, and None after each while without one: only between two updates does the page
     notice that its browser has gone. Ends early where the answer is not wanted any more."""

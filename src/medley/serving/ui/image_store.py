@@ -52,7 +52,7 @@ def private_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredImage:
     """A picture: the file that the model reads, by the name it came with, and a PNG of it that is
     shown."""
 
@@ -88,7 +88,7 @@ class Kept:
             ) from error
 
 
-class Gallery:
+class ImageStore:
     """Files of one folder, each content once."""
 
     def __init__(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class Gallery:
         self._lock = threading.Lock()
         self._swept = time.monotonic()
 
-    def sent(self, file: str, limits: Limits) -> Kept:
+    def sent(self, file: str, limits: Limits) -> StoredImage:
         """A file that somebody dropped on the page. Raises RequestError for what is no picture."""
         path = Path(file)
         try:
@@ -109,22 +109,22 @@ class Gallery:
         except ImageError as error:
             raise RequestError(str(error)) from error
         image.thumbnail((SHOWN, SHOWN))
-        return Kept(self._keep(data, self.folder), self._png(image, self.folder), path.name)
+        return StoredImage(self._keep(data, self.folder), self._png(image, self.folder), path.name)
 
-    def drawn(self, image: Image.Image) -> Kept:
+    def drawn(self, image: Image.Image) -> StoredImage:
         path = self._png(image, self.folder)
-        return Kept(path, path, "a drawn picture")
+        return StoredImage(path, path, "a drawn picture")
 
-    def preview(self, image: Image.Image) -> Kept:
+    def preview(self, image: Image.Image) -> StoredImage:
         """Of a picture that is not whole: kept for minutes."""
         path = self._png(image, self.growing)
-        return Kept(path, path, "a picture that grows")
+        return StoredImage(path, path, "a picture that grows")
 
-    def settled(self, parts: tuple[str | Kept, ...]) -> tuple[str | Kept, ...]:
+    def settled(self, parts: tuple[str | StoredImage, ...]) -> tuple[str | StoredImage, ...]:
         """With previews as pictures that stay."""
         return tuple(
             self.drawn(part.image)
-            if isinstance(part, Kept) and part.file.parent == self.growing else part
+            if isinstance(part, StoredImage) and part.file.parent == self.growing else part
             for part in parts
         )  # fmt: skip
 

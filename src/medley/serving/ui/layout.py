@@ -11,12 +11,12 @@ from typing import Any
 import gradio as gr
 
 from medley.serving.state import State
-from medley.serving.ui.conversation import Talk, line_of
+from medley.serving.ui.conversation import Conversation, line_of
 from medley.serving.ui.examples import Example, phantom_examples
 from medley.serving.ui.export import DISCLAIMER
-from medley.serving.ui.feedback import Votes
-from medley.serving.ui.handlers import Acts, Desk
-from medley.serving.ui.image_store import KEPT, Gallery, private_folder
+from medley.serving.ui.feedback import FeedbackLog
+from medley.serving.ui.handlers import Handlers, SessionState
+from medley.serving.ui.image_store import KEPT, ImageStore, private_folder
 from medley.serving.ui.settings import SETTINGS
 from medley.serving.ui.status import Status
 
@@ -31,7 +31,7 @@ Words and pictures from a token model; a drawn picture shows nobody.</p></header
 
 
 @dataclass
-class Side:
+class ChatPanel:
     """One talk on the page: its model, where what was said is shown, a line below it, and the
     talk itself."""
 
@@ -54,8 +54,8 @@ class Page:
     ) -> None:
         self.state = state
         self.status = Status(state)
-        gallery = Gallery(private_folder() / "talks")
-        self.acts = Acts(state, gallery, Votes(votes) if votes is not None else None)
+        gallery = ImageStore(private_folder() / "talks")
+        self.acts = Handlers(state, gallery, FeedbackLog(votes) if votes is not None else None)
         drawn = private_folder() / "examples"
         drawn.mkdir(exist_ok=True)
         self.examples = [*examples, *phantom_examples(drawn)]
@@ -93,7 +93,7 @@ class Page:
             )
         return blocks
 
-    def _side(self, names: list[str], number: int) -> Side:
+    def _side(self, names: list[str], number: int) -> ChatPanel:
         with gr.Column(visible=number == 0, min_width=300) as column:
             model = gr.Dropdown(
                 names, value=names[min(number, len(names) - 1)], label="Model",
@@ -105,15 +105,15 @@ class Page:
                 group_consecutive_messages=False, feedback_options=("Like", "Dislike"),
                 placeholder="Ask about a picture, or ask for one.",
             )  # fmt: skip
-            line = gr.HTML(line_of(Talk()), elem_id=f"line-{SIDES[number]}")
-        return Side(column, model, chat, line, gr.State(Talk()))
+            line = gr.HTML(line_of(Conversation()), elem_id=f"line-{SIDES[number]}")
+        return ChatPanel(column, model, chat, line, gr.State(Conversation()))
 
     def _settings(self) -> list[Any]:
         with gr.Sidebar(label="How to answer", position="right", open=False):
             return [make(self.state.limits.tokens) for make in SETTINGS.values()]
 
     def _wire(
-        self, blocks: gr.Blocks, sides: list[Side], settings: list[Any], box: Any, stop: Any,
+        self, blocks: gr.Blocks, sides: list[ChatPanel], settings: list[Any], box: Any, stop: Any,
         again: Any, clear: Any, two: Any, as_page: Any, as_rows: Any, file: Any,
     ) -> None:  # fmt: skip
         left, right = sides
@@ -122,7 +122,7 @@ class Page:
         # They wait for no other one's. An answer may begin while the one before says its last word.
         free: dict[str, Any] = {**quiet, "concurrency_limit": None}
         more: dict[str, Any] = {**free, "trigger_mode": "multiple"}
-        desk, always = gr.State(Desk()), gr.State(True)
+        desk, always = gr.State(SessionState()), gr.State(True)
         talks, both = [left.talk, right.talk], [*left.shown, *right.shown]
         seen = [desk, left.talk, left.chat, right.talk, right.chat]
         for start, asked in (

@@ -19,7 +19,7 @@ from medley.serving.state import State
 from medley.serving.ui.examples import Example
 from medley.serving.ui.image_store import private_folder
 from medley.serving.ui.layout import Page
-from medley.serving.ui.route_filter import Door
+from medley.serving.ui.route_filter import RouteFilter
 
 _HERE = Path(__file__).parent
 STATUS = "/page/status"
@@ -77,7 +77,7 @@ async def _added(
         # Before the library's first request, which is sent before `js` runs.
         head=f"<script>{(_HERE / 'connection.js').read_text(encoding='utf-8')}</script>",
     )  # fmt: skip
-    app.add_middleware(Door)
+    app.add_middleware(RouteFilter)
     # Open tabs keep a connection, for which a server that closes would wait.
     (mounted,) = (route.app for route in app.routes if isinstance(route, Mount))
     assert isinstance(mounted, App)

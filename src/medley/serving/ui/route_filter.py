@@ -21,7 +21,7 @@ _USED = (
 _REFUSED = ("/monitoring", "/custom_component", "/run-history", "/vibe-edit", "/undo-vibe-edit")
 
 
-class Door:
+class RouteFilter:
     """Refuses the others with 404."""
 
     def __init__(self, app: Any) -> None:
