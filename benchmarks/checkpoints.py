@@ -1,12 +1,12 @@
-"""Merging and converting: time and memory, beside PEFT, with random weights of any size.
+"""Time and memory of merging and converting checkpoints, compared with PEFT.
 
     python benchmarks/checkpoints.py
 
-A bfloat16 decoder of 340 million parameters in shards of 200 MB, and LoRA of rank 16 on all seven
-projections. Baseline: from_pretrained, PeftModel, merge_and_unload and save_pretrained, in the same
-run. Then the same of ours, and pth_to_bin, with 1 and 4 times the layers: memory must not grow
-with them. Memory is what a process holds beyond its imports: anonymous pages, which it alone pays
-for, and apart from that the pages of files that are mapped, which the kernel can drop.
+A bfloat16 decoder of 340 million random parameters in shards of 200 MB, and LoRA of rank 16 on all
+seven projections. Baseline: from_pretrained, PeftModel, merge_and_unload and save_pretrained.
+Medley's merge_lora, pth_to_bin and bin_to_pth run with 1 and 4 times the layers; their memory must
+not grow with the number of layers. Memory is counted beyond a process's imports: anonymous pages,
+and separately the pages of mapped files, which the kernel can drop.
 """
 
 from __future__ import annotations
@@ -27,22 +27,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medley.checkpoints.adapter import PROJECTIONS
+from medley.checkpoints import huggingface
 from medley.checkpoints.chameleon import copy_tokenizer
-from medley.checkpoints.checkpoint import (
-    huggingface,
-    open_checkpoint,
-    write_chameleon,
-)
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import write_chameleon
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
+from medley.trainer.parameters import PROJECTIONS
 from medley.utils.cli_options import run_program
 from medley.utils.files import read_json
 from medley.vqgan.files import hugging_face_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = 16
-# Runs a piece of work, and says its seconds and its memory beyond the imports.
-WATCHED = """
+# Runs code and prints its seconds and its memory beyond the imports.
+MEASURE = """
 import pathlib, re, sys, threading, time
 import peft, torch, transformers
 import conversion.bin_to_pth, conversion.merge_lora, conversion.pth_to_bin
@@ -60,7 +58,7 @@ threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 exec(sys.argv[1])
 seconds = time.perf_counter() - start
-print("\\nfigures", seconds, *((p - b) / 1024 for p, b in zip(peak, before)))
+print("\\nresult", seconds, *((p - b) / 1024 for p, b in zip(peak, before)))
 """
 PEFT = """
 model = transformers.ChameleonForConditionalGeneration.from_pretrained({base!r}, dtype="bfloat16")
@@ -86,8 +84,8 @@ class Options:
 
     Args:
         layers: layers of the smaller model; the larger one has 4 times as many
-        width: its width
-        vocabulary: its vocabulary
+        width: hidden size
+        vocabulary: vocabulary size
     """
 
     layers: int = 16
@@ -115,19 +113,19 @@ def work(options: Options) -> None:
             if times == 1:
                 runs = {"peft": (PEFT, "base"), **runs}
             for kind, (code, base) in runs.items():
-                figures = watched(code, folder, base, kind)
-                result[f"{kind}_{times}x_layers"] = figures
-                print(kind, figures, flush=True)
+                values = measure(code, folder, base, kind)
+                result[f"{kind}_{times}x_layers"] = values
+                print(kind, values, flush=True)
             result[f"parameters_{times}x_layers"] = parameters
-            result[f"same_as_peft_{times}x"] = None if times > 1 else same(folder)
-    one, other = result["peft_1x_layers"], result["merge_1x_layers"]
-    result["time_of_peft"] = other["seconds"] / one["seconds"]
+            result[f"same_as_peft_{times}x"] = None if times > 1 else compare_with_peft(folder)
+    peft_values, merge_values = result["peft_1x_layers"], result["merge_1x_layers"]
+    result["time_of_peft"] = merge_values["seconds"] / peft_values["seconds"]
     result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     print(json.dumps(result))
 
 
 def make_model(options: Options, layers: int, folder: Path) -> int:
-    """Random weights in Hugging Face's layout, written one tensor at a time."""
+    """Writes random weights in Hugging Face's layout; returns the number of parameters."""
     tiny = open_checkpoint("tiny")
     config = tiny.config()
     config.hidden_size, config.num_hidden_layers = options.width, layers
@@ -144,8 +142,8 @@ def make_model(options: Options, layers: int, folder: Path) -> int:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
-            norm = "norm" in name
-            yield name, (torch.ones(shape) if norm else torch.randn(shape) * 0.02).bfloat16()
+            is_norm = "norm" in name
+            yield name, (torch.ones(shape) if is_norm else torch.randn(shape) * 0.02).bfloat16()
         yield from hugging_face_tensors(tiny.vqgan()[0]).items()
 
     folder.mkdir(parents=True)
@@ -159,16 +157,16 @@ def make_model(options: Options, layers: int, folder: Path) -> int:
 
 
 def make_adapter(options: Options, layers: int, folder: Path) -> None:
-    wide, feed = options.width, options.width * 11 // 4
+    width, feed_forward = options.width, options.width * 11 // 4
     state: dict[str, Tensor] = {}
     for layer in range(layers):
         for name in PROJECTIONS:
             part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             key = f"base_model.model.model.layers.{layer}.{part}.{name}"
-            into = feed if name == "down_proj" else wide
-            out = feed if name in ("gate_proj", "up_proj") else wide
-            state[f"{key}.lora_A.weight"] = torch.randn(RANK, into) * 0.02
-            state[f"{key}.lora_B.weight"] = torch.randn(out, RANK) * 0.02
+            inputs = feed_forward if name == "down_proj" else width
+            outputs = feed_forward if name in ("gate_proj", "up_proj") else width
+            state[f"{key}.lora_A.weight"] = torch.randn(RANK, inputs) * 0.02
+            state[f"{key}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.02
     config = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM",
         base_model_name_or_path=str(folder / "base"), inference_mode=True,
@@ -177,26 +175,26 @@ def make_adapter(options: Options, layers: int, folder: Path) -> None:
     save_file(state, folder / "adapter" / "adapter_model.safetensors")
 
 
-def watched(code: str, folder: Path, base: str, kind: str) -> dict[str, float]:
+def measure(code: str, folder: Path, base: str, kind: str) -> dict[str, float]:
     paths = {"base": base, "adapter": "adapter", "output": kind, "original": "pth"}
-    filled = code.format(**{name: str(folder / value) for name, value in paths.items()})
+    command = code.format(**{name: str(folder / value) for name, value in paths.items()})
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, filled], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", MEASURE, command], cwd=ROOT, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    seconds, anonymous, whole = map(float, done.stdout.split("figures")[1].split())
-    return {"seconds": seconds, "anonymous_mb": anonymous, "with_mapped_files_mb": whole}
+    seconds, anonymous, total = map(float, done.stdout.split("result")[1].split())
+    return {"seconds": seconds, "anonymous_mb": anonymous, "with_mapped_files_mb": total}
 
 
-def same(folder: Path) -> dict[str, float]:
-    """Largest difference between PEFT's merge and ours, and the share of equal numbers."""
-    theirs = dict(huggingface.HuggingFaceWeights(folder / "peft").tensors())
+def compare_with_peft(folder: Path) -> dict[str, float]:
+    """The largest difference from PEFT's merge, and the fraction of equal values."""
+    reference = dict(huggingface.HuggingFaceWeights(folder / "peft").tensors())
     largest, equal, count = 0.0, 0, 0
     for name, tensor in huggingface.HuggingFaceWeights(folder / "merge").tensors():
-        if ".vqmodel." in name:  # stays in float32 with us; from_pretrained rounds it
+        if ".vqmodel." in name:  # Medley keeps float32; from_pretrained rounds it
             continue
-        difference = (tensor.float() - theirs[name].float()).abs()
+        difference = (tensor.float() - reference[name].float()).abs()
         largest = max(largest, float(difference.max()))
         equal += int((difference == 0).sum())
         count += tensor.numel()

@@ -1,10 +1,11 @@
-"""Generation: tokens a second beside transformers' generate, guided pictures, and a mixed load.
+"""Generation speed, compared with transformers' generate and plain loops.
 
     python benchmarks/generation.py
 
-Random weights, 6 layers, 256 wide, float32. Baselines in the same run: transformers' `generate`
-(greedy, batches of unequal prompts), a plain loop that runs the three streams of guidance one after
-another with transformers' cache, and this engine with one request after the other.
+Random weights, 6 layers, hidden size 256, float32. The baselines: for text, transformers'
+`generate` (greedy, batches of prompts with different lengths); for guided images, a plain loop that
+runs the three CFG branches sequentially with transformers' cache; for a mixed load, this engine
+with sequential requests.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from medley.generation.sampling import apply_cfg, sample
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.cli_options import run_program
 
-MARKS = open_checkpoint("tiny").text_tokenizer().vocabulary
+VOCABULARY = open_checkpoint("tiny").text_tokenizer().vocabulary
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Options:
 
     Args:
         layers: layers of the decoder
-        width: its width
-        tokens: new tokens of each row
-        codes: codes of a picture
-        rounds: runs of each, of which the fastest counts
+        width: hidden size of the decoder
+        tokens: new tokens of each sequence
+        codes: image codes per image
+        rounds: runs of each variant; the fastest counts
     """
 
     layers: int = 6
@@ -67,20 +68,25 @@ def make_decoder(options: Options) -> Any:
 
 
 def fastest(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
-    times, found = [], None
+    """The seconds of the fastest run, and the result of the last one."""
+    times, result = [], None
     for _ in range(rounds):
         start = time.perf_counter()
-        found = work()
+        result = work()
         times.append(time.perf_counter() - start)
-    return min(times), found
+    return min(times), result
 
 
-def prompts_of(count: int) -> list[list[int]]:
+def make_prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(count)
     lengths = [20 + 7 * i for i in range(count)]
-    first, last = MARKS.image + 1, MARKS.size
+    first, last = VOCABULARY.image_placeholder + 1, VOCABULARY.size
     return [
-        [MARKS.bos, *torch.randint(first, last, (n,), generator=generator).tolist(), MARKS.end_turn]
+        [
+            VOCABULARY.bos,
+            *torch.randint(first, last, (n,), generator=generator).tolist(),
+            VOCABULARY.end_turn,
+        ]
         for n in lengths
     ]
 
@@ -90,94 +96,100 @@ def work(options: Options) -> None:
     warnings.simplefilter("ignore")
     decoder = make_decoder(options)
     result: dict[str, Any] = {"benchmark": "generation"}
-    theirs = {n: stock(decoder, prompts_of(n), options) for n in (1, 8)}
-    plain = fastest(lambda: plain_guided(decoder, prompts_of(1)[0], options), options.rounds)[0]
-    engine = Engine(decoder, MARKS, options.codes, fuse=True)  # from here on weights are joined
+    baselines = {n: transformers_generate(decoder, make_prompts(n), options) for n in (1, 8)}
+    plain = fastest(
+        lambda: plain_guided_image(decoder, make_prompts(1)[0], options), options.rounds
+    )[0]
+    engine = Engine(decoder, VOCABULARY, options.codes, fuse=True)  # fuses the weights in place
     for count in (1, 8):
-        prompts = prompts_of(count)
+        prompts = make_prompts(count)
         text = GenerationOptions(
             mode="text", text_greedy=True, repetition_penalty=1, max_new_tokens=options.tokens
         )
         requests = [Request(p, text, i) for i, p in enumerate(prompts)]
-        seconds, found = fastest(lambda: engine.generate(requests), options.rounds)  # noqa: B023
-        stock_seconds, ids = theirs[count]
-        same = sum(a.ids == b for a, b in zip(found, ids, strict=True))
+        seconds, outputs = fastest(lambda: engine.generate(requests), options.rounds)  # noqa: B023
+        baseline_seconds, ids = baselines[count]
+        same = sum(a.ids == b for a, b in zip(outputs, ids, strict=True))
         result[f"text_batch_{count}"] = {
             "ms_a_step": 1000 * seconds / options.tokens,
-            "transformers_ms_a_step": 1000 * stock_seconds / options.tokens,
-            "times_transformers": stock_seconds / seconds,
+            "transformers_ms_a_step": 1000 * baseline_seconds / options.tokens,
+            "times_transformers": baseline_seconds / seconds,
             "same_answers": f"{same} of {count}",
         }
         print(result[f"text_batch_{count}"], flush=True)
-    request = Request(prompts_of(1)[0], GenerationOptions(mode="image"), 0)
+    request = Request(make_prompts(1)[0], GenerationOptions(mode="image"), 0)
     seconds, _ = fastest(lambda: engine.generate([request]), options.rounds)
-    result["guided_picture"] = {
+    result["guided_image"] = {
         "seconds": seconds, "plain_loop_seconds": plain, "times_plain": plain / seconds,
     }  # fmt: skip
-    print(result["guided_picture"], flush=True)
+    print(result["guided_image"], flush=True)
     load = mixed_load(options)
-    together, _ = fastest(lambda: engine.generate(load), options.rounds)
-    alone, _ = fastest(lambda: [engine.generate([r]) for r in load], 1)
+    concurrent, _ = fastest(lambda: engine.generate(load), options.rounds)
+    sequential, _ = fastest(lambda: [engine.generate([r]) for r in load], 1)
     result["mixed_load"] = {
-        "seconds": together, "one_after_another": alone, "share": together / alone,
+        "seconds": concurrent, "one_after_another": sequential, "share": concurrent / sequential,
     }  # fmt: skip
     result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     print(json.dumps(result))
 
 
 def mixed_load(options: Options) -> list[Request]:
-    """16 requests: words, pictures, both; prompts and answers of many lengths."""
+    """16 requests for text, images or both, with different prompt and response lengths."""
     requests = []
-    for number, prompt in enumerate(prompts_of(16)):
+    for number, prompt in enumerate(make_prompts(16)):
         mode = ("text", "image", "any", "text")[number % 4]
         limit = 40 + 13 * number if mode == "text" else options.codes + 60
-        chosen = GenerationOptions(
+        generation = GenerationOptions(
             mode=mode, max_new_tokens=limit, min_images=int(mode == "any"), max_images=None
             if mode == "text" else 1,
         )  # fmt: skip
-        requests.append(Request(prompt, chosen, number))
+        requests.append(Request(prompt, generation, number))
     return requests
 
 
-def stock(decoder: Any, prompts: list[list[int]], options: Options) -> tuple[float, Any]:
-    """transformers' generate, prompts padded on the left, with the marks suppressed."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[MARKS.pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    text = set(MARKS.text_tokens) | {MARKS.eos, MARKS.end_turn}
+def transformers_generate(
+    decoder: Any, prompts: list[list[int]], options: Options
+) -> tuple[float, Any]:
+    """transformers' generate, with left-padded prompts and suppressed special tokens."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[VOCABULARY.pad] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    text = set(VOCABULARY.text_tokens) | {VOCABULARY.eos, VOCABULARY.end_turn}
     suppressed = [i for i in range(decoder.config.vocab_size) if i not in text]
 
     def run() -> Tensor:
-        found: Tensor = decoder.generate(
+        generated: Tensor = decoder.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=options.tokens,
-            eos_token_id=[MARKS.eos, MARKS.end_turn], pad_token_id=MARKS.pad,
+            eos_token_id=[VOCABULARY.eos, VOCABULARY.end_turn], pad_token_id=VOCABULARY.pad,
             suppress_tokens=suppressed,
         )  # fmt: skip
-        return found[:, longest:]
+        return generated[:, length:]
 
-    seconds, found = fastest(run, options.rounds)
-    return seconds, found.tolist()
+    seconds, generated = fastest(run, options.rounds)
+    return seconds, generated.tolist()
 
 
-def plain_guided(decoder: Any, prompt: list[int], options: Options) -> list[int]:
-    """One guided picture: three caches, three forward passes a code (two where they coincide are
-    still three here, as Chameleon runs them)."""
+def plain_guided_image(decoder: Any, prompt: list[int], options: Options) -> list[int]:
+    """One guided image with three caches and three forward passes per token, as in Chameleon.
+
+    Two of the branches may be identical; they still run separately.
+    """
     caches = [DynamicCache(config=decoder.config) for _ in range(3)]
-    contexts = [[*prompt, MARKS.begin_image]] + [[MARKS.bos, MARKS.begin_image]] * 2
+    contexts = [[*prompt, VOCABULARY.begin_image]] + [[VOCABULARY.bos, VOCABULARY.begin_image]] * 2
     ids = [torch.tensor([c]) for c in contexts]
-    codes: list[int] = []
-    part = slice(MARKS.image_codes.start, MARKS.image_codes.stop)
+    tokens: list[int] = []
+    image_tokens = slice(VOCABULARY.image_codes.start, VOCABULARY.image_codes.stop)
     generator = torch.Generator().manual_seed(0)
     for _ in range(options.codes):
         logits = []
         for i, cache in enumerate(caches):
             out = decoder(input_ids=ids[i], past_key_values=cache, use_cache=True)
-            logits.append(out.logits[:, -1, part].float())
-        mixed = apply_cfg(*logits, 3.0, 1.2) / 0.7
+            logits.append(out.logits[:, -1, image_tokens].float())
+        guided = apply_cfg(*logits, 3.0, 1.2) / 0.7
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-        codes.append(part.start + int(sample(mixed, uniform, 0, 0.9)))
-        ids = [torch.tensor([[codes[-1]]])] * 3
-    return codes
+        tokens.append(image_tokens.start + int(sample(guided, uniform, 0, 0.9)))
+        ids = [torch.tensor([[tokens[-1]]])] * 3
+    return tokens
 
 
 if __name__ == "__main__":

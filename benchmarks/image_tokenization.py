@@ -1,13 +1,13 @@
-"""Pictures to codes: ours beside transformers' ChameleonVQVAE, on Chameleon's own sizes.
+"""Speed of encoding images, compared with transformers' ChameleonVQVAE at Chameleon's sizes.
 
-    python benchmarks/image_tokenization.py --pictures ../shared/data/vqa_rad/images --limit 24
+    python benchmarks/image_tokenization.py --images ../shared/data/vqa_rad/images --limit 24
 
-Baseline: transformers' ChameleonVQVAE in float32, pictures prepared with PIL in the same process,
-one by one in a loop as MedMax does. Ours: `torchrun -m tokenizer.image_tokenization`, a rank for
-every core (or GPU), timed from its first picture to its last shard; starting Python and loading
-weights is left out on both sides. Codes are compared one by one; a code that differs where the
-two nearest codes are about equally near is counted as a near tie. TF32 is off in both.
-`--rows` measures peak memory over so many rows with a small network instead.
+Baseline: transformers' ChameleonVQVAE in float32, one image at a time in a loop with PIL
+preprocessing, as in MedMax. Medley: `torchrun -m tokenizer.image_tokenization` with one rank per
+core (or GPU), timed from the first image to the last partition. The start of Python and the loading
+of weights are excluded on both sides. All codes are compared; a differing code whose two nearest
+codebook vectors have almost equal distances counts as a near tie. TF32 is off in both. `--rows`
+measures the peak memory for lists of given lengths with a small network instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ import transformers
 from PIL import Image
 
 from medley.images.preprocess import open_image
-from medley.utils.cli_options import run_program
+from medley.utils.cli_options import Alias, run_program
 from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.files import to_hugging_face_config, write_vqgan
 from medley.vqgan.image_tokenizer import ImageTokenizer
@@ -46,15 +46,16 @@ class Options:
     """Measures tokenizer.image_tokenization against transformers.
 
     Args:
-        pictures: folder of pictures
-        limit: use so many of them
-        ranks: processes of ours; one for every core, or GPU, if not given
-        trained: another checkpoint, whose share of equal codes in bfloat16 is printed too
-        compile: compile ours
-        rows: measure peak memory over so many rows instead
+        images: folder of images
+        limit: use only the first N images
+        ranks: number of Medley's processes; by default one per core or GPU
+        trained: trained checkpoint for comparing bfloat16 codes with float32 codes
+        compile: compile Medley's encoder
+        rows: measure the peak memory for lists of these lengths instead
     """
 
-    pictures: Path
+    aliases: ClassVar = {"pictures": Alias("images")}  # alias
+    images: Path
     limit: int = 24
     ranks: int | None = None
     trained: str = "tiny"
@@ -77,7 +78,7 @@ def work(options: Options) -> None:
 
 
 def random_checkpoint(folder: Path, config: VQGANConfig) -> Path:
-    """A folder that has only a VQGAN, with random weights."""
+    """A folder with only a VQGAN, with random weights."""
     torch.manual_seed(0)
     write_vqgan(folder / "ckpt" / "tokenizer", VQGAN(config), "crop")
     return folder / "ckpt"
@@ -85,30 +86,33 @@ def random_checkpoint(folder: Path, config: VQGANConfig) -> Path:
 
 def speed(options: Options, folder: Path, device: str) -> dict[str, Any]:
     ckpt = random_checkpoint(folder, CHAMELEON)
-    paths = sorted(str(p) for p in options.pictures.iterdir())[: options.limit]
+    paths = sorted(str(p) for p in options.images.iterdir())[: options.limit]
     (folder / "list.csv").write_text("img_path\n" + "".join(f"{p}\n" for p in paths))
     ranks = options.ranks or torch.cuda.device_count() or os.cpu_count() or 1
-    expected, seconds = baseline(ckpt, paths, device)
-    print(f"transformers, float32, one by one: {seconds / len(paths):.2f} s a picture")
+    expected, baseline_seconds = run_baseline(ckpt, paths, device)
+    print(f"transformers, float32, one by one: {baseline_seconds / len(paths):.2f} s per image")
     result: dict[str, Any] = {
-        "benchmark": "image_tokenization", "pictures": len(paths), "ranks": ranks, "device": device,
-        "baseline_s_per_picture": seconds / len(paths),
+        "benchmark": "image_tokenization", "images": len(paths), "ranks": ranks, "device": device,
+        "baseline_s_per_image": baseline_seconds / len(paths),
     }  # fmt: skip
     tokenizer = ImageTokenizer.from_checkpoint(ckpt)
     for dtype in ("float32", "bfloat16"):
-        codes, took = ours(options, folder, ckpt, dtype, ranks, len(paths))
+        codes, seconds = run_medley(options, folder, ckpt, dtype, ranks, len(paths))
         different = np.argwhere(codes != expected)
         ties = near_ties(tokenizer, paths, different) if dtype == "float32" else 0
         result |= {
-            f"{dtype}_s_per_picture": took / len(paths),
-            f"{dtype}_times_faster": seconds / took,
+            f"{dtype}_s_per_image": seconds / len(paths),
+            f"{dtype}_times_faster": baseline_seconds / seconds,
             f"{dtype}_equal_codes": float((codes == expected).mean()),
             f"{dtype}_codes_that_differ": len(different),
             f"{dtype}_near_ties_among_them": ties,
         }
-        print(f"ours, {dtype}: {took / len(paths):.2f} s a picture, {seconds / took:.2f} times")
+        print(
+            f"medley, {dtype}: {seconds / len(paths):.2f} s per image, "
+            f"{baseline_seconds / seconds:.2f} times faster"
+        )
     trained = [
-        ImageTokenizer.from_checkpoint(options.trained, dtype=dtype).encode(images(paths))
+        ImageTokenizer.from_checkpoint(options.trained, dtype=dtype).encode(open_images(paths))
         for dtype in (torch.float32, torch.bfloat16)
     ]
     result["bfloat16_equal_codes_trained"] = float((trained[0] == trained[1]).float().mean())
@@ -116,18 +120,20 @@ def speed(options: Options, folder: Path, device: str) -> dict[str, Any]:
     return result
 
 
-def images(paths: list[str]) -> list[Image.Image]:
+def open_images(paths: list[str]) -> list[Image.Image]:
     return [open_image(path) for path in paths]
 
 
-def baseline(ckpt: Path, paths: list[str], device: str) -> tuple[np.ndarray[Any, Any], float]:
-    """transformers' encoder in a loop, after one picture to warm up."""
-    ours = VQGAN(CHAMELEON)
-    ours.load_state_dict(torch.load(ckpt / "tokenizer/vqgan.ckpt", weights_only=True)["state_dict"])
+def run_baseline(ckpt: Path, paths: list[str], device: str) -> tuple[np.ndarray[Any, Any], float]:
+    """Codes and seconds of transformers' encoder in a loop, after one image as warm-up."""
+    vqgan = VQGAN(CHAMELEON)
+    vqgan.load_state_dict(
+        torch.load(ckpt / "tokenizer/vqgan.ckpt", weights_only=True)["state_dict"]
+    )
     fields = transformers.ChameleonVQVAEConfig(**to_hugging_face_config(CHAMELEON))
-    theirs = transformers.ChameleonVQVAE._from_config(fields)
-    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "decoder." not in k})
-    theirs = theirs.eval().to(device)
+    reference = transformers.ChameleonVQVAE._from_config(fields)
+    reference.load_state_dict({k: v for k, v in vqgan.state_dict().items() if "decoder." not in k})
+    reference = reference.eval().to(device)
     torch.backends.cudnn.allow_tf32 = False
 
     def encode(path: str) -> list[int]:
@@ -140,7 +146,7 @@ def baseline(ckpt: Path, paths: list[str], device: str) -> tuple[np.ndarray[Any,
         array = np.asarray(image.crop((left, top, left + side, top + side))) / 255.0 * 2 - 1
         pixels = torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1)[None]
         with torch.inference_mode():
-            return theirs.encode(pixels.to(device)).image_tokens.reshape(-1).tolist()
+            return reference.encode(pixels.to(device)).image_tokens.reshape(-1).tolist()
 
     encode(paths[0])
     start = time.perf_counter()
@@ -148,25 +154,25 @@ def baseline(ckpt: Path, paths: list[str], device: str) -> tuple[np.ndarray[Any,
     return codes, time.perf_counter() - start
 
 
-def ours(
-    options: Options, folder: Path, ckpt: Path, dtype: str, ranks: int, pictures: int
+def run_medley(
+    options: Options, folder: Path, ckpt: Path, dtype: str, ranks: int, images: int
 ) -> tuple[np.ndarray[Any, Any], float]:
-    """The program as it is run by people; its own clock, without the start of Python."""
+    """Codes and seconds of the command, by its own clock without the start of Python."""
     output = folder / dtype
     done = launch(ranks, [
         "--input", folder / "list.csv", "--output", output, "--ckpt", ckpt, "--dtype", dtype,
         "--bs", 4 if not torch.cuda.is_available() else 64,
-        "--partition_size", max(1, -(-pictures // ranks)),
+        "--partition_size", max(1, -(-images // ranks)),
         *(["--compile"] if options.compile else []),
     ])  # fmt: skip
-    found: dict[str, list[int]] = {}
+    codes: dict[str, list[int]] = {}
     for path in output.glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            found[row["img_path"]] = row["img_tokens"]
+            codes[row["img_path"]] = row["img_tokens"]
     order = (folder / "list.csv").read_text().splitlines()[1:]
     match = re.search(r"([\d.]+) s of it encoding", done)
     assert match is not None, done
-    return np.array([found[path] for path in order]), float(match[1])
+    return np.array([codes[path] for path in order]), float(match[1])
 
 
 def launch(ranks: int, flags: list[Any]) -> str:
@@ -183,58 +189,58 @@ def launch(ranks: int, flags: list[Any]) -> str:
 
 
 def near_ties(tokenizer: ImageTokenizer, paths: list[str], different: np.ndarray[Any, Any]) -> int:
-    """How many of the places that differ have two codes about equally near."""
-    found = 0
+    """Number of differing positions whose two nearest codes have almost equal distances."""
+    count = 0
     for row in sorted({int(r) for r, _ in different}):
         pixels = tokenizer.pixels(open_image(paths[row]))[None]
         with torch.inference_mode():
             _, ties = tokenizer.vqgan.quantize.codes_and_ties(tokenizer.vqgan.latents(pixels))
-        found += sum(bool(ties[0, place]) for r, place in different if r == row)
-    return found
+        count += sum(bool(ties[0, position]) for r, position in different if r == row)
+    return count
 
 
 def decoding(tokenizer: ImageTokenizer, codes: np.ndarray[Any, Any]) -> dict[str, float]:
-    """Seconds a picture of codes to pixels: the published layout of memory, and ours."""
+    """Seconds per image of decoding, with the reference's memory layout and with Medley's."""
     plain = VQGAN(CHAMELEON).eval()
     plain.load_state_dict(tokenizer.vqgan.state_dict())
-    given = torch.from_numpy(codes.astype(np.int64))
+    tensor = torch.from_numpy(codes.astype(np.int64))
 
     def timed(decode: Any) -> float:
-        decode(given[:1])
+        decode(tensor[:1])
         start = time.perf_counter()
-        decode(given)
-        return (time.perf_counter() - start) / len(given)
+        decode(tensor)
+        return (time.perf_counter() - start) / len(tensor)
 
     with torch.inference_mode():
-        one = timed(plain.decode)
-    return {"decode_plain_s": one, "decode_ours_s": timed(tokenizer.decode_pixels)}
+        seconds = timed(plain.decode)
+    return {"decode_plain_s": seconds, "decode_ours_s": timed(tokenizer.decode_pixels)}
 
 
 def memory(options: Options, folder: Path) -> dict[str, Any]:
-    """Peak memory of a rank over lists of different lengths, with a small network."""
+    """Peak memory of one rank for lists of different lengths, with a small network."""
     ckpt = random_checkpoint(folder, SMALL)
     Image.new("RGB", (16, 16), (200, 30, 90)).save(folder / "one.bmp")
     peaks: dict[str, float] = {}
     for rows in options.rows:
-        listed = folder / f"{rows}.csv"
-        with open(listed, "w", encoding="utf-8") as file:
+        list_file = folder / f"{rows}.csv"
+        with open(list_file, "w", encoding="utf-8") as file:
             file.write("img_path,caption\n")
             file.writelines(f"{folder}/./one.bmp,row {i} of many\n" for i in range(rows))
-        before = [
+        program = [
             sys.executable, "-c",
-            # VmHWM: ru_maxrss of a process starts at what its parent held when it forked.
+            # VmHWM, since ru_maxrss starts at the memory of the parent process at the fork.
             "import re, sys; from tokenizer.image_tokenization import main; s = main(); "
             "own = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
             "print('peak', int(own) / 1024); sys.exit(s)",
         ]  # fmt: skip
-        flags = ["--input", listed, "--output", folder / f"out{rows}", "--ckpt", ckpt]
+        flags = ["--input", list_file, "--output", folder / f"out{rows}", "--ckpt", ckpt]
         done = subprocess.run(
-            [*before, *map(str, flags), "--partition_size", "500", "--keep_columns"],
+            [*program, *map(str, flags), "--partition_size", "500", "--keep_columns"],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         peaks[str(rows)] = float(done.stdout.split("peak")[-1])
-        print(f"{rows} rows: {peaks[str(rows)]:.0f} MB at the most")
+        print(f"{rows} rows: {peaks[str(rows)]:.0f} MB peak")
     return {"benchmark": "image_tokenization_memory", "peak_mb": peaks}
 
 

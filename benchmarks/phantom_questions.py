@@ -1,5 +1,7 @@
-"""Questions about phantoms through `medley answer` and `medley evaluate vqa`, and what the
-benchmarks of `tiny` have in common: running the programs and their files."""
+"""Questions about phantoms for the benchmarks of `tiny`, and how those run the commands.
+
+Questions are answered by `medley answer` and scored by `medley evaluate vqa`.
+"""
 
 from __future__ import annotations
 
@@ -21,123 +23,125 @@ import numpy as np
 from medley.data.vocabulary import END_TURN, IMAGE
 from medley.errors import UserError
 from medley.phantoms import Phantom, questions
+from medley.utils.jsonl import write_jsonl
 
 GREEDY = ("--text_greedy", "--repetition_penalty", "1.0")
-Pair = tuple[str, str]  # a question and an answer
+Pair = tuple[str, str]  # question and answer
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is asked: a checkpoint, an adapter over it if there is one, and what files call it."""
+    """A checkpoint, optionally with an adapter, and its name in file names."""
 
     name: str
     ckpt: str = "tiny"
     adapter: Path | None = None
 
     @property
-    def words(self) -> tuple[object, ...]:
-        """Of a command line."""
+    def flags(self) -> tuple[object, ...]:
         return "--ckpt", self.ckpt, *(("--adapter", self.adapter) if self.adapter else ())
 
 
 class Result(dict[str, Any]):
-    """What a benchmark prints: each part as it is found, so that a later fault costs none, and all
-    of it as the last line."""
+    """The result of a benchmark.
 
-    def keep(self, found: Mapping[str, Any], name: str = "") -> None:
-        own = {k + name: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}
-        print(json.dumps(own), file=sys.stderr, flush=True)
-        self.update(own)
+    Each part is printed to stderr as soon as it is known, so that a later error loses nothing. The
+    complete result is the last line on stdout.
+    """
 
-    def end(self) -> None:
+    def add(self, values: Mapping[str, Any], suffix: str = "") -> None:
+        part = {k + suffix: round(v, 2) if isinstance(v, float) else v for k, v in values.items()}
+        print(json.dumps(part), file=sys.stderr, flush=True)
+        self.update(part)
+
+    def print(self) -> None:
         print(json.dumps({**self, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}))
 
 
 @contextmanager
 def work_folder(keep: Path | None) -> Iterator[Path]:
-    """A temporary one, or an empty one that is kept."""
+    """A temporary folder, or an empty folder to keep."""
     with TemporaryDirectory() as temporary:
         folder = (keep or Path(temporary)).resolve()
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--keep {folder}: not empty; what lies there would be taken for this")
+            raise UserError(f"--keep {folder}: The folder is not empty. Use another one.")
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
 
 
-def run(*words: object) -> None:
-    """A program as a user starts it. Raises SystemExit with all that it said where it failed."""
-    command = [sys.executable, "-m", *map(str, words)]
+def run(*arguments: object) -> None:
+    """Runs a module as a user starts it. Raises SystemExit with its output if it fails."""
+    command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_questions(
     folder: Path,
     scans: Sequence[Phantom],
-    most: int,
+    limit: int,
     seed: int,
     groups: Sequence[dict[str, str]] | None = None,
 ) -> None:
-    """Draws the scans to `folder/pictures`, and at most so many questions about each to
-    `folder/questions.jsonl`, every one alone; `groups` are values of each scan to score apart."""
-    (folder / "pictures").mkdir(parents=True)
+    """Renders scans to `folder/images`, and writes questions to `folder/questions.jsonl`.
+
+    At most `limit` random questions per scan, one per row. `groups` are fields of each scan whose
+    values are scored separately.
+    """
+    (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for number, scan in enumerate(scans):
-        path = folder / "pictures" / f"{number}.png"
+        path = folder / "images" / f"{number}.png"
         scan.image(64).save(path)
         pairs = questions(scan)
-        for place in sorted(rng.permutation(len(pairs))[:most]):
-            question, answer = pairs[place]
-            kind = "CLOSED" if answer in ("yes", "no") else "OPEN"
+        for index in sorted(rng.permutation(len(pairs))[:limit]):
+            question, answer = pairs[index]
+            answer_type = "CLOSED" if answer in ("yes", "no") else "OPEN"
             rows.append({
                 "text": f"{IMAGE}{question}{END_TURN}{answer}", "id": len(rows),
-                "image_path": str(path), "answer_type": kind, **(groups[number] if groups else {}),
+                "image_path": str(path), "answer_type": answer_type,
+                **(groups[number] if groups else {}),
             })  # fmt: skip
-    write_lines(folder / "questions.jsonl", rows)
+    write_jsonl(folder / "questions.jsonl", rows)
 
 
 def question_scores(folder: Path, model: Model) -> dict[str, float]:
-    """Closed and open questions of `write_questions`, in percent: of all, and of each group."""
+    """Scores of the closed and open questions in percent, in total and for each group."""
     answers, scores = folder / f"{model.name}.answers.jsonl", folder / f"{model.name}.scores.json"
-    asked = ("--format", "documents")
-    run("medley.cli", "answer", *model.words, *asked, "--questions", folder / "questions.jsonl",
+    file_format = ("--format", "documents")
+    run("medley", "answer", *model.flags, *file_format, "--questions", folder / "questions.jsonl",
         "--output", answers, "--max_new_tokens", 24, "--batch_size", 64, *GREEDY)  # fmt: skip
-    run("medley.cli", "evaluate", "vqa", *asked, "--gt", folder / "questions.jsonl",
+    run("medley", "evaluate", "vqa", *file_format, "--gt", folder / "questions.jsonl",
         "--pred", answers, "--output", scores)  # fmt: skip
-    found = {}
+    result = {}
     for group, values in json.loads(scores.read_text())["scores"].items():
         suffix = "" if group == "all" else f"_{group.partition(': ')[2]}"
-        for kind, measure in (("closed", "closed accuracy"), ("open", "open exact match")):
-            if measure in values:
-                found[kind + suffix] = float(values[measure]["percent"])
-    return found
+        for kind, metric in (("closed", "closed accuracy"), ("open", "open exact match")):
+            if metric in values:
+                result[kind + suffix] = float(values[metric]["percent"])
+    return result
 
 
 def question_majorities(folder: Path) -> dict[str, float]:
-    """What always saying the commonest answer to each question gives."""
-    rows = read_lines(folder / "questions.jsonl")
+    """The majority-answer baseline (image-blind) of closed and open questions, in percent."""
+    rows = read_rows(folder / "questions.jsonl")
     pairs = [tuple(row["text"].removeprefix(IMAGE).split(END_TURN)) for row in rows]
-    found = {}
+    result = {}
     for kind in ("closed", "open"):
         own = [p for p, row in zip(pairs, rows, strict=True) if row["answer_type"] == kind.upper()]
-        found[f"{kind}_majority"] = majority(own)
-    return found
+        result[f"{kind}_majority"] = majority(own)
+    return result
 
 
 def majority(pairs: Sequence[Pair]) -> float:
-    """Percent that the commonest answer to each question gets right."""
-    usual: dict[str, Counter[str]] = defaultdict(Counter)
+    """Percentage of correct answers by the most frequent answer to each question."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in pairs:
-        usual[question][answer] += 1
-    return 100 * sum(max(own.values()) for own in usual.values()) / max(len(pairs), 1)
+        counts[question][answer] += 1
+    return 100 * sum(max(count.values()) for count in counts.values()) / max(len(pairs), 1)

@@ -1,32 +1,29 @@
-"""What the embedded model can do, on phantoms that it has not seen, through the public commands.
+"""The skills of the embedded model on phantoms that it was not trained on, by public commands.
 
     python benchmarks/tiny_skill.py [--ckpt tiny] [--scans 1000] [--layouts false]
 
-Questions go through `medley answer` and `medley evaluate vqa`; captions, talks, changes and
-pictures through `medley generate`. Pictures are scored by what is measured in their pixels. The
-world is finite, so that most of what a new scan shows was shown by some scan of the training:
-scores of scans that show what none did are given apart, as `_new`.
+`medley answer` and `medley evaluate vqa` handle questions; `medley generate` handles captions,
+conversations, changes and images. Images are scored by measuring their pixels. The number of
+possible scans is finite, so most random scans also occur in the training data: scans with a
+combination of attributes that does not occur there are scored separately as well (`_held_out`).
 
-Baselines of the same run: the commonest answer of each question, captions without findings,
-pictures without guidance, with the commands' own settings, and of a request that names nothing.
-`--layouts` asks for the same of the same model in Hugging Face's layout, and of a base with an
-adapter. Every part's scores are printed when it ends; the last line has all of them, as JSON.
+Baselines in the same run: the majority answer to each question, captions without findings, images
+without guidance, with the default settings, and from a prompt without contents. `--layouts`
+measures the same model in Hugging Face's layout, and split into a base and an adapter. Each part's
+scores are printed as soon as it ends; the last line is a JSON object with all scores.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from peft import LoraConfig
 from phantom_questions import (
     GREEDY,
     Model,
@@ -35,20 +32,18 @@ from phantom_questions import (
     majority,
     question_majorities,
     question_scores,
-    read_lines,
+    read_rows,
     run,
     work_folder,
-    write_lines,
     write_questions,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from tiny_layouts import make_layouts
 
 import medley
-from medley.checkpoints.checkpoint import tiny_folder
 from medley.generation import GenerationOptions
 from medley.phantoms import (
-    CHANGED,
+    CHANGE_QUESTION,
     KINDS,
     Measurement,
     Phantom,
@@ -63,37 +58,39 @@ from medley.phantoms import (
     prompt_for,
     questions,
 )
-from medley.phantoms.lessons import learned_descriptions
-from medley.utils.cli_options import run_program
+from medley.phantoms.curriculum import training_descriptions
+from medley.tiny.embedded import tiny_folder
+from medley.utils.cli_options import Alias, run_program
+from medley.utils.jsonl import write_jsonl
 
-SEED = 40_000_000  # far from the seeds of training, and of what settings were chosen with
-NOTHING = "Show me a scan."
-TORN = 0.07  # the residual of a picture from which on it shows nothing rightly
-RANK = 8  # of the adapter that is taken out of the model
-TURNS = 3  # of a talk
+SEED = 40_000_000  # far from the seeds of training and of choosing settings
+EMPTY_PROMPT = "Show me a scan."
+MAX_RESIDUAL = 0.07  # an image with a larger residual counts as wrong in every respect
+TURNS = 3  # of a conversation
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measures what the embedded model can do.
+    """Measures the skills of the embedded model.
 
     Args:
         ckpt: checkpoint in Chameleon's layout, or tiny
-        scans: phantoms that are asked about
-        questions: of each, drawn from all that can be asked about it alone
-        pictures: pictures that are drawn, with and without guidance
-        guidance: guidance scale of the words
-        image_temperature: temperature of the pictures, guided or not
-        layouts: also measure it in Hugging Face's layout, and as a base with an adapter
+        scans: number of phantoms with questions
+        questions: random questions per phantom
+        images: number of generated images, with and without guidance
+        guidance: text guidance scale
+        image_temperature: temperature of image tokens, with and without guidance
+        layouts: also measure Hugging Face's layout, and a base with an adapter
         keep: empty folder to keep all files in
         seed: seed of the phantoms
     """
 
+    aliases: ClassVar = {"pictures": Alias("images")}  # alias
     ckpt: str = "tiny"
     scans: int = 1000
     questions: int = 5
-    pictures: int = 1000
+    images: int = 1000
     guidance: float = 1.5
     image_temperature: float = 0.2
     layouts: bool = True
@@ -105,130 +102,141 @@ def percent(hits: Sequence[bool]) -> float:
     return 100 * sum(hits) / max(len(hits), 1)
 
 
-# --- words ------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------
 
 
 def generate(
-    model: Model, folder: Path, name: str, rows: Sequence[dict[str, Any]], *more: object
+    model: Model, folder: Path, name: str, rows: Sequence[dict[str, Any]], *flags: object
 ) -> list[dict[str, Any]]:
-    """Lines of responses.jsonl."""
+    """The rows of responses.jsonl."""
     name = f"{model.name}-{name}"
-    prompts = write_lines(folder / f"{name}.jsonl", rows)
-    run("medley.cli", "generate", *model.words, "--input", prompts, "--output", folder / name,
-        "--batch_size", 64, *more)  # fmt: skip
-    return read_lines(folder / name / "responses.jsonl")
+    prompts = folder / f"{name}.jsonl"
+    write_jsonl(prompts, rows)
+    run("medley", "generate", *model.flags, "--input", prompts, "--output", folder / name,
+        "--batch_size", 64, *flags)  # fmt: skip
+    return read_rows(folder / name / "responses.jsonl")
 
 
-def say(model: Model, folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    text = ("--mode", "text", "--max_new_tokens", 80, *GREEDY)
+def generate_texts(
+    model: Model, folder: Path, name: str, rows: Sequence[dict[str, Any]]
+) -> list[str]:
+    flags = ("--mode", "text", "--max_new_tokens", 80, *GREEDY)
     return [
         "".join(part["text"] for part in row["parts"] if part["type"] == "text").strip()
-        for row in generate(model, folder, name, rows, *text)
+        for row in generate(model, folder, name, rows, *flags)
     ]
 
 
-def agreement(gold: frozenset[str], said: frozenset[str]) -> float:
-    """Share of the facts that were told and are right; what was made up counts against it."""
-    return len(gold & said) / max(len(gold), len(said))
+def agreement(gold: frozenset[str], predicted: frozenset[str]) -> float:
+    """Fraction of correct facts; missing and invented facts both count against it."""
+    return len(gold & predicted) / max(len(gold), len(predicted))
 
 
-def captions(model: Model, folder: Path, scans: Sequence[Phantom], new: Sequence[bool]) -> Scores:
-    rows = [{"text": "<image>Describe the picture.", "image_path": picture(folder, number)}
+def captions(
+    model: Model, folder: Path, scans: Sequence[Phantom], held_out: Sequence[bool]
+) -> Scores:
+    rows = [{"text": "<image>Describe the picture.",  # alias
+             "image_path": image_path(folder, number)}
             for number in range(len(scans))]  # fmt: skip
-    said = say(model, folder, "captions", rows)
+    texts = generate_texts(model, folder, "captions", rows)
     golds = [caption(scan) for scan in scans]
-    shares = [agreement(facts_in(g), facts_in(s)) for g, s in zip(golds, said, strict=True)]
+    fractions = [agreement(facts_in(g), facts_in(t)) for g, t in zip(golds, texts, strict=True)]
     empty = [caption(replace(scan, findings=())) for scan in scans]
-    usual = [agreement(facts_in(g), facts_in(s)) for g, s in zip(golds, empty, strict=True)]
-    of_new = [share for share, own in zip(shares, new, strict=True) if own]
+    baseline = [agreement(facts_in(g), facts_in(e)) for g, e in zip(golds, empty, strict=True)]
+    of_held_out = [fraction for fraction, own in zip(fractions, held_out, strict=True) if own]
     return {
-        "caption_facts": 100 * float(np.mean(shares)),
-        **({"caption_facts_new": 100 * float(np.mean(of_new))} if of_new else {}),
-        "caption_facts_without_findings": 100 * float(np.mean(usual)),
-        "captions_word_for_word": percent([g == s for g, s in zip(golds, said, strict=True)]),
+        "caption_facts": 100 * float(np.mean(fractions)),
+        **({"caption_facts_held_out": 100 * float(np.mean(of_held_out))} if of_held_out else {}),
+        "caption_facts_without_findings": 100 * float(np.mean(baseline)),
+        "captions_exact_match": percent([g == t for g, t in zip(golds, texts, strict=True)]),
     }  # fmt: skip
 
 
-def picture(folder: Path, number: int) -> str:
-    return str(folder / "pictures" / f"{number}.png")
+def image_path(folder: Path, number: int) -> str:
+    return str(folder / "images" / f"{number}.png")
 
 
-def talk_pairs(scan: Phantom, rng: np.random.Generator) -> list[Pair]:
-    """Whether there is a kind of finding, which may be; what goes on from that, if there is; and
-    anything else."""
+def conversation_pairs(scan: Phantom, rng: np.random.Generator) -> list[Pair]:
+    """The presence of a kind of finding, a follow-up if it is present, and any other question."""
     kind = KINDS[rng.integers(len(KINDS))]
     pairs = questions(scan)
-    own = [finding for finding in scan.findings if finding.kind == kind]
-    more = follow_up_questions(own[0]) if own else pairs
-    first = (f"Is there {article(kind)} {kind}?", "yes" if own else "no")
+    present = [finding for finding in scan.findings if finding.kind == kind]
+    more = follow_up_questions(present[0]) if present else pairs
+    first = (f"Is there {article(kind)} {kind}?", "yes" if present else "no")
     return [first, more[rng.integers(len(more))], pairs[rng.integers(len(pairs))]]
 
 
-def talks(model: Model, folder: Path, scans: Sequence[Phantom], seed: int) -> Scores:
-    """Every turn stands behind what the model itself said before. `follow_up` is of second turns
-    that make sense behind the first alone, about scans with several findings."""
+def conversations(model: Model, folder: Path, scans: Sequence[Phantom], seed: int) -> Scores:
+    """Accuracy of each turn, with the model's own earlier answers as context.
+
+    `follow_up` is the accuracy of second turns that depend on the first one, for scans with several
+    findings.
+    """
     rng = np.random.default_rng(seed)
-    golds = [talk_pairs(scan, rng) for scan in scans]
+    golds = [conversation_pairs(scan, rng) for scan in scans]
     messages: list[list[dict[str, str]]] = [[] for _ in scans]
-    right: list[list[bool]] = []
+    correct: list[list[bool]] = []
     for turn in range(TURNS):
         for number, own in enumerate(messages):
-            mark = "" if turn else "<image>"
-            own.append({"role": "user", "content": mark + golds[number][turn][0]})
-        rows = [{"messages": own, "image_path": picture(folder, number)}
+            image_token = "" if turn else "<image>"
+            own.append({"role": "user", "content": image_token + golds[number][turn][0]})
+        rows = [{"messages": own, "image_path": image_path(folder, number)}
                 for number, own in enumerate(messages)]  # fmt: skip
-        said = say(model, folder, f"turn{turn}", rows)
-        for own, answer in zip(messages, said, strict=True):
+        answers = generate_texts(model, folder, f"turn{turn}", rows)
+        for own, answer in zip(messages, answers, strict=True):
             own.append({"role": "assistant", "content": answer})
-        right.append([pairs[turn][1] == s for pairs, s in zip(golds, said, strict=True)])
-    going_on = [
+        correct.append([pairs[turn][1] == a for pairs, a in zip(golds, answers, strict=True)])
+    follow_ups = [
         number for number, scan in enumerate(scans)
         if golds[number][0][1] == "yes" and len(scan.findings) > 1
     ]  # fmt: skip
-    found = {f"turn_{turn + 1}": percent(hits) for turn, hits in enumerate(right)}
-    found["whole_talks"] = percent([all(hits) for hits in zip(*right, strict=True)])
-    found["follow_up"] = percent([right[1][number] for number in going_on])
-    found["follow_up_majority"] = majority([golds[number][1] for number in going_on])
-    return found
+    scores = {f"turn_{turn + 1}": percent(hits) for turn, hits in enumerate(correct)}
+    scores["all_turns"] = percent([all(hits) for hits in zip(*correct, strict=True)])
+    scores["follow_up"] = percent([correct[1][number] for number in follow_ups])
+    scores["follow_up_majority"] = majority([golds[number][1] for number in follow_ups])
+    return scores
 
 
 def changes(model: Model, folder: Path, scans: Sequence[Phantom], seed: int) -> Scores:
-    """Two pictures, and what has changed."""
+    """Accuracy of the change between two images."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     golds = []
     for number, scan in enumerate(scans):
-        second, change = scan.later(rng)
-        paths = [picture(folder, number), str(folder / "pictures" / f"{number}_later.png")]
-        second.image(64).save(paths[1])
-        before, after = (medley.Picture(path=path) for path in paths)
+        follow_up, change = scan.progression(rng)
+        paths = [image_path(folder, number), str(folder / "images" / f"{number}_later.png")]
+        follow_up.image(64).save(paths[1])
+        before, after = (medley.ImagePart(path=path) for path in paths)
         turn = change_document(before, after, change).turns[0]
         text = "".join(part if isinstance(part, str) else "<image>" for part in turn.parts)
         rows.append({"text": text, "image_path": paths})
         golds.append(change_text(change))
-    said = say(model, folder, "changes", rows)
+    texts = generate_texts(model, folder, "changes", rows)
     return {
-        "changes": percent([g == s for g, s in zip(golds, said, strict=True)]),
-        "changes_majority": majority([(CHANGED, gold) for gold in golds]),
+        "changes": percent([g == t for g, t in zip(golds, texts, strict=True)]),
+        "changes_majority": majority([(CHANGE_QUESTION, gold) for gold in golds]),
     }
 
 
-# --- pictures ---------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
-def facets(scan: Phantom, seen: Measurement | None) -> dict[str, bool]:
-    """What of a scan is right in a picture; nothing is in one that is torn, or was not drawn."""
-    if seen is None or seen.residual >= TORN:
-        return dict.fromkeys(("whole", "modality", "organ", *_OF_FINDINGS, "all"), False)
-    found = {"whole": True, "modality": scan.modality == seen.modality,
-             "organ": scan.organ == seen.organ}  # fmt: skip
+def check(scan: Phantom, measured: Measurement | None) -> dict[str, bool]:
+    """Which attributes of a scan are correct in an image.
+
+    None are if the image is missing or has a large residual.
+    """
+    if measured is None or measured.residual >= MAX_RESIDUAL:
+        return dict.fromkeys(("intact", "modality", "organ", *_OF_FINDINGS, "all"), False)
+    result = {"intact": True, "modality": scan.modality == measured.modality,
+              "organ": scan.organ == measured.organ}  # fmt: skip
     for name, fields in _OF_FINDINGS.items():
-        one, other = ({tuple(getattr(f, field) for field in fields) for f in s.findings}
-                      for s in (scan, seen))  # fmt: skip
-        found[name] = one == other
+        expected, actual = ({tuple(getattr(f, field) for field in fields) for f in s.findings}
+                            for s in (scan, measured))  # fmt: skip
+        result[name] = expected == actual
     gold = facts(scan.modality, scan.organ, scan.findings)
-    found["all"] = gold == facts(seen.modality, seen.organ, seen.findings)
-    return found
+    result["all"] = gold == facts(measured.modality, measured.organ, measured.findings)
+    return result
 
 
 _OF_FINDINGS = {
@@ -237,157 +245,129 @@ _OF_FINDINGS = {
 }  # fmt: skip
 
 
-def drawn(
-    model: Model, folder: Path, name: str, scans: Sequence[Phantom], asked: Sequence[str],
+def generate_images(
+    model: Model, folder: Path, name: str, scans: Sequence[Phantom], prompts: Sequence[str],
     guidance: float, temperature: float,
 ) -> list[dict[str, bool]]:  # fmt: skip
-    """What is right in each picture that the model draws."""
-    found = []
+    """The correct attributes of each generated image."""
+    results = []
     rows = generate(
-        model, folder, name, [{"text": text} for text in asked], "--mode", "image",
+        model, folder, name, [{"text": text} for text in prompts], "--mode", "image",
         "--max_images", 1, "--guidance_scale_text", guidance, "--image_temperature", temperature,
     )  # fmt: skip
     for scan, row in zip(scans, rows, strict=True):
         files = [part["file"] for part in row.get("parts", ()) if part["type"] == "image"]
-        seen = None
+        measured = None
         if files:
-            seen = measure(np.asarray(Image.open(folder / f"{model.name}-{name}" / files[0])))
-        found.append(facets(scan, seen))
-    return found
+            measured = measure(np.asarray(Image.open(folder / f"{model.name}-{name}" / files[0])))
+        results.append(check(scan, measured))
+    return results
 
 
 def guided(
-    model: Model, folder: Path, scans: Sequence[Phantom], new: Sequence[bool], options: Options
+    model: Model, folder: Path, scans: Sequence[Phantom], held_out: Sequence[bool], options: Options
 ) -> Scores:
-    asked = [prompt_for(scan) for scan in scans]
-    found = drawn(
-        model, folder, "guided", scans, asked, options.guidance, options.image_temperature
+    prompts = [prompt_for(scan) for scan in scans]
+    results = generate_images(
+        model, folder, "guided", scans, prompts, options.guidance, options.image_temperature
     )
-    scores = {f"drawn_{name}": percent([own[name] for own in found]) for name in found[0]}
-    own = [f["all"] for f, n in zip(found, new, strict=True) if n]
-    return scores | ({"drawn_all_new": percent(own)} if own else {})
+    scores = {f"generated_{name}": percent([r[name] for r in results]) for name in results[0]}
+    own = [r["all"] for r, h in zip(results, held_out, strict=True) if h]
+    return scores | ({"generated_all_held_out": percent(own)} if own else {})
 
 
-def otherwise_drawn(
+def image_baselines(
     model: Model, folder: Path, scans: Sequence[Phantom], options: Options
 ) -> Scores:
-    asked, nothing = [prompt_for(scan) for scan in scans], [NOTHING] * len(scans)
-    usual = GenerationOptions()
-    ways = {
-        "unguided": (asked, 1.0, options.image_temperature),
-        "by_default": (asked, usual.guidance_scale_text, usual.image_temperature),
-        "nothing_asked": (nothing, 1.0, options.image_temperature),
+    prompts, empty = [prompt_for(scan) for scan in scans], [EMPTY_PROMPT] * len(scans)
+    default = GenerationOptions()
+    settings = {
+        "unguided": (prompts, 1.0, options.image_temperature),
+        "by_default": (prompts, default.guidance_scale_text, default.image_temperature),
+        "empty_prompt": (empty, 1.0, options.image_temperature),
     }
     return {
-        f"drawn_all_{name}": percent(
-            [own["all"] for own in drawn(model, folder, name, scans, *way)]
+        f"generated_all_{name}": percent(
+            [own["all"] for own in generate_images(model, folder, name, scans, *values)]
         )
-        for name, way in ways.items()
+        for name, values in settings.items()
     }
 
 
-def reconstructed(ckpt: str, scans: Sequence[Phantom]) -> Scores:
-    """How fast scans are drawn, what the reader finds in them, and in what the VQGAN makes of
-    them: the most that drawn pictures can have right."""
+def reconstruction(ckpt: str, scans: Sequence[Phantom]) -> Scores:
+    """The speed of rendering, and the accuracy of measuring scans and their reconstructions.
+
+    The accuracy for reconstructions is an upper bound for generated images.
+    """
     tokenizer = medley.ImageTokenizer.from_checkpoint(ckpt)
     start = time.perf_counter()
     images = [scan.image(tokenizer.size) for scan in scans]
     speed = len(scans) / (time.perf_counter() - start)
-    psnr, kept, read = [], [], []
+    psnr, measured, reconstructed = [], [], []
     for number in range(0, len(scans), 64):
         part = slice(number, number + 64)
-        back = tokenizer.decode(tokenizer.encode(images[part]))
-        for scan, before, after in zip(scans[part], images[part], back, strict=True):
-            one, other = np.asarray(before), np.asarray(after)
-            psnr.append(10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2)))
-            read.append(facets(scan, measure(one))["all"])
-            kept.append(facets(scan, measure(other))["all"])
+        decoded = tokenizer.decode(tokenizer.encode(images[part]))
+        for scan, before, after in zip(scans[part], images[part], decoded, strict=True):
+            original, result = np.asarray(before), np.asarray(after)
+            error = np.mean((original.astype(float) - result) ** 2)
+            psnr.append(10 * np.log10(255**2 / error))
+            measured.append(check(scan, measure(original))["all"])
+            reconstructed.append(check(scan, measure(result))["all"])
     return {
-        "scans_a_second": speed, "read_rightly": percent(read), "psnr_db": float(np.mean(psnr)),
-        "reconstructed_all": percent(kept),
+        "scans_a_second": speed, "measured_all": percent(measured),
+        "psnr_db": float(np.mean(psnr)), "reconstructed_all": percent(reconstructed),
     }  # fmt: skip
 
 
-# --- layouts ----------------------------------------------------------------------------------
+# --- the benchmark ----------------------------------------------------------------------------
 
 
-def layouts(ckpt: str, folder: Path) -> Iterator[Model]:
-    """The same model in Hugging Face's layout, and as a base with an adapter: what the adapter adds
-    was taken from the base before. The base alone comes too, as the baseline of the last."""
-    whole, lesser, adapter = folder / "hf", folder / "base", folder / "adapter"
-    run("conversion.pth_to_bin", "--input_dir", ckpt, "--output_dir", whole)
-    yield Model("hf", str(whole))
-    shutil.copytree(whole, lesser)
-    tensors = load_file(whole / "model.safetensors")
-    torch.manual_seed(SEED)
-    learned: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.float()
-        if name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight")):
-            up, down = (torch.randn(tensor.shape[0], RANK), torch.randn(RANK, tensor.shape[1]))
-            up *= tensors[name].norm() / (up @ down).norm()
-            tensors[name] = tensors[name] - up @ down
-            own = f"base_model.model.{name.removesuffix('.weight')}"
-            learned |= {f"{own}.lora_A.weight": down, f"{own}.lora_B.weight": up}
-    save_file(tensors, lesser / "model.safetensors", {"format": "pt"})
-    config = json.loads((lesser / "config.json").read_text()) | {"dtype": "float32"}
-    (lesser / "config.json").write_text(json.dumps(config))
-    adapter.mkdir()
-    save_file(learned, adapter / "adapter_model.safetensors", {"format": "pt"})
-    LoraConfig(
-        r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj", "down_proj"],
-        base_model_name_or_path=str(lesser), task_type="CAUSAL_LM",
-    ).save_pretrained(adapter)  # fmt: skip
-    yield Model("adapter", str(lesser), adapter)
-    yield Model("base_without_adapter", str(lesser))
+def find_held_out(ckpt: str, scans: Sequence[Phantom]) -> list[bool]:
+    """Whether each scan's combination of attributes is missing in the training data.
 
-
-# --- all of it --------------------------------------------------------------------------------
-
-
-def shown_by_no_training(ckpt: str, scans: Sequence[Phantom]) -> list[bool]:
-    """Of each scan; none of a model that did not keep how it was made."""
-    log = (tiny_folder() if ckpt == "tiny" else Path(ckpt)) / "training_log.json"
-    if not log.exists():
+    False for all scans if the model has no training log.
+    """
+    log_file = (tiny_folder() if ckpt == "tiny" else Path(ckpt)) / "training_log.json"
+    if not log_file.exists():
         return [False] * len(scans)
-    made = json.loads(log.read_text())
-    learned = learned_descriptions(made["options"]["seed"], made["chunks"])
-    return [scan.description not in learned for scan in scans]
+    log = json.loads(log_file.read_text())
+    trained_on = training_descriptions(log["options"]["seed"], log["chunks"])
+    return [scan.description not in trained_on for scan in scans]
 
 
 def work(options: Options) -> None:
     start = time.monotonic()
     rng = np.random.default_rng(options.seed)
     scans = [Phantom.random(rng) for _ in range(options.scans)]
-    new = shown_by_no_training(options.ckpt, scans)
-    groups = [{"modality": scan.modality, "shown": "new" if own else "before"}
-              for scan, own in zip(scans, new, strict=True)]  # fmt: skip
-    pictures = min(options.pictures, len(scans))
+    held_out = find_held_out(options.ckpt, scans)
+    groups = [{"modality": scan.modality, "combination": "held_out" if own else "seen"}
+              for scan, own in zip(scans, held_out, strict=True)]  # fmt: skip
+    count = min(options.images, len(scans))
     result = Result({
         "benchmark": "tiny_skill", "ckpt": options.ckpt, "scans": options.scans,
-        "shown_by_no_training": sum(new), "questions": options.questions, "pictures": pictures,
+        "held_out": sum(held_out), "questions": options.questions, "images": count,
         "guidance": options.guidance, "image_temperature": options.image_temperature,
     })  # fmt: skip
     with work_folder(options.keep) as folder:
         write_questions(folder, scans, options.questions, options.seed + 2, groups)
         model = Model("pth", options.ckpt)
-        result.keep(reconstructed(options.ckpt, scans))
-        result.keep(question_scores(folder, model) | question_majorities(folder))
-        result.keep(captions(model, folder, scans, new))
-        result.keep(talks(model, folder, scans, options.seed + 1))
-        result.keep(changes(model, folder, scans, options.seed + 3))
-        result.keep(guided(model, folder, scans[:pictures], new[:pictures], options))
-        result.keep(otherwise_drawn(model, folder, scans[:pictures], options))
-        for other in layouts(options.ckpt, folder) if options.layouts else ():
-            name = f"_{other.name}"
-            result.keep(question_scores(folder, other), name)
-            if name != "_base_without_adapter":
-                result.keep(captions(other, folder, scans, new), name)
-                result.keep(talks(other, folder, scans, options.seed + 1), name)
-                result.keep(changes(other, folder, scans, options.seed + 3), name)
-                result.keep(guided(other, folder, scans[:pictures], new[:pictures], options), name)
+        result.add(reconstruction(options.ckpt, scans))
+        result.add(question_scores(folder, model) | question_majorities(folder))
+        result.add(captions(model, folder, scans, held_out))
+        result.add(conversations(model, folder, scans, options.seed + 1))
+        result.add(changes(model, folder, scans, options.seed + 3))
+        result.add(guided(model, folder, scans[:count], held_out[:count], options))
+        result.add(image_baselines(model, folder, scans[:count], options))
+        for other in make_layouts(options.ckpt, folder) if options.layouts else ():
+            suffix = f"_{other.name}"
+            result.add(question_scores(folder, other), suffix)
+            if suffix != "_base_without_adapter":
+                result.add(captions(other, folder, scans, held_out), suffix)
+                result.add(conversations(other, folder, scans, options.seed + 1), suffix)
+                result.add(changes(other, folder, scans, options.seed + 3), suffix)
+                result.add(guided(other, folder, scans[:count], held_out[:count], options), suffix)
     result["seconds"] = round(time.monotonic() - start, 1)
-    result.end()
+    result.print()
 
 
 if __name__ == "__main__":

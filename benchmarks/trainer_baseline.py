@@ -1,6 +1,6 @@
-"""What our training is compared with: transformers' Trainer with PEFT.
+"""The baseline of the training benchmarks: transformers' Trainer with PEFT.
 
-Batches of whole documents, padded on the right; the plain loss over all logits.
+Batches of complete documents, padded on the right; the usual loss over all logits.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from medley.checkpoints.adapter import PROJECTIONS
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.data.packing import IGNORE_INDEX, build_labels
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
+from medley.trainer.parameters import PROJECTIONS
 
 Sampling = Literal["random", "group_by_length"]
 
 
-class Plain(ChameleonForConditionalGeneration):
-    """The same decoder with the loss that transformers' classes have: all logits at once."""
+class DenseLossDecoder(ChameleonForConditionalGeneration):
+    """The same decoder with the loss of transformers' classes, which builds all logits at once."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None,
                 **kwargs: Any) -> Any:  # fmt: skip
@@ -50,17 +50,20 @@ def train_baseline(
     sampling: Sampling = "random",
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Trains LoRA on `tiny` and saves the adapter; gives the seconds of the training alone, and
-    its steps.
+    """Trains LoRA on `tiny` and saves the adapter.
 
-    `sampling` is the Trainer's: its own default, or batches of documents of like lengths; `bf16`
-    is its autocast, float32 otherwise.
+    Args:
+        sampling: the Trainer's `train_sampling_strategy`
+        bf16: the Trainer's bfloat16 autocast; float32 otherwise
+
+    Returns:
+        the seconds of the training alone, and its steps
     """
     tiny = open_checkpoint("tiny")
-    marks = tiny.text_tokenizer().vocabulary
+    vocabulary = tiny.text_tokenizer().vocabulary
     transformers.set_seed(0)
     decoder = tiny.decoder(torch.float32)
-    decoder.__class__ = Plain
+    decoder.__class__ = DenseLossDecoder
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(PROJECTIONS),
         task_type="CAUSAL_LM",
@@ -68,16 +71,14 @@ def train_baseline(
     model = peft.get_peft_model(decoder, config)
 
     def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-        made = {"input_ids": marks.pad, "labels": IGNORE_INDEX, "attention_mask": 0}
-        rows: dict[str, list[Any]] = {name: [] for name in made}
+        length = max(len(row["input_ids"]) for row in batch)
+        padding = {"input_ids": vocabulary.pad, "labels": IGNORE_INDEX, "attention_mask": 0}
+        rows: dict[str, list[Any]] = {name: [] for name in padding}
         for ids in (row["input_ids"] for row in batch):
-            own = {"input_ids": ids, "labels": build_labels(ids, marks),
+            row = {"input_ids": ids, "labels": build_labels(ids, vocabulary),
                    "attention_mask": np.ones(len(ids), np.int64)}  # fmt: skip
-            for name, filler in made.items():
-                rows[name].append(
-                    np.pad(own[name], (0, longest - len(ids)), constant_values=filler)
-                )
+            for name, value in padding.items():
+                rows[name].append(np.pad(row[name], (0, length - len(ids)), constant_values=value))
         return {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
 
     arguments = transformers.TrainingArguments(

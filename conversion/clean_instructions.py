@@ -1,12 +1,12 @@
-"""Replies of conversion.generate_instructions to LLaVA-Med's instruction file.
+"""Cleans generated conversations into LLaVA-Med's instruction file.
 
     python -m conversion.clean_instructions --input raw.jsonl --output instruct.json
 
-Questions without exactly one answer, refusals, and answers that speak of their caption are dropped,
-and kept in OUTPUT.dropped.jsonl with the reason; the rules are a file (--rules). An instruction
-file in LLaVA-Med's own form is cleaned, too.
-
-The same as `medley clean-instructions`.
+In: the output of conversion.generate_instructions, or an instruction file in LLaVA-Med's format.
+Out: an instruction file (JSON list), and OUTPUT.dropped.jsonl with the dropped turns and the
+reasons. Drops questions without exactly one answer, refusals, and answers that refer to their
+caption; the regular expressions are in a file (--cleaning_rules). `medley clean-instructions` is
+the same command.
 """
 
 import sys

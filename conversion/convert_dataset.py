@@ -1,17 +1,21 @@
-"""A data set of the field to documents, documents to a data set, or one to another.
+"""Converts a dataset to documents, documents to a dataset, or one dataset format to another.
 
     python -m conversion.convert_dataset --from vqa_rad --input FOLDER --output data
     python -m conversion.convert_dataset --from llava --input mix.json --output mix.jsonl \
-        --image_folder pictures
+        --image_folder images
     python -m conversion.convert_dataset --from documents --to sharegpt --input docs.jsonl \
         --output out.json
 
-An --output with a suffix is one file; any other is a folder with a file for each published split
-(or, with --test_share, for halves without a common picture) and `pictures.csv`, the list of its
-pictures. Every bad record is named and counted, and nothing is written; with --skip_bad the rest
-is, and the bad ones are kept beside it.
+In: a dataset in one of the formats of docs/formats.md, as published or as one of its files.
+Out: a single file (an --output with a suffix), or a folder with one file per published split. With
+--test_fraction, the folder has `train` and `test` files without a common image. The folder also
+has `images.csv`, the image list that tokenizer.image_tokenization reads. Documents are what
+tokenizer.tokenize_jsonl reads.
 
-The same as `medley convert`.
+Bad records are listed and counted, and nothing is written. With --on_error skip, the valid records
+are written, and the bad ones go to `bad.jsonl` in the folder or `OUTPUT.bad.jsonl`.
+
+This is the same program as `medley convert`.
 """
 
 import sys

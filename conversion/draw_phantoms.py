@@ -1,10 +1,10 @@
-"""Draws phantoms to files: pictures, documents to learn from, questions to be tested with.
+"""Generates a dataset of phantoms: synthetic scans with documents and questions.
 
     python -m conversion.draw_phantoms --output DIR --modality MR-CT --train 300 --test 60
 
-writes `images/`, `pictures.csv`, `train.jsonl` and `test.jsonl` to DIR.
-
-The same as `medley draw-phantoms`.
+In: only the options. Out, in DIR: `images/`, `images.csv` (paths of all images), `train.jsonl`
+(documents to train on) and `test.jsonl` (one question per row). `medley draw-phantoms` is the same
+command.
 """
 
 import sys

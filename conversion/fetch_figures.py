@@ -1,16 +1,16 @@
-"""LLaVA-Med's figures out of the articles they were printed in, and its data files.
+"""Downloads LLaVA-Med's figures from the archives of their articles, or its data files.
 
-    python -m conversion.fetch_figures --input llava_med_image_urls.jsonl --output images \
+    python -m conversion.fetch_figures --input llava_med_image_urls.jsonl --output images \\
         --allow_network
-    python -m conversion.fetch_figures --data llava_med_instruct_10k.json --output data \
+    python -m conversion.fetch_figures --data llava_med_instruct_10k.json --output data \\
         --allow_network
 
-Archives are fetched side by side, gone on with where they broke off, and deleted once their figures
-are taken out. What is there already is not fetched again; what cannot be had is named in
-missing.jsonl, and the rest is kept. Nothing is fetched without --allow_network: the program then
-says what it would do.
-
-The same as `medley fetch-figures`.
+In: LLaVA-Med's image-URL file, or the names of its data files. Out: OUTPUT/ID.jpg for each figure,
+with figures.jsonl (size and SHA-256 of each) and missing.jsonl (figures that could not be fetched,
+with the reason); or the data files, verified against published checksums. Archives are downloaded
+concurrently and deleted after their figures are extracted. Interrupted downloads resume, and
+existing figures are not fetched again. Without --allow_network the command only reports what it
+would fetch. `medley fetch-figures` is the same command.
 """
 
 import sys

@@ -1,15 +1,16 @@
-"""Questions and answers about figures, written by a model from their captions; or a translation.
+"""Lets a chat model write conversations from figure captions, or translate documents.
 
     python -m conversion.generate_instructions --input fig_captions.json --output raw.jsonl \\
         --endpoint http://localhost:8000/v1 --model NAME
     python -m conversion.generate_instructions --translate German --input docs.jsonl \\
         --output docs.de.jsonl --endpoint URL --model NAME
 
-Any server that speaks OpenAI's protocol will do; --api_version makes it Azure's. Every reply is
-kept in OUTPUT.replies.jsonl as it comes, and never asked for again; what fails is named in
-OUTPUT.failed.jsonl, and tried again by the same command. conversion.clean_instructions comes next.
-
-The same as `medley generate-instructions`.
+In: LLaVA-Med's captions, or documents with --translate. Out: the records with the model's reply in
+`result` (input of conversion.clean_instructions), or translated documents. Any server with an
+OpenAI-compatible API works; --api_version selects the Azure API. Each reply is cached in
+OUTPUT.replies.jsonl on arrival, and its request is never repeated. Failed records are listed in
+OUTPUT.failed.jsonl; the same command retries them. `medley generate-instructions` is the same
+command.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Paths of recorded cases, and small things that several tests use."""
+"""Shared fixtures and helpers: recorded cases, the embedded model, commands in subprocesses."""
 
 from __future__ import annotations
 
@@ -15,54 +15,79 @@ from hypothesis import settings
 from model_server import Server, running_server
 from training_runs import write_tokens
 
+import medley
 from medley.data.vocabulary import TextTokenizer
 
-settings.register_profile("untimed", deadline=None)  # no test measures time
+settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 LAYOUTS = ("chameleon_7b_layout", "chameleon_30b_layout")
+TIMEOUT = 600  # seconds for a subprocess
+
+# Runs a module like `python -m`, with Python's own handling of SIGINT. A shell starts background
+# jobs with SIGINT ignored, and their children inherit that.
+INTERRUPTIBLE = (
+    "import runpy, signal, sys; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "del sys.argv[0]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
 
 
 def golden(name: str) -> Any:
     return json.loads((GOLDEN / name).read_text())
 
 
+def interruptible_command(module: str, *flags: object) -> list[str]:
+    """The command `python -m MODULE FLAGS`, for a child that the test sends a SIGINT."""
+    return [sys.executable, "-c", INTERRUPTIBLE, module, *map(str, flags)]
+
+
+def torchrun_command(module: str, *flags: object, ranks: int = 2) -> list[str]:
+    """The command `torchrun -m MODULE FLAGS` on a free port."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}", "-m", module, *map(str, flags)]
+
+
 @pytest.fixture(scope="session")
 def exceptions() -> dict[str, dict[str, str]]:
-    """Recorded cases that record a fault which we refuse, by file and case."""
-    found: dict[str, dict[str, str]] = json.loads(
+    """Recorded cases, by file and name, that contain a fault which Medley reports as an error."""
+    cases: dict[str, dict[str, str]] = json.loads(
         (ROOT / "tests" / "golden_exceptions.json").read_text()
     )
-    return found
+    return cases
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> TextTokenizer:
+    """A small tokenizer in Chameleon's layout."""
     folder = GOLDEN / "tiny_chameleon_tokenizer"
     return TextTokenizer.from_file(folder / "text_tokenizer_modified.json")
 
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> Path:
-    """The folder of a recorded checkpoint, one shard or four."""
+    """The folder of a recorded checkpoint, with one shard or four."""
     return GOLDEN / "checkpoints" / str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> medley.Model:
+    """The embedded model on the CPU. Tests must not change it."""
+    return medley.load("tiny", device="cpu")
 
 
 @pytest.fixture
 def program() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program of a stage as a user would, from the repository's root."""
+    """Runs a module in a subprocess, from the repository's root, and checks its exit status."""
 
     def run(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", *map(str, words)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+            cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+        )  # fmt: skip
         assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -71,23 +96,23 @@ def program() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A chat model's server."""
+    """A mock server of a chat model."""
     with running_server(monkeypatch) as state:
         yield state
 
 
 @pytest.fixture(scope="session")
 def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tokens to train on and to validate with."""
+    """A folder with train.jsonl and val.jsonl, tokens files for the embedded model."""
     folder = tmp_path_factory.mktemp("tokens")
     write_tokens(folder / "train.jsonl", 24)
-    write_tokens(folder / "val.jsonl", 6, 1)
+    write_tokens(folder / "val.jsonl", 6, seed=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def sequences(tokenizer: Any) -> list[Any]:
-    """Recorded token sequences, as far as the recorded models know their ids."""
+    """Recorded token sequences; ids beyond the recorded models' vocabulary are replaced."""
     cases = golden("medmax_tokenization.json")["cases"]
-    chosen = [np.array(c["expected"]["tokens"]) for c in cases[:5]]
-    return [np.minimum(ids, 8799) for ids in chosen]  # the recorded model ends at 8,799
+    recorded = [np.array(case["expected"]["tokens"]) for case in cases[:5]]
+    return [np.minimum(ids, 8799) for ids in recorded]

@@ -1,4 +1,4 @@
-"""A chat model's server for tests: replies, faults, and what it was asked."""
+"""A mock server of a chat model: configurable replies and faults, recorded requests."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import pytest
 class Server:
     address: str = ""
     faults: dict[str, list[str]] = field(default_factory=dict)  # by the last message
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)  # by the last message
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    under_way: int = 0
-    most: int = 0
+    running: int = 0
+    max_running: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    always: str = ""  # the fault of every reply that has no own
-    reply: Callable[[str], str] = lambda said: f"User: Q of {said[-2:]}?\n\nAssistant: A toy."
+    default_fault: str = ""  # of requests without an entry in `faults`
+    reply: Callable[[str], str] = lambda message: f"User: Q of {message[-2:]}?\n\nAssistant: A toy."
 
 
 @contextmanager
 def running_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """On the loopback; the library's pauses between tries are short."""
+    """Runs on loopback, with short pauses between the openai package's retries."""
     state = Server()
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr("openai._constants.INITIAL_RETRY_DELAY", 0.01)
@@ -40,25 +40,25 @@ def running_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = body["messages"][-1]["content"]
+            text = body["messages"][-1]["content"]
             with state.lock:
-                state.asked[said] += 1
+                state.requests[text] += 1
                 state.bodies.append(body)
                 state.paths.append(self.path)
-                state.under_way += 1
-                state.most = max(state.most, state.under_way)
+                state.running += 1
+                state.max_running = max(state.max_running, state.running)
             time.sleep(0.03)
             with state.lock:
-                state.under_way -= 1
-            faults = state.faults.get(said, [])
-            fault = faults.pop(0) if faults else state.always
+                state.running -= 1
+            faults = state.faults.get(text, [])
+            fault = faults.pop(0) if faults else state.default_fault
             if fault == "drop":
                 self.connection.close()
                 return
             status = int(fault) if fault.isdigit() else 200
             if fault == "stall":
                 time.sleep(3)
-            reply = "" if fault == "empty" else state.reply(said)
+            reply = "" if fault == "empty" else state.reply(text)
             message = {"role": "assistant", "content": reply}
             content: dict[str, Any] = {
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}]
@@ -77,8 +77,8 @@ def running_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        state.address = f"http://127.0.0.1:{running.server_port}/v1"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        state.address = f"http://127.0.0.1:{http_server.server_port}/v1"
         yield state
-        running.shutdown()
+        http_server.shutdown()

@@ -1,4 +1,4 @@
-"""A server of `tiny`, in a thread of the tests' process or in one of its own."""
+"""A server of `tiny`, in a thread of the test process or as a process of its own."""
 
 from __future__ import annotations
 
@@ -18,45 +18,51 @@ from fastapi import FastAPI
 import medley
 from medley.serving.app import make_app
 from medley.serving.limits import Limits
-from medley.serving.state import State
-from medley.serving.worker import EngineWorker
+from medley.serving.state import ServerState
 
 
-class Running:
-    """Its model, its worker and its address."""
+class RunningServer:
+    """A server in a thread, with its model, its worker and its URL.
+
+    `configure` is called with the application and its state before the server starts.
+    """
 
     def __init__(
-        self, limits: Limits, token: str | None = None, rows: int = 8,
-        change: Callable[[FastAPI, State], None] | None = None, names: Sequence[str] = ("tiny",),
-    ) -> None:  # fmt: skip
-        workers = {name: EngineWorker(name, medley.load("tiny"), limits, rows) for name in names}
-        self.worker = workers[names[0]]
+        self,
+        limits: Limits,
+        token: str | None = None,
+        max_num_seqs: int = 8,
+        configure: Callable[[FastAPI, ServerState], object] | None = None,
+        names: Sequence[str] = ("tiny",),
+    ) -> None:
+        models = {name: medley.load("tiny") for name in names}
+        self.state = ServerState.of_models(models, limits, token, max_num_seqs)
+        self.worker = self.state.workers[names[0]]
         self.model = self.worker.model
-        self.state = State(workers, limits, token)
         app = make_app(self.state)
-        if change is not None:
-            change(app, self.state)
-        listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if configure is not None:
+            configure(app, self.state)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="critical", access_log=False)
         self.server = uvicorn.Server(config)
         self.loop: asyncio.AbstractEventLoop | None = None
 
         async def serve() -> None:
             self.loop = asyncio.get_running_loop()
-            await self.server.serve(sockets=[listening])
+            await self.server.serve(sockets=[listener])
 
         self.thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         self.thread.start()
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while not self.server.started:
-            assert self.thread.is_alive() and time.monotonic() < until, "it did not start"
+            assert self.thread.is_alive() and time.monotonic() < deadline, "it did not start"
             time.sleep(0.01)
 
     def stop(self) -> None:
         def close() -> None:
-            for closing in self.state.closing:
-                closing()
+            for callback in self.state.on_shutdown:
+                callback()
             self.server.should_exit = True
 
         assert self.loop is not None
@@ -65,33 +71,33 @@ class Running:
             self.thread.join(timeout=60)
         assert not self.thread.is_alive()
 
-    def cut(self) -> None:
-        """Breaks every connection, as a bad network does; the server runs on."""
+    def abort_connections(self) -> None:
+        """Aborts every connection, like a network failure; the server keeps running."""
         assert self.loop is not None
         for connection in list(self.server.server_state.connections):
             self.loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore[union-attr]
 
-    def idle(self) -> bool:
-        """Whether every row is free, at once or a moment later."""
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            at_work = [
+    def becomes_idle(self) -> bool:
+        """Waits until no request runs or waits; False after 20 seconds."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            busy = [
                 worker.model.engine.has_work or worker.running or worker.waiting
                 for worker in self.state.workers.values()
             ]
-            if not any(at_work):
+            if not any(busy):
                 return True
             time.sleep(0.02)
         return False
 
 
-def started(log: Path, port: int, *more: str) -> tuple[subprocess.Popen[bytes], str]:
-    """`medley serve` as a process, and its address; what it prints goes to `log`."""
+def start_server(log: Path, port: int, *flags: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Starts `medley serve` as a process; its output goes to `log`. Returns it and its URL."""
     command = [sys.executable, "-m", "medley.cli", "serve", "--ckpt", "tiny", "--port", str(port)]
     with open(log, "wb") as out:
-        process = subprocess.Popen([*command, *more], cwd=ROOT, stdout=out, stderr=out)
-    until = time.monotonic() + 120
+        process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=out, stderr=out)
+    deadline = time.monotonic() + 120
     while "listening at" not in (text := log.read_text()):
-        assert process.poll() is None and time.monotonic() < until, text
+        assert process.poll() is None and time.monotonic() < deadline, text
         time.sleep(0.05)
     return process, text.split("listening at ")[1].split()[0]

@@ -15,11 +15,11 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from medley import checkpoints
-from medley.checkpoints.checkpoint import huggingface as huggingface_layout
-from medley.checkpoints.checkpoint import (
+from medley.checkpoints import huggingface as huggingface_layout
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import (
     max_abs_diff,
     max_logit_diff,
-    open_checkpoint,
     write_chameleon,
     write_hugging_face,
 )
@@ -137,7 +137,7 @@ def test_a_disk_without_room_is_found_out_before_writing(
     assert tiny.weight_bytes() > 10_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))  # type: ignore[attr-defined]
     for write in (write_hugging_face, lambda t, s: write_chameleon(t, s, "tiny")):
-        with pytest.raises(UserError, match=r"needs 0\.02 GB, its disk has 0\.00 GB free"):
+        with pytest.raises(UserError, match=r"needs 0\.02 GB, 0\.00 GB are free"):
             write(tmp_path / "out", tiny)
     assert not list(tmp_path.iterdir())
 

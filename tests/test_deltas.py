@@ -67,7 +67,7 @@ def test_the_programs_there_and_back(tmp_path: Path, program: Callable[..., Any]
         assert torch.allclose(again[name], tensor, atol=1e-6)
     assert (tmp_path / "again" / "licence.txt").read_text() == "Apache"
     done = program("conversion.apply_delta", *flags, status=2)
-    assert "exists already" in done.stderr
+    assert "already exists" in done.stderr
 
 
 def test_tensors_that_would_vanish_are_named(tmp_path: Path, program: Callable[..., Any]) -> None:

@@ -1,5 +1,4 @@
-"""What stands in `deploy/`: held to the command, the package and the files it names. Neither Docker
-nor Ray runs here."""
+"""Files in `deploy/`: their commands, options and paths are valid. Neither Docker nor Ray runs."""
 
 from __future__ import annotations
 
@@ -23,66 +22,66 @@ DEPLOY = ROOT / "deploy"
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """Of a Dockerfile: continued lines joined, comments left out."""
+    """Instructions of a Dockerfile, with continued lines joined and without comments."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     pairs = [line.split(maxsplit=1) for line in joined.splitlines() if line.strip()]
-    return [(word, rest) for word, rest in pairs]
+    return [(name, arguments) for name, arguments in pairs]
 
 
-def served(words: list[str]) -> ServeOptions:
-    """The options that a command line of `medley` gives. Raises for one that is refused."""
+def parse_serve(words: list[str]) -> ServeOptions:
+    """Parses a command line of `medley serve`. Raises SystemExit for an invalid one."""
     assert words[0] == "serve"
     return parse(ServeOptions, "medley serve", words[1:])
 
 
-def test_the_image_is_built_of_what_is_there() -> None:
-    found = instructions(DEPLOY / "Dockerfile")
-    assert found[0] == ("FROM", "python:3.11-slim")
+def test_dockerfile_uses_existing_files_and_valid_options() -> None:
+    lines = instructions(DEPLOY / "Dockerfile")
+    assert lines[0] == ("FROM", "python:3.11-slim")
     project = (ROOT / "pyproject.toml").read_text()
-    for word, rest in found:
+    for word, rest in lines:
         if word == "COPY":
             *sources, _ = rest.split()
             assert all((ROOT / source).exists() for source in sources), rest
-    (install,) = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
+    (install,) = [rest for word, rest in lines if word == "RUN" and "pip install" in rest]
     extras = re.search(r'"\.\[(.*)\]"', install)
     assert extras is not None
     assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in extras[1].split(","))
-    assert "-c requirements.txt" in install  # what was tried together
-    last = dict(found)
+    assert "-c requirements.txt" in install  # the tested versions
+    last = dict(lines)
     assert json.loads(last["ENTRYPOINT"]) == ["medley"]
     assert '\nmedley = "medley.cli:main"\n' in project
-    options = served(json.loads(last["CMD"]))
+    options = parse_serve(json.loads(last["CMD"]))
     assert (options.ckpt, options.host) == (["tiny"], "0.0.0.0")
     assert int(last["EXPOSE"]) == options.port
     assert f":{options.port}/health" in last["HEALTHCHECK"]
     assert last["USER"] != "root"
 
 
-def test_the_composition_starts_the_same_server() -> None:
+def test_compose_file_starts_the_same_server() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     (service,) = services.values()
     context = (DEPLOY / service["build"]["context"]).resolve()
     assert context == ROOT.resolve()
     assert (context / service["build"]["dockerfile"]).is_file()
     words = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in service["command"]]
-    options = served(words)
+    options = parse_serve(words)
     assert options.ckpt == ["tiny"]
     grace = int(service["stop_grace_period"].removesuffix("s"))
-    assert grace > options.drain_seconds  # or running requests are killed
-    assert options.token_variable in service["environment"]
+    assert grace > options.drain_seconds  # otherwise running requests are killed
+    assert options.token_env in service["environment"]
     first, last = service["ports"][0].split(":")[0].split("-")
     assert int(last) - int(first) + 1 >= service["deploy"]["replicas"]
     assert service["ports"][0].endswith(f":{options.port}")
 
 
-def test_each_ray_replica_builds_the_same_application(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for Ray, which keeps what it is told and calls the builder as a replica."""
-    told: dict[str, Any] = {}
-    stand_in = types.ModuleType("ray")
+def test_ray_replicas_build_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses a mock of Ray that records its arguments, and calls the builder as a replica does."""
+    recorded: dict[str, Any] = {}
+    mock_ray = types.ModuleType("ray")
 
     def deployment(**options: Any) -> Any:
-        told.update(options)
+        recorded.update(options)
 
         def wrap(kind: Any) -> Any:
             kind.bind = classmethod(lambda cls: cls)
@@ -91,16 +90,16 @@ def test_each_ray_replica_builds_the_same_application(monkeypatch: pytest.Monkey
         return wrap
 
     def ingress(builder: Any) -> Any:
-        told["builder"] = builder
+        recorded["builder"] = builder
         return lambda kind: kind
 
-    stand_in.serve = types.SimpleNamespace(deployment=deployment, ingress=ingress)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    mock_ray.serve = types.SimpleNamespace(deployment=deployment, ingress=ingress)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray", mock_ray)
     monkeypatch.setenv("MEDLEY_REPLICAS", "3")
     module = runpy.run_path(str(DEPLOY / "ray_serve.py"))
     assert module["application"] is module["Medley"]
-    assert told["num_replicas"] == 3
-    assert told["graceful_shutdown_timeout_s"] == ServeOptions(ckpt=["tiny"]).drain_seconds
-    with TestClient(told["builder"]()) as client:
+    assert recorded["num_replicas"] == 3
+    assert recorded["graceful_shutdown_timeout_s"] == ServeOptions(ckpt=["tiny"]).drain_seconds
+    with TestClient(recorded["builder"]()) as client:
         assert client.get("/health").json()["status"] == "ok"
         assert [row["id"] for row in client.get("/v1/models").json()["data"]] == ["tiny"]

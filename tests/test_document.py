@@ -23,7 +23,7 @@ LABELS = golden("medmax_labels.json")["cases"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_ids_equal_the_recorded(
+def test_ids_equal_recorded(
     case: Any, tokenizer: TextTokenizer, exceptions: dict[str, dict[str, str]]
 ) -> None:
     expected = case["expected"]["tokens"]
@@ -34,24 +34,24 @@ def test_ids_equal_the_recorded(
     try:
         ours = Document.from_json(case["input"]).to_ids(tokenizer)
     except ValueError:
-        return  # refused, as golden_exceptions.json says
+        return  # rejected, as golden_exceptions.json states
     assert ours != expected
 
 
 @pytest.mark.parametrize("case", LABELS, ids=lambda case: case["id"])
-def test_medmax_batches_equal_the_recorded(case: Any, tokenizer: TextTokenizer) -> None:
-    rows, expected = case["input"]["tokens"], case["expected"]
+def test_medmax_batches_equal_recorded(case: Any, tokenizer: TextTokenizer) -> None:
+    sequences, expected = case["input"]["tokens"], case["expected"]
     if "error" in expected:
         with pytest.raises(IndexError):
-            medmax_collate(rows, tokenizer.vocabulary)
+            medmax_collate(sequences, tokenizer.vocabulary)
         return
-    batch = medmax_collate(rows, tokenizer.vocabulary)
+    batch = medmax_collate(sequences, tokenizer.vocabulary)
     for name, dtype in expected["dtypes"].items():
         assert batch[name].tolist() == expected[name]
         assert str(batch[name].dtype) == dtype
 
 
-def test_splitting_equals_the_recorded(
+def test_parts_of_ids_equal_recorded(
     tokenizer: TextTokenizer, exceptions: dict[str, dict[str, str]]
 ) -> None:
     codes = tokenizer.vocabulary.image_codes
@@ -59,23 +59,23 @@ def test_splitting_equals_the_recorded(
         if case["id"] in exceptions["medmax_sequence_and_vocab"]:
             continue
         if case["id"] == "text_only":
-            continue  # its "text" ids 5, 6, 7 are image codes outside of a picture
+            continue  # its "text" ids 5, 6, 7 are image tokens outside of an image
         parts = ids_to_parts(case["input"], tokenizer)
         images = [ids[0] for kind, ids in case["expected"] if kind == "image_seg"]
-        found = [list(p.codes or ()) for p in parts if isinstance(p, ImagePart)]
-        assert found == [[token - codes.start for token in ids] for ids in images]
+        parsed = [list(p.codes or ()) for p in parts if isinstance(p, ImagePart)]
+        assert parsed == [[token - codes.start for token in ids] for ids in images]
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
-pictures = st.lists(st.integers(0, 8191), min_size=1, max_size=6).map(
+images = st.lists(st.integers(0, 8191), min_size=1, max_size=6).map(
     lambda codes: ImagePart(codes=tuple(codes))
 )
 
 
 @st.composite
 def some_parts(draw: Any) -> tuple[Any, ...]:
-    """Parts in which no two texts are neighbours: ids do not tell where one ended."""
-    parts: list[Any] = draw(st.lists(st.one_of(texts, pictures), min_size=1, max_size=5))
+    """Parts without adjacent texts, because ids do not contain the border between two texts."""
+    parts: list[Any] = draw(st.lists(st.one_of(texts, images), min_size=1, max_size=5))
     return tuple(
         p
         for i, p in enumerate(parts)
@@ -98,22 +98,24 @@ def tiny_tokenizer() -> TextTokenizer:
 
 
 @given(document=documents)
-def test_any_document_there_and_back(document: Document, tiny_tokenizer: TextTokenizer) -> None:
+def test_any_document_round_trips_through_ids(
+    document: Document, tiny_tokenizer: TextTokenizer
+) -> None:
     assert Document.from_ids(document.to_ids(tiny_tokenizer), tiny_tokenizer) == document
 
 
-def test_answer_spans_hold_every_assistant_turn_with_its_mark(tokenizer: TextTokenizer) -> None:
+def test_assistant_spans_include_the_token_that_ends_each_turn(tokenizer: TextTokenizer) -> None:
     turns = [Turn("user", ("The",)), Turn("assistant", ("left",))] * 2
     ids = Document(tuple(turns)).to_ids(tokenizer)
-    learned = [ids[start:end] for start, end in assistant_spans(ids, tokenizer.vocabulary)]
+    trained = [ids[start:end] for start, end in assistant_spans(ids, tokenizer.vocabulary)]
     answer = tokenizer.encode("left")
-    assert learned == [
+    assert trained == [
         [*answer, tokenizer.vocabulary.end_turn],
         [*answer, tokenizer.vocabulary.eos],
     ]
 
 
-def test_a_document_without_turns_is_learned_whole(tokenizer: TextTokenizer) -> None:
+def test_assistant_span_of_a_single_turn_is_the_complete_document(tokenizer: TextTokenizer) -> None:
     ids = Document((Turn("assistant", ("left",)),)).to_ids(tokenizer)
     assert assistant_spans(ids, tokenizer.vocabulary) == [(1, len(ids))]
 
@@ -137,10 +139,10 @@ def test_messages_and_text_give_the_same_ids(tokenizer: TextTokenizer) -> None:
     [
         ({}, "neither 'text' nor 'messages'"),
         ({"text": 3}, "expected a string"),
-        ({"text": "<image>"}, "1 <image> in the text but 0 pictures"),
-        ({"text": "<image>", "image_tokens": [1, "x"]}, "no whole number"),
-        ({"text": "<image>", "image_path": ["a", "b"], "image_tokens": [[1]]}, "2 picture paths"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not known"),
+        ({"text": "<image>"}, "placeholders .1. differs from the number of images .0."),
+        ({"text": "<image>", "image_tokens": [1, "x"]}, "not an integer"),
+        ({"text": "<image>", "image_path": ["a", "b"], "image_tokens": [[1]]}, "2 image paths"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "Unsupported role 'tool'"),
         ({"messages": [{"role": "user"}]}, "lacks 'role' or 'content'"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
@@ -148,6 +150,16 @@ def test_messages_and_text_give_the_same_ids(tokenizer: TextTokenizer) -> None:
         ),
     ],
 )
-def test_bad_documents_say_why(row: Any, message: str) -> None:
+def test_invalid_documents_raise_with_the_reason(row: Any, message: str) -> None:
     with pytest.raises(DocumentError, match=message):
         Document.from_json(row)
+
+
+def test_deprecated_names_warn(tokenizer: TextTokenizer) -> None:
+    document = Document((Turn("assistant", ("a", ImagePart(codes=(1,)))),))
+    with pytest.warns(DeprecationWarning, match="use Document.images"):
+        assert document.pictures == document.images  # alias
+    with pytest.warns(DeprecationWarning, match="use Document.map_images"):
+        assert document.map_pictures(lambda image: image) == document  # alias
+    with pytest.warns(DeprecationWarning, match="use Vocabulary.image_placeholder"):
+        assert tokenizer.vocabulary.image == tokenizer.vocabulary.image_placeholder

@@ -18,8 +18,9 @@ from PIL import Image
 
 import medley
 from medley.checkpoints.adapter import read_adapter
-from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.data.token_dataset import TokenDataset
+from medley.tiny.embedded import tiny_folder
 from medley.trainer.checkpointing import COMPLETE
 from medley.utils.manifest import read_manifest
 
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run("conversion.draw_phantoms", "--output", out / "data", "--train", 6, "--test", 2)
     done = torchrun(
-        "tokenizer.image_tokenization", "--input", out / "data" / "pictures.csv",
+        "tokenizer.image_tokenization", "--input", out / "data" / "images.csv",
         "--output", out / "codes", "--ckpt", "tiny", "--partition_size", 3, "--bs", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -91,7 +92,7 @@ def test_tokens_are_those_of_the_library(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     for line in lines[:3]:
         tokens = line.pop("tokens")
-        assert tokens == model.encode(medley.Document.from_json(line))
+        assert tokens == model.encode_document(medley.Document.from_json(line))
     shards = TokenDataset(folder / "test.jsonl")
     assert len(shards) == len(lines)
 
@@ -199,7 +200,7 @@ def test_broken_and_missing_pictures_are_named_and_nothing_else_is_lost(
     words: list[Any] = ["tokenizer.image_tokenization", "--input", tmp_path / "list.csv"]
     words += ["--output", tmp_path / "codes", "--ckpt", "tiny"]
     said = last_line(program(*words, status=3))
-    assert "2 pictures of 3 rows could not be read" in said
+    assert "2 images of 3 rows could not be read" in said
     errors = [
         json.loads(line)
         for line in (tmp_path / "codes" / "errors_rank_0.jsonl").read_text().splitlines()
@@ -280,7 +281,7 @@ def test_an_existing_output_is_not_overwritten(program: Run, tmp_path: Path) -> 
             status=2,
         )
     )
-    assert "exists already" in said
+    assert "already exists" in said
     assert (tmp_path / "hf" / "mine.txt").read_text() == "keep me"
 
 

@@ -1,4 +1,4 @@
-"""The engine's own machinery: fused step, remembered contexts, rows that join and leave."""
+"""The engine: scheduler, model runner, prefix cache, sequences that join and leave."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from PIL import Image
 
 import medley
 from medley.checkpoints.checkpoint import open_checkpoint
-from medley.commands.model_options import MemoryEstimate
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
 from medley.generation.fused_decode import FusedDecoder
 from medley.generation.kv_cache import CachedPrefix, KeyValueCache
+from medley.generation.model_runner import GRAPH_STEPS
 from medley.generation.prefix_cache import PrefixCache
+from medley.generation.scheduler import PREFILL_TOKENS, Scheduler
+from medley.inference.memory import MemoryEstimate
 from medley.inference.model import Model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
 
 
-def engine(decoder: Any, fuse: bool, model: Model) -> Engine:
+def make_engine(decoder: Any, fuse: bool, model: Model) -> Engine:
     return Engine(decoder, model.vocabulary, model.image_tokenizer.codes_per_image, fuse)
 
 
@@ -33,301 +35,110 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def prompts(model: Model) -> list[list[int]]:
-    """Of different lengths, one with a picture."""
-    picture = Image.new("RGB", (64, 64), "navy")
-    talks = [["Is there a cyst?"], [picture, "What does this scan show?"], ["Show me a head."]]
-    return [model.encode_prompt(parts) for parts in talks]
+    """Prompts of different lengths, one with an image."""
+    image = Image.new("RGB", (64, 64), "navy")
+    parts = [["Is there a cyst?"], [image, "What does this scan show?"], ["Show me a head."]]
+    return [model.encode_prompt(p) for p in parts]
+
+
+# --- model runner -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("swin_norm", [False, True])
-def test_the_fused_step_gives_what_the_modules_give(layout: Path, swin_norm: bool) -> None:
-    """Grouped heads (the layout of 30b), both places of the norms, streams of unequal length."""
+def test_fused_step_equals_the_modules(layout: Path, swin_norm: bool) -> None:
+    """With grouped heads (the 30b layout), both norm positions, branches of unequal length."""
     decoder = open_checkpoint(layout / "input").decoder(torch.float32)
     if swin_norm:
         state, decoder.config.swin_norm = decoder.state_dict(), True
         decoder = type(decoder)(decoder.config).eval()
         decoder.load_state_dict(state)
     ids = torch.randint(8720, 8790, (3, 40), generator=torch.Generator().manual_seed(0))
-    late = torch.tensor([0, 3, 11])  # steps by which each stream begins after the first
+    delays = torch.tensor([0, 3, 11])  # steps by which each branch starts after the first
     cache = KeyValueCache(decoder.config, torch.float32, torch.device("cpu"), 3)
     with torch.inference_mode():
-        wanted = decoder.model(ids, use_cache=False).last_hidden_state
+        expected = decoder.model(ids, use_cache=False).last_hidden_state
         step = FusedDecoder(decoder)
         for _ in ids:
-            cache.add_stream()
-        for time in range(ids.shape[1] + int(late.max())):
-            places = (time - late).clamp(0, ids.shape[1] - 1)  # those that wait write over it
-            length = int(places.max()) + 1
-            cache.place(0, places[:, None], length)
-            mask = torch.arange(length) <= places[:, None]
-            rows = torch.arange(len(ids))
-            found = step(ids[rows, places], places, mask[:, None, None], cache)
-            assert torch.allclose(found, wanted[rows, places], atol=1e-5)
+            cache.add_slot()
+        for time in range(ids.shape[1] + int(delays.max())):
+            positions = (time - delays).clamp(0, ids.shape[1] - 1)  # waiting ones rewrite it
+            length = int(positions.max()) + 1
+            cache.set_write_positions(0, positions[:, None], length)
+            mask = torch.arange(length) <= positions[:, None]
+            branches = torch.arange(len(ids))
+            states = step(ids[branches, positions], positions, mask[:, None, None], cache)
+            assert torch.allclose(states, expected[branches, positions], atol=1e-5)
 
 
-def test_prompts_of_unequal_length_are_read_in_one_pass(
-    model: Model, prompts: list[list[int]]
+def test_prompts_of_unequal_length_are_prefilled_in_one_pass(
+    model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = GenerationOptions(mode="text", max_new_tokens=24, **GREEDY)
-    reads = []
-    own = engine(model.engine.decoder, False, model)
-    read = own._passes.read
-    own._passes.read = lambda *a: reads.append(len(a[0])) or read(*a)  # type: ignore[method-assign,func-returns-value]
-    together = own.generate([Request(ids, options, i) for i, ids in enumerate(prompts)])
-    assert reads == [3]
-    alone = [own.generate([Request(ids, options, 0)])[0] for ids in prompts]
-    assert [r.ids for r in together] == [r.ids for r in alone]
+    engine = make_engine(model.engine.decoder, False, model)
+    batch_sizes = []
+    prefill = engine.runner.prefill
+
+    def record(admissions: Any) -> Any:
+        batch_sizes.append(len(admissions))
+        return prefill(admissions)
+
+    monkeypatch.setattr(engine.runner, "prefill", record)
+    together = engine.generate([Request(ids, options, i) for i, ids in enumerate(prompts)])
+    assert batch_sizes == [3]
+    alone = [engine.generate([Request(ids, options, 0)])[0] for ids in prompts]
+    assert [o.ids for o in together] == [o.ids for o in alone]
 
 
-def test_a_request_that_joins_later_changes_nothing(model: Model, prompts: list[list[int]]) -> None:
-    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
-    own = engine(model.engine.decoder, False, model)
-    wanted = [own.generate([Request(p, options, i)])[0].ids for i, p in enumerate(prompts)]
-    first = own.submit(Request(prompts[0], options, 0))
-    for _ in range(7):
-        own.step()
-    others = [own.submit(Request(p, options, i)) for i, p in enumerate(prompts[1:], 1)]
-    results: dict[int, list[int]] = {}
-    while own.has_work:
-        own.step()
-        for ticket in (first, *others):
-            for _, token, result in own.poll(ticket):
-                if token is None:
-                    results[ticket] = result.ids
-    assert [results[ticket] for ticket in (first, *others)] == wanted
-
-
-def test_a_cancelled_row_is_free_at_once_and_others_go_on(
+def test_layers_on_several_devices_give_the_same_output(
     model: Model, prompts: list[list[int]]
 ) -> None:
-    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
-    own = engine(model.engine.decoder, False, model)
-    wanted = own.generate([Request(prompts[2], options, 5)])[0].ids
-    gone, waiting = own.submit(Request(prompts[1], options, 1)), []
-    kept = own.submit(Request(prompts[2], options, 5))
-    for _ in range(4):
-        own.step()
-    waiting.append(own.submit(Request(prompts[0], options, 2)))
-    streams = own._cache.streams
-    own.cancel(gone)
-    own.cancel(waiting[0])
-    own.cancel(gone)  # twice is no harm
-    assert own._cache.streams < streams
-    found: list[int] = []
-    while own.has_work:
-        own.step()
-        assert not list(own.poll(gone))
-        for _, token, result in own.poll(kept):
-            found = result.ids if token is None else found
-    assert found == wanted
-    assert own._cache.streams == 0
-
-
-def test_closing_a_stream_frees_its_row(model: Model) -> None:
-    events = model.stream(["Show me a CT scan."], mode="image", max_new_tokens=100)
-    assert next(events).progress is not None
-    assert model.engine.has_work
-    events.close()  # type: ignore[attr-defined]
-    assert not model.engine.has_work
-    assert model.engine._cache.streams == 0
-
-
-def test_a_talk_reads_only_what_is_new_and_says_the_same(model: Model) -> None:
-    picture = Image.new("RGB", (64, 64), "gray")
-    talk = model.chat(mode="text", max_new_tokens=20, **GREEDY)
-    reads: list[int] = []
-    own = model.engine
-    read = own._passes.read
-    own._passes.read = lambda s, c, b: (  # type: ignore[method-assign]
-        reads.append(sum(len(x) - y for x, y in zip(c, b, strict=True))),  # type: ignore[func-returns-value]
-        read(s, c, b),
-    )[1]
-    try:
-        answers, ids = [], []
-        for turn in ((picture, "Is there a cyst?"), ("Where is it?",), ("How large?",)):
-            before = list(talk.ids)
-            *_, last = talk.send(*turn)
-            assert last.answer is not None
-            answers.append(last.answer.ids)
-            ids.append([*before, *model.encode_prompt(list(turn))[1:]])
-    finally:
-        del own._passes.read  # type: ignore[method-assign]
-    assert reads[0] == len(ids[0])
-    assert all(count < 25 for count in reads[1:])
-    fresh = engine(model.engine.decoder, False, model)
-    options = GenerationOptions(mode="text", max_new_tokens=20, **GREEDY)
-    assert answers == [fresh.generate([Request(i, options)])[0].ids for i in ids]
-
-
-def test_remembered_contexts_stay_within_their_bytes() -> None:
-    def prefix(*ids: int) -> CachedPrefix:
-        return CachedPrefix(ids, (torch.zeros(2, 1, len(ids), 4),))
-
-    size = prefix(*range(20)).nbytes
-    kept = PrefixCache(3 * size)
-    for start in range(4):
-        kept.keep(prefix(*range(start, start + 20)))
-    assert len(kept) == 3
-    assert kept.find([0, *range(1, 20)]) is None  # the oldest is gone
-    found = kept.find([*range(3, 20), 99, 100])
-    assert found is not None
-    assert found[1] == 17
-    kept.keep(prefix(*range(3, 24)))  # longer, and begins with one that is there
-    assert sum(p.ids[:20] == tuple(range(3, 23)) for p in kept._kept) == 1
-
-
-def test_previews_come_while_a_picture_is_drawn(model: Model) -> None:
-    events = list(model.stream(["Show me a CT scan."], mode="image", preview_every=16))
-    previews = [e.preview for e in events if e.preview is not None]
-    codes = model.image_tokenizer.codes_per_image
-    assert len(previews) == codes // 16
-    assert previews[0].size == (model.image_tokenizer.size,) * 2
-    images = [e.image for e in events if e.image is not None]
-    assert len(images) == 1
-    assert images[0].tobytes() == previews[-1].tobytes()  # with all codes there
-    assert events[-1].answer is not None
-    assert [e.progress for e in events if e.progress][-1] == 1.0
-
-
-def test_top_k_of_one_is_greedy(model: Model, prompts: list[list[int]]) -> None:
-    common = {"mode": "text", "max_new_tokens": 16, "repetition_penalty": 1.0}
-    one = GenerationOptions(**common, text_top_k=1, text_temperature=3.0)
-    greedy = GenerationOptions(**common, text_greedy=True)
-    found = [
-        [r.ids for r in model.engine.generate([Request(p, o) for p in prompts])]
-        for o in (one, greedy)
-    ]
-    assert found[0] == found[1]
-    images = {"mode": "image", "max_images": 1, "max_new_tokens": 80}
-    drawn = [
-        model.engine.generate([Request(prompts[2], GenerationOptions(**images, **more))])[0].ids
-        for more in ({"image_top_k": 1, "image_temperature": 2.0}, {"image_greedy": True})
-    ]
-    assert drawn[0] == drawn[1]
-
-
-def test_a_stop_token_ends_the_answer_and_says_so(model: Model, prompts: list[list[int]]) -> None:
-    options = {"mode": "text", "max_new_tokens": 30, **GREEDY}
-    found = model.engine.generate([Request(p, GenerationOptions(**options)) for p in prompts])
-    prompt, whole = max(zip(prompts, (r.ids for r in found), strict=True), key=lambda x: len(x[1]))
-    stop = whole[1]
-    found = model.engine.generate([Request(prompt, GenerationOptions(**options, stop=(stop,)))])
-    assert found[0].ids == whole[: whole.index(stop) + 1]
-    assert len(found[0].ids) < len(whole)
-    assert found[0].finish_reason == "stop"
-
-
-def test_layers_may_live_on_several_devices(model: Model, prompts: list[list[int]]) -> None:
-    """accelerate's hooks move what a layer reads; the step by hand is not used there."""
+    """accelerate's hooks move a layer's inputs. Weights with hooks are not fused."""
     from accelerate import dispatch_model
 
     decoder = open_checkpoint("tiny").decoder(torch.float32)
     names = [n for n, _ in decoder.named_children() if n != "model"]
     inner = [f"model.{n}" for n, _ in decoder.model.named_children() if n != "layers"]
     layers = [f"model.layers.{i}" for i in range(len(decoder.model.layers))]
-    places = dict.fromkeys([*names, *inner, *layers], "cpu")
-    spread = dispatch_model(decoder, places, main_device="cpu", force_hooks=True)
-    own = engine(spread, True, model)
-    assert own._passes.fused is None
+    device_map = dict.fromkeys([*names, *inner, *layers], "cpu")
+    dispatched = dispatch_model(decoder, device_map, main_device="cpu", force_hooks=True)
+    engine = make_engine(dispatched, True, model)
+    assert engine.runner.fused is None
     options = GenerationOptions(mode="text", max_new_tokens=12, **GREEDY)
     requests = [Request(ids, options) for ids in prompts]
-    wanted = [r.ids for r in model.engine.generate(requests)]
-    assert [r.ids for r in own.generate(requests)] == wanted
+    expected = [o.ids for o in model.engine.generate(requests)]
+    assert [o.ids for o in engine.generate(requests)] == expected
 
 
-def test_the_memory_a_model_takes_is_known_before_it_is_read(model: Model) -> None:
-    checkpoint = open_checkpoint("tiny")
-    need = MemoryEstimate.of(checkpoint, torch.float32, None, torch.device("cpu"))
-    decoder = model.engine.decoder
-    parts = [*decoder.model.layers, decoder.model.embed_tokens, decoder.lm_head]
-    weights = sum(p.nbytes for part in parts for p in part.parameters())
-    packed = weights - decoder.model.embed_tokens.weight.nbytes
-    assert need.weights == pytest.approx(weights + packed, rel=0.01)
-    config = decoder.config
-    assert need.token == 2 * config.num_hidden_layers * config.hidden_size * 4
-    assert f"{need.token / 1e3:.1f} kB a token" in need.line(4, 1 << 30)
-    assert "4 answers" in need.line(4, 1 << 30)
-    eighth = MemoryEstimate.of(checkpoint, torch.float32, "8bit", torch.device("cpu"))
-    assert eighth.weights < 0.7 * weights
-
-
-def test_the_cache_is_given_back_when_nobody_is_at_work(
-    model: Model, prompts: list[list[int]]
-) -> None:
-    options = GenerationOptions(mode="text", max_new_tokens=4)
-    own = engine(model.engine.decoder, False, model)
-    own.generate([Request(ids, options) for ids in prompts * 5], batch_size=4)
-    assert sum(table.nbytes for table in own._cache._keys) == 0
-    slots = []
-    grow = own._cache.add_stream
-    own._cache.add_stream = lambda: (grow(), slots.append(len(own._cache._keys[0])))[0]  # type: ignore[method-assign,func-returns-value]
-    own.generate([Request(ids, options) for ids in prompts * 5], batch_size=40)
-    assert max(slots) <= 3 * 40
-
-
-def test_an_interrupted_prefill_leaves_no_streams(
+def test_interrupted_prefill_frees_its_slots(
     model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = engine(model.engine.decoder, False, model)
+    engine = make_engine(model.engine.decoder, False, model)
 
-    def stop(*_: Any) -> Any:
+    def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(own._passes, "read", stop)
+    monkeypatch.setattr(engine.runner, "_prefill_contexts", interrupt)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            own.generate([Request(ids, GenerationOptions()) for ids in prompts])
-    assert own._cache.streams == 0
-    assert not own.has_work
+            engine.generate([Request(ids, GenerationOptions()) for ids in prompts])
+    assert engine.runner.cache.num_slots == 0
+    assert not engine.has_work
 
 
-def test_more_rows_at_once_than_usual(model: Model, prompts: list[list[int]]) -> None:
-    own = engine(model.engine.decoder, False, model)
-    options = GenerationOptions(mode="text", max_new_tokens=3, **GREEDY)
-    most = 0
-    for _ in own.run([Request(prompts[0], options) for _ in range(50)], batch_size=50):
-        most = max(most, len(own._rows))
-    assert most == 50
-
-
-def test_alone_and_in_company_bit_for_bit_where_that_is_asked(
-    model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    step = model.engine.step
-    monkeypatch.setattr(
-        model.engine, "step", lambda: (step(), seen.append(len(model.engine._rows)))[0]
-    )
-    options = [GenerationOptions(mode="text", max_new_tokens=5)] * 3
-    model.generate_responses([["a"], ["b"], ["c"]], options, deterministic=True)
-    assert max(seen) == 1
-
-
-def test_logits_that_are_no_numbers_stop_with_a_word(model: Model) -> None:
+def test_nonfinite_logits_raise(model: Model) -> None:
     decoder = open_checkpoint("tiny").decoder(torch.float32)
     with torch.no_grad():
         decoder.lm_head.weight[9000].fill_(float("inf"))
-    own = engine(decoder, False, model)
-    marks = model.vocabulary
-    with pytest.raises(UserError, match="no finite numbers"):
-        own.generate([Request([marks.bos, 8720], GenerationOptions(min_images=1))])
-    assert not own.has_work
+    engine = make_engine(decoder, False, model)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        engine.generate([Request([model.vocabulary.bos, 8720], GenerationOptions(min_images=1))])
+    assert not engine.has_work
 
 
-def test_a_talk_without_room_for_its_pictures_is_remembered_whole(model: Model) -> None:
-    own = engine(model.engine.decoder, False, model)
-    token = own.prefixes.limit / own.context
-    config = model.engine.decoder.config
-    assert token >= 2 * config.num_hidden_layers * config.hidden_size * 4
-
-
-def test_the_engine_refuses_no_prompt(model: Model) -> None:
-    with pytest.raises(UserError, match="empty prompt"):
-        model.engine.submit(Request([], GenerationOptions()))
-
-
-def test_many_codes_at_once_are_those_of_one_after_another(model: Model) -> None:
-    """As on CUDA, but without the graph: rows of different options, that end and join."""
+def test_graphed_decode_gives_the_same_image_tokens_as_single_steps(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, but without the graph: sequences with different options that join and leave."""
     decoder = open_checkpoint("tiny").decoder(torch.float32)
     options = [
         GenerationOptions(min_images=1, max_images=1, max_new_tokens=150, seed=4),
@@ -337,18 +148,255 @@ def test_many_codes_at_once_are_those_of_one_after_another(model: Model) -> None
             mode="image", guidance_scale_text=1.0, guidance_scale_image=1.0, image_top_p=1.0
         ),
     ]
-    # Of what the model knows: elsewhere thousands of codes are about as likely, and rounding draws.
-    asked = [f"Show me a {m} scan of the {o}." for m, o in (("CT", "head"), ("MR", "chest"))]
-    known = [model.encode_prompt([text]) for text in asked]
+    # Prompts that the model was trained on: for others thousands of image tokens are about equally
+    # probable, and rounding decides.
+    texts = [f"Show me a {m} scan of the {o}." for m, o in (("CT", "head"), ("MR", "chest"))]
+    known = [model.encode_prompt([text]) for text in texts]
     requests = [Request(known[i % 2], o, i) for i, o in enumerate(options * 2)]
-    found, bursts = [], []
-    for with_bursts in (False, True):
-        own = engine(decoder, True, model)
-        own.use_cuda_graph = with_bursts
-        draw = own._decode_images
-        own._decode_images = lambda steps, draw=draw: (bursts.append(steps), draw(steps))[1]  # type: ignore[method-assign,misc]
-        found.append([result.ids for result in own.generate(requests, batch_size=5)])
-        assert own._cache.streams == 0
-    assert found[0] == found[1]
-    assert len(bursts) >= 3
-    assert max(bursts) == 32
+    outputs, steps = [], []
+    for use_cuda_graph in (False, True):
+        engine = make_engine(decoder, True, model)
+        engine.runner.use_cuda_graph = use_cuda_graph
+        decode_images = engine.runner.decode_images
+
+        def record(sequences: Any, count: int, part: slice, decode: Any = decode_images) -> Any:
+            steps.append(count)
+            return decode(sequences, count, part)
+
+        monkeypatch.setattr(engine.runner, "decode_images", record)
+        outputs.append([o.ids for o in engine.generate(requests, batch_size=5)])
+        assert engine.runner.cache.num_slots == 0
+    assert outputs[0] == outputs[1]
+    assert len(steps) >= 3
+    assert max(steps) == GRAPH_STEPS
+
+
+# --- sequences that join and leave --------------------------------------------------------------
+
+
+def test_request_that_joins_later_changes_no_output(model: Model, prompts: list[list[int]]) -> None:
+    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
+    engine = make_engine(model.engine.decoder, False, model)
+    expected = [engine.generate([Request(p, options, i)])[0].ids for i, p in enumerate(prompts)]
+    first = engine.submit(Request(prompts[0], options, 0))
+    for _ in range(7):
+        engine.step()
+    others = [engine.submit(Request(p, options, i)) for i, p in enumerate(prompts[1:], 1)]
+    outputs: dict[int, list[int]] = {}
+    while engine.has_work:
+        engine.step()
+        for ticket in (first, *others):
+            for _, token, output in engine.poll(ticket):
+                if token is None:
+                    outputs[ticket] = output.ids
+    assert [outputs[ticket] for ticket in (first, *others)] == expected
+
+
+def test_cancelled_sequence_is_freed_and_others_continue(
+    model: Model, prompts: list[list[int]]
+) -> None:
+    options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=120, seed=8)
+    engine = make_engine(model.engine.decoder, False, model)
+    expected = engine.generate([Request(prompts[2], options, 5)])[0].ids
+    cancelled = engine.submit(Request(prompts[1], options, 1))
+    other = engine.submit(Request(prompts[2], options, 5))
+    for _ in range(4):
+        engine.step()
+    waiting = engine.submit(Request(prompts[0], options, 2))
+    slots = engine.runner.cache.num_slots
+    engine.cancel(cancelled)
+    engine.cancel(waiting)
+    engine.cancel(cancelled)  # no effect
+    assert engine.runner.cache.num_slots < slots
+    ids: list[int] = []
+    while engine.has_work:
+        engine.step()
+        assert not list(engine.poll(cancelled))
+        for _, token, output in engine.poll(other):
+            ids = output.ids if token is None else ids
+    assert ids == expected
+    assert engine.runner.cache.num_slots == 0
+
+
+def test_closing_a_stream_cancels_its_request(model: Model) -> None:
+    events = model.stream(["Show me a CT scan."], mode="image", max_new_tokens=100)
+    assert next(events).progress is not None
+    assert model.engine.has_work
+    events.close()
+    assert not model.engine.has_work
+    assert model.engine.runner.cache.num_slots == 0
+
+
+def test_idle_engine_frees_kv_cache(model: Model, prompts: list[list[int]]) -> None:
+    options = GenerationOptions(mode="text", max_new_tokens=4)
+    engine = make_engine(model.engine.decoder, False, model)
+    engine.generate([Request(ids, options) for ids in prompts * 5], batch_size=4)
+    cache = engine.runner.cache
+    assert cache.nbytes == 0
+    allocated = []
+    add_slot = cache.add_slot
+
+    def record() -> int:
+        slot = add_slot()
+        allocated.append(len(cache._keys[0]))
+        return slot
+
+    cache.add_slot = record  # type: ignore[method-assign]
+    engine.generate([Request(ids, options) for ids in prompts * 5], batch_size=40)
+    assert max(allocated) <= 3 * 40
+
+
+def test_batch_size_may_exceed_the_default(model: Model, prompts: list[list[int]]) -> None:
+    engine = make_engine(model.engine.decoder, False, model)
+    options = GenerationOptions(mode="text", max_new_tokens=3, **GREEDY)
+    running = [
+        len(engine.scheduler.running)
+        for _ in engine.run([Request(prompts[0], options) for _ in range(50)], batch_size=50)
+    ]
+    assert max(running) == 50
+
+
+def test_deterministic_runs_one_sequence_at_a_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = []
+    step = model.engine.step
+
+    def record() -> None:
+        step()
+        running.append(len(model.engine.scheduler.running))
+
+    monkeypatch.setattr(model.engine, "step", record)
+    options = [GenerationOptions(mode="text", max_new_tokens=5)] * 3
+    model.generate_responses([["a"], ["b"], ["c"]], options, deterministic=True)
+    assert max(running) == 1
+
+
+def test_scheduler_limits_sequences_and_prefill_tokens(model: Model) -> None:
+    scheduler = Scheduler(model.vocabulary, 64, max_seq_len=PREFILL_TOKENS, max_num_seqs=3)
+    options = GenerationOptions(mode="text")
+    long = [model.vocabulary.bos] * (PREFILL_TOKENS // 2 - 1)
+    tickets = [scheduler.add(Request(ids, options)) for ids in (long, long[:9], long, long[:9])]
+    assert [a.ticket for a in scheduler.schedule()] == tickets[:2]  # with the third, 3 * 4095
+    scheduler.max_num_seqs = 1
+    assert [a.ticket for a in scheduler.schedule()] == tickets[2:3]
+    assert scheduler.cancel(tickets[3]) == []
+    assert not scheduler.has_work
+
+
+def test_request_that_cannot_start_ends_without_a_sequence(model: Model) -> None:
+    scheduler = Scheduler(model.vocabulary, 64, max_seq_len=4096, max_num_seqs=3)
+    ticket = scheduler.add(Request([0], GenerationOptions(mode="image", max_new_tokens=5)))
+    assert scheduler.schedule() == []
+    (step,) = scheduler.poll(ticket)
+    assert (step.token, step.output.finish_reason) == (None, "length")
+    assert not list(scheduler.poll(ticket))
+
+
+def test_empty_prompt_is_rejected(model: Model) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        model.engine.submit(Request([], GenerationOptions()))
+
+
+# --- prefix cache -------------------------------------------------------------------------------
+
+
+def test_chat_prefills_only_the_new_turn_and_gives_the_same_output(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", (64, 64), "gray")
+    session = model.chat(mode="text", max_new_tokens=20, **GREEDY)
+    prefilled: list[int] = []
+    prefill = model.engine.runner._prefill_contexts
+
+    def record(branches: Any, contexts: Any, starts: Any) -> Any:
+        prefilled.append(sum(len(c) - s for c, s in zip(contexts, starts, strict=True)))
+        return prefill(branches, contexts, starts)
+
+    monkeypatch.setattr(model.engine.runner, "_prefill_contexts", record)
+    responses, contexts = [], []
+    for turn in ((image, "Is there a cyst?"), ("Where is it?",), ("How large?",)):
+        contexts.append([*session.ids, *model.encode_prompt(list(turn))[1:]])
+        *_, last = session.send(*turn)
+        assert last.response is not None
+        responses.append(last.response.ids)
+    assert prefilled[0] == len(contexts[0])
+    assert all(count < 25 for count in prefilled[1:])
+    engine = make_engine(model.engine.decoder, False, model)
+    options = GenerationOptions(mode="text", max_new_tokens=20, **GREEDY)
+    assert responses == [engine.generate([Request(ids, options)])[0].ids for ids in contexts]
+
+
+def test_prefix_cache_evicts_the_oldest_and_replaces_shorter_prefixes() -> None:
+    def prefix(*ids: int) -> CachedPrefix:
+        return CachedPrefix(ids, (torch.zeros(2, 1, len(ids), 4),))
+
+    cache = PrefixCache(3 * prefix(*range(20)).nbytes)
+    for start in range(4):
+        cache.add(prefix(*range(start, start + 20)))
+    assert len(cache) == 3
+    assert cache.find([0, *range(1, 20)]) is None  # the oldest was evicted
+    found = cache.find([*range(3, 20), 99, 100])
+    assert found is not None
+    assert found[1] == 17
+    cache.add(prefix(*range(3, 24)))  # replaces the prefix that it begins with
+    assert len(cache) == 2  # and evicts one of the other two
+    assert cache.find([*range(2, 22), 99]) is not None
+
+
+def test_prefix_cache_has_room_for_one_full_context(model: Model) -> None:
+    engine = make_engine(model.engine.decoder, False, model)
+    config = model.engine.decoder.config
+    per_token = engine.runner.prefixes.max_bytes / engine.max_seq_len
+    assert per_token >= 2 * config.num_hidden_layers * config.hidden_size * 4
+
+
+# --- options and memory -------------------------------------------------------------------------
+
+
+def test_top_k_of_one_is_greedy(model: Model, prompts: list[list[int]]) -> None:
+    common = {"mode": "text", "max_new_tokens": 16, "repetition_penalty": 1.0}
+    top_1 = GenerationOptions(**common, text_top_k=1, text_temperature=3.0)
+    greedy = GenerationOptions(**common, text_greedy=True)
+    outputs = [
+        [o.ids for o in model.engine.generate([Request(p, options) for p in prompts])]
+        for options in (top_1, greedy)
+    ]
+    assert outputs[0] == outputs[1]
+    common = {"mode": "image", "max_images": 1, "max_new_tokens": 80}
+    images = [
+        model.engine.generate([Request(prompts[2], GenerationOptions(**common, **own))])[0].ids
+        for own in ({"image_top_k": 1, "image_temperature": 2.0}, {"image_greedy": True})
+    ]
+    assert images[0] == images[1]
+
+
+def test_stop_token_ends_the_output(model: Model, prompts: list[list[int]]) -> None:
+    options = {"mode": "text", "max_new_tokens": 30, **GREEDY}
+    outputs = model.engine.generate([Request(p, GenerationOptions(**options)) for p in prompts])
+    prompt, ids = max(zip(prompts, (o.ids for o in outputs), strict=True), key=lambda x: len(x[1]))
+    stop = ids[1]
+    request = Request(prompt, GenerationOptions(**options, stop=(stop,)))
+    (output,) = model.engine.generate([request])
+    assert output.ids == ids[: ids.index(stop) + 1]
+    assert len(output.ids) < len(ids)
+    assert output.finish_reason == "stop"
+
+
+def test_memory_estimate_equals_the_loaded_weights(model: Model) -> None:
+    checkpoint, cpu = open_checkpoint("tiny").config(), torch.device("cpu")
+    estimate = MemoryEstimate.of(checkpoint, torch.float32, None, cpu)
+    decoder = model.engine.decoder
+    parts = [*decoder.model.layers, decoder.model.embed_tokens, decoder.lm_head]
+    weights = sum(p.nbytes for part in parts for p in part.parameters())
+    packed = weights - decoder.model.embed_tokens.weight.nbytes
+    assert estimate.weights == pytest.approx(weights + packed, rel=0.01)
+    config = decoder.config
+    assert estimate.per_token == 2 * config.num_hidden_layers * config.hidden_size * 4
+    summary = estimate.summary(4, 1 << 30)
+    assert f"{estimate.per_token / 1e3:.1f} kB per token" in summary
+    assert "4 sequences" in summary
+    quantized = MemoryEstimate.of(checkpoint, torch.float32, "8bit", cpu)
+    assert quantized.weights < 0.7 * weights
+    with pytest.raises(UserError, match=r"0\.0 GB free\. Use --quantize 4bit"):
+        estimate.check(1 << 20, cpu, None)

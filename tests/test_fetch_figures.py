@@ -1,4 +1,4 @@
-"""Figures from a server on loopback that drops, lies and stalls; archives that mean harm."""
+"""Figures from a loopback server that drops, stalls and corrupts; malicious archives."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ import pytest
 from conversion import fetch_figures
 from PIL import Image
 
-from medley.datasets.figures import catalogue
+from medley.commands.fetch_figures import FetchFiguresOptions
+from medley.datasets.figures import manifest
 from medley.datasets.figures.download import FetchError, RetryPolicy, download
-from medley.datasets.figures.manifest import Published
-from medley.datasets.figures.pmc_archives import Figure, fetch_all, read_figures, take_out
+from medley.datasets.figures.manifest import PublishedFile
+from medley.datasets.figures.pmc_archives import Figure, extract, fetch_all, read_figures
 from medley.errors import UserError
 
-QUICK = RetryPolicy(tries=3, pause=0.0, timeout=0.5)
+QUICK = RetryPolicy(max_retries=2, pause=0.0, timeout=0.5)
 
 
-def picture(shade: int) -> bytes:
+def image_bytes(shade: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9), (shade, 0, 0)).save(buffer, "jpeg")
     return buffer.getvalue()
@@ -46,12 +47,12 @@ def archive(**files: bytes) -> bytes:
 
 @dataclass
 class Server:
-    """Serves `files`; `faults` says what goes wrong with a path: a list, one for each request."""
+    """Serves `files`; `faults` lists, for a path, the fault of each request in order."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)  # bytes
 
 
@@ -61,7 +62,7 @@ def server() -> Iterator[Server]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            state.asked[self.path] += 1
+            state.requests[self.path] += 1
             faults = state.faults.get(self.path, [])
             fault = faults.pop(0) if faults else ""
             if fault.isdigit():
@@ -77,8 +78,8 @@ def server() -> Iterator[Server]:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             self.send_response(206 if start else 200)
             if start:
-                lie = 1 if fault == "wrong range" else 0
-                span = f"bytes {start + lie}-{len(data) - 1}/{len(data)}"
+                shift = 1 if fault == "wrong range" else 0
+                span = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
                 self.send_header("Content-Range", span)
             body = data[start:]
             self.send_header("Content-Length", str(len(body)))
@@ -86,12 +87,12 @@ def server() -> Iterator[Server]:
             self.end_headers()
             if fault in ("drop", "stall"):
                 body = body[: len(body) // 2]
-            if fault == "garble":
+            if fault == "corrupt":
                 body = bytes(len(body))
             if fault == "drip":
                 try:
-                    for place in range(0, len(body), 1000):
-                        self.wfile.write(body[place : place + 1000])
+                    for start in range(0, len(body), 1000):
+                        self.wfile.write(body[start : start + 1000])
                         self.wfile.flush()
                         time.sleep(0.05)
                 except OSError:
@@ -123,7 +124,7 @@ def server() -> Iterator[Server]:
     [[], ["drop"], ["drop", "drop"], ["500"], ["429", "drop"], ["stall"], ["drop", "wrong range"],
      ["drop", "no ranges"]],
 )  # fmt: skip
-def test_a_file_comes_whole_whatever_the_server_does(
+def test_download_completes_despite_server_faults(
     server: Server, faults: list[str], tmp_path: Path
 ) -> None:
     data = bytes(range(256)) * 2000
@@ -135,64 +136,62 @@ def test_a_file_comes_whole_whatever_the_server_does(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert len(pauses) == len([fault for fault in faults if fault != "no ranges"])
     if faults == ["drop"]:
-        assert server.sent["/a"] == len(data)  # nothing came twice
+        assert server.sent["/a"] == len(data)  # no byte was sent twice
 
 
-def test_another_run_goes_on_where_one_was_stopped(server: Server, tmp_path: Path) -> None:
+def test_next_run_resumes_an_interrupted_download(server: Server, tmp_path: Path) -> None:
     data = bytes(range(256)) * 2000
     server.files["/a"], server.faults["/a"] = data, ["drop"]
-    with pytest.raises(FetchError, match=r"of 512000 bytes came \(1 tries\)"):
-        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(tries=1, timeout=1))
+    with pytest.raises(FetchError, match=r"of 512000 bytes \(1 attempts\)"):
+        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(max_retries=0, timeout=1))
     assert not (tmp_path / "a").exists()
     download(f"{server.address}/a", tmp_path / "a", QUICK)
     assert (tmp_path / "a").read_bytes() == data
     assert server.sent["/a"] == len(data)
 
 
-def test_bytes_of_another_file_are_not_taken_for_its_beginning(
-    server: Server, tmp_path: Path
-) -> None:
+def test_partial_download_of_another_url_is_discarded(server: Server, tmp_path: Path) -> None:
     server.files |= {"/a": b"a" * 1000, "/b": b"b" * 1000}
     server.faults["/a"] = ["drop"]
     with pytest.raises(FetchError):
-        download(f"{server.address}/a", tmp_path / "x", RetryPolicy(tries=1, timeout=1))
+        download(f"{server.address}/a", tmp_path / "x", RetryPolicy(max_retries=0, timeout=1))
     download(f"{server.address}/b", tmp_path / "x", QUICK)
     assert (tmp_path / "x").read_bytes() == b"b" * 1000
 
 
 @pytest.mark.parametrize(
-    ("faults", "message", "asked"),
+    ("faults", "message", "requests"),
     [
-        (["garble"] * 3, r"SHA-256 is not the expected one \(3 tries\)", 3),
-        (["404"], "the server says 404", 1),
-        (["500"] * 3, r"500.*\(3 tries\)", 3),
-        (["stall"] * 3, r"\(3 tries\)", 3),
+        (["corrupt"] * 3, r"the SHA-256 differs from the expected one \(3 attempts\)", 3),
+        (["404"], "The server returned 404", 1),
+        (["500"] * 3, r"500.*\(3 attempts\)", 3),
+        (["stall"] * 3, r"\(3 attempts\)", 3),
     ],
 )
-def test_a_file_that_cannot_be_had_says_why(
-    server: Server, faults: list[str], message: str, asked: int, tmp_path: Path
+def test_failed_download_reports_the_reason(
+    server: Server, faults: list[str], message: str, requests: int, tmp_path: Path
 ) -> None:
     data = bytes(range(256)) * 200
     server.files["/a"], server.faults["/a"] = data, list(faults)
     digest = hashlib.sha256(data).hexdigest()
     with pytest.raises(FetchError, match=message):
         download(f"{server.address}/a", tmp_path / "a", QUICK, None, digest, sleep=lambda s: None)
-    assert server.asked["/a"] == asked
+    assert server.requests["/a"] == requests
     assert not (tmp_path / "a").exists()
 
 
-def test_what_is_too_large_or_no_web_address_is_not_fetched(server: Server, tmp_path: Path) -> None:
+def test_oversized_files_and_local_urls_are_rejected(server: Server, tmp_path: Path) -> None:
     server.files["/a"] = bytes(2000)
-    with pytest.raises(FetchError, match="2000 bytes, the limit is 1000"):
-        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(largest=1000))
-    with pytest.raises(FetchError, match="not an http or https address"):
+    with pytest.raises(FetchError, match=r"2000 bytes \(limit 1000\)"):
+        download(f"{server.address}/a", tmp_path / "a", RetryPolicy(max_bytes=1000))
+    with pytest.raises(FetchError, match="Not an http or https URL"):
         download("file:///etc/passwd", tmp_path / "a", QUICK)
 
 
 # --- archives -------------------------------------------------------------------------------
 
 
-def test_only_wanted_regular_files_leave_an_archive(tmp_path: Path) -> None:
+def test_extracts_only_requested_regular_files(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for kind, name in (
@@ -205,36 +204,36 @@ def test_only_wanted_regular_files_leave_an_archive(tmp_path: Path) -> None:
             tar.addfile(info)
         for name in ("../../out.jpg", "/abs.jpg", "PMC1/good.jpg"):
             info = tarfile.TarInfo(name)
-            info.size = len(picture(1))
-            tar.addfile(info, io.BytesIO(picture(1)))
+            info.size = len(image_bytes(1))
+            tar.addfile(info, io.BytesIO(image_bytes(1)))
     path, folder = tmp_path / "a.tar.gz", tmp_path / "images"
     path.write_bytes(buffer.getvalue())
     names = ["link", "hard", "fifo", "device", "folder", "good"]
     group = [Figure(f"id_{name}", "x", f"./PMC1/{name}.jpg") for name in names]
-    outcomes = {o.identifier: o for o in take_out(path, group, folder)}
+    outcomes = {o.identifier: o for o in extract(path, group, folder)}
     assert outcomes["id_good"].error is None
-    assert outcomes["id_good"].sha256 == hashlib.sha256(picture(1)).hexdigest()
+    assert outcomes["id_good"].sha256 == hashlib.sha256(image_bytes(1)).hexdigest()
     for name in names[:-1]:
         assert "has no file" in str(outcomes[f"id_{name}"].error)
     assert [p.name for p in folder.iterdir()] == ["id_good.jpg"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "images"]
 
 
-def test_headers_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+def test_oversized_tar_headers_are_rejected(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("PMC1/a.jpg")
         info.pax_headers = {"comment": "x" * (3 << 20)}
-        info.size = len(picture(1))
-        tar.addfile(info, io.BytesIO(picture(1)))
+        info.size = len(image_bytes(1))
+        tar.addfile(info, io.BytesIO(image_bytes(1)))
     path = tmp_path / "a.tar.gz"
     path.write_bytes(buffer.getvalue())
-    (outcome,) = take_out(path, [Figure("a", "x", "PMC1/a.jpg")], tmp_path)
-    assert "broken (a header of" in str(outcome.error)
+    (outcome,) = extract(path, [Figure("a", "x", "PMC1/a.jpg")], tmp_path)
+    assert "damaged (a header of" in str(outcome.error)
 
 
-def test_one_article_that_cannot_be_fetched_costs_no_other(server: Server, tmp_path: Path) -> None:
-    server.files["/1.tar.gz"] = archive(PMC1__a_DOT_jpg=picture(1))
+def test_failed_article_does_not_affect_others(server: Server, tmp_path: Path) -> None:
+    server.files["/1.tar.gz"] = archive(PMC1__a_DOT_jpg=image_bytes(1))
     group = [
         Figure("1_a", f"{server.address}/1.tar.gz", "PMC1/a.jpg"),
         Figure("2_a", "http://[::1", "PMC2/a.jpg"),
@@ -247,24 +246,27 @@ def test_one_article_that_cannot_be_fetched_costs_no_other(server: Server, tmp_p
     assert "404" in str(found["3_a"].error)
 
 
-def test_closing_stops_what_is_under_way(server: Server, tmp_path: Path) -> None:
-    server.files |= {"/slow": bytes(10_000_000), "/1.tar.gz": archive(PMC1__a_DOT_jpg=picture(1))}
+def test_closing_cancels_running_downloads(server: Server, tmp_path: Path) -> None:
+    server.files |= {
+        "/slow": bytes(10_000_000),
+        "/1.tar.gz": archive(PMC1__a_DOT_jpg=image_bytes(1)),
+    }
     server.faults["/slow"] = ["drip"] * 9
     group = [
         Figure("1_a", f"{server.address}/1.tar.gz", "PMC1/a.jpg"),
         Figure("2_a", f"{server.address}/slow", "PMC2/a.jpg"),
     ]
-    found = fetch_all(group, tmp_path, tmp_path / "x", 2, False, RetryPolicy(timeout=60))
-    assert next(iter(found)).identifier == "1_a"
+    outcomes = fetch_all(group, tmp_path, tmp_path / "x", 2, False, RetryPolicy(timeout=60))
+    assert next(outcomes).identifier == "1_a"
     begun = time.monotonic()
-    found.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - begun < 20  # the server would go on for minutes
+    outcomes.close()
+    assert time.monotonic() - begun < 20  # the server would send for minutes
     with pytest.raises(FetchError, match="slower than"):
-        patience = RetryPolicy(tries=1, timeout=0.4, slowest=1e9)
-        download(f"{server.address}/slow", tmp_path / "slow", patience)
+        policy = RetryPolicy(max_retries=0, timeout=0.4, min_rate=1e9)
+        download(f"{server.address}/slow", tmp_path / "slow", policy)
 
 
-# --- the program ----------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------
 
 
 def write_urls(path: Path, server: Server, rows: list[tuple[str, str, str]]) -> None:
@@ -276,18 +278,18 @@ def write_urls(path: Path, server: Server, rows: list[tuple[str, str, str]]) -> 
 
 
 def run(*words: Any) -> int:
-    return fetch_figures.main([*map(str, words), "--tries", "2", "--timeout", "0.5"])
+    return fetch_figures.main([*map(str, words), "--max_retries", "1", "--timeout", "0.5"])
 
 
-def test_articles_are_fetched_once_and_what_is_missing_is_named(
+def test_figures_are_fetched_once_and_failures_are_listed(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("medley.datasets.figures.download.Patience.pause", 0.0)
+    monkeypatch.setattr(FetchFiguresOptions, "policy", QUICK)
     server.files |= {
-        "/1.tar.gz": archive(PMC1__a_DOT_jpg=picture(1), PMC1__b_DOT_jpg=picture(2)),
-        "/2.tar.gz": archive(PMC2__a_DOT_jpg=b"no picture"),
-        "/3.tar.gz": archive(PMC3__a_DOT_jpg=picture(3))[:200],
-        "/4.tar.gz": archive(PMC4__a_DOT_jpg=picture(4)),
+        "/1.tar.gz": archive(PMC1__a_DOT_jpg=image_bytes(1), PMC1__b_DOT_jpg=image_bytes(2)),
+        "/2.tar.gz": archive(PMC2__a_DOT_jpg=b"not an image"),
+        "/3.tar.gz": archive(PMC3__a_DOT_jpg=image_bytes(3))[:200],
+        "/4.tar.gz": archive(PMC4__a_DOT_jpg=image_bytes(4)),
     }
     urls, output = tmp_path / "urls.jsonl", tmp_path / "out"
     write_urls(urls, server, [
@@ -298,49 +300,49 @@ def test_articles_are_fetched_once_and_what_is_missing_is_named(
     ])  # fmt: skip
     words = ["--input", urls, "--output", output]
     assert run(*words) == 2
-    said = capsys.readouterr()
-    assert "7 figures, 0 of them there already; 7 in 5 archives to fetch" in said.out
-    assert "nothing was fetched: --allow_network does it" in said.err
-    assert not server.asked
+    printed = capsys.readouterr()
+    assert "7 figures, 0 exist; 7 in 5 archives to fetch" in printed.out
+    assert "Nothing was fetched. Add --allow_network" in printed.err
+    assert not server.requests
     server.faults["/4.tar.gz"] = ["drop"]
     assert run(*words, "--allow_network") == 3
     assert sorted(p.name for p in output.glob("*.jpg")) == ["1_a.jpg", "1_b.jpg", "4_a.jpg"]
-    assert (output / "1_b.jpg").read_bytes() == picture(2)
+    assert (output / "1_b.jpg").read_bytes() == image_bytes(2)
     listed = [json.loads(line) for line in (output / "missing.jsonl").read_text().splitlines()]
     missing = {row["identifier"]: row["error"] for row in listed}
     assert "has no file PMC1/c.jpg" in missing["1_c"]
-    assert "no picture" in missing["2_a"]
-    assert "broken" in missing["3_a"]
+    assert "not an image in a supported format" in missing["2_a"]
+    assert "damaged" in missing["3_a"]
     assert "404" in missing["5_a"]
     assert not (output / "archives").exists()
 
-    server.files["/3.tar.gz"] = archive(PMC3__a_DOT_jpg=picture(3))
-    asked = Counter(server.asked)
-    (output / "4_a.jpg").write_bytes(b"x" * len(picture(4)))  # the same size, another content
+    server.files["/3.tar.gz"] = archive(PMC3__a_DOT_jpg=image_bytes(3))
+    before = Counter(server.requests)
+    (output / "4_a.jpg").write_bytes(b"x" * len(image_bytes(4)))  # same size, other content
     assert run(*words, "--allow_network", "--verify") == 3
-    assert server.asked["/1.tar.gz"] == asked["/1.tar.gz"] + 1  # for the one that is missing
-    assert (output / "3_a.jpg").read_bytes() == picture(3)
-    assert (output / "4_a.jpg").read_bytes() == picture(4)
+    assert server.requests["/1.tar.gz"] == before["/1.tar.gz"] + 1  # for the missing one
+    assert (output / "3_a.jpg").read_bytes() == image_bytes(3)
+    assert (output / "4_a.jpg").read_bytes() == image_bytes(4)
     assert run(*words, "--allow_network", "--limit", 2) == 0
 
 
-def test_data_files_are_checked_against_the_catalogue(
+def test_data_files_are_verified_against_the_manifest(
     server: Server, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = b"[1, 2, 3]"
     server.files["/instruct/llava_med_instruct_10k.json"] = data
-    monkeypatch.setattr(catalogue, "_HOST", server.address)
+    monkeypatch.setattr(manifest, "_HOST", server.address)
     name = "llava_med_instruct_10k.json"
     words = ["--data", name, "--output", tmp_path]
-    file = Published(len(data), hashlib.sha256(data).hexdigest(), "instruct")
-    monkeypatch.setitem(catalogue.FILES, name, file)
+    file = PublishedFile(len(data), hashlib.sha256(data).hexdigest(), "instruct")
+    monkeypatch.setitem(manifest.FILES, name, file)
     assert run(*words, "--allow_network") == 0
     assert (tmp_path / name).read_bytes() == data
     assert run(*words, "--allow_network") == 0
-    assert "is there, and whole" in capsys.readouterr().out
-    assert sum(server.asked.values()) == 1
-    monkeypatch.setitem(catalogue.FILES, name, Published(len(data), "0" * 64, "instruct"))
-    monkeypatch.setattr("medley.datasets.figures.download.Patience.pause", 0.0)
+    assert "exists, checksum verified" in capsys.readouterr().out
+    assert sum(server.requests.values()) == 1
+    monkeypatch.setitem(manifest.FILES, name, PublishedFile(len(data), "0" * 64, "instruct"))
+    monkeypatch.setattr(FetchFiguresOptions, "policy", QUICK)
     assert run(*words, "--allow_network") == 3
     assert "SHA-256" in capsys.readouterr().err
 
@@ -348,13 +350,13 @@ def test_data_files_are_checked_against_the_catalogue(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"pair_id": "../a", "pmc_tar_url": "x", "image_file_path": "y"}, "no name for a file"),
-        ({"pair_id": 3, "pmc_tar_url": "x", "image_file_path": "y"}, "must be texts"),
-        ({"pair_id": "a"}, "expected pair_id"),
-        ([], "expected pair_id"),
+        ({"pair_id": "../a", "pmc_tar_url": "x", "image_file_path": "y"}, "not a valid file name"),
+        ({"pair_id": 3, "pmc_tar_url": "x", "image_file_path": "y"}, "must be strings"),
+        ({"pair_id": "a"}, "Expected an object with pair_id"),
+        ([], "Expected an object with pair_id"),
     ],
 )
-def test_bad_lines_are_named(row: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_lines_raise_with_line_number(row: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "urls.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=message) as error:

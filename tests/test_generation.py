@@ -1,5 +1,9 @@
+"""Generation through the public API: `Model`, its options, responses, streams and conversations."""
+
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,21 +14,29 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import medley
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import write_hugging_face
+from medley.commands.model_options import ModelOptions
 from medley.data.document import ids_to_parts
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
+from medley.generation.config import GenerationKeywords
 from medley.generation.sampling import philox_uniforms, sample
+from medley.tiny.embedded import tiny_folder
 
-TINY_FOLDER = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
+FOLDER = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
 
 
 @pytest.fixture(scope="module")
 def model() -> medley.Model:
-    return medley.load(TINY_FOLDER, device="cpu")
+    return medley.load(FOLDER, device="cpu")
 
 
-class Noise:
-    """A decoder of random logits: whatever they are, what comes out must be well-formed."""
+# --- well-formed output for any logits ----------------------------------------------------------
+
+
+class RandomDecoder:
+    """A decoder with random logits."""
 
     def __init__(self, model: medley.Model, seed: int, scale: float) -> None:
         self.config = model.decoder.config
@@ -39,14 +51,14 @@ class Noise:
             shape = (*args[0].shape[:-1], self.config.vocab_size)
             return torch.randn(shape, generator=self.generator) * self.scale
 
-        class Out:
+        class Output:
             last_hidden_state = torch.zeros(*kwargs["input_ids"].shape, 1)
 
-        return Out
+        return Output
 
 
 @settings(max_examples=40)
-@example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, rows=1, codebook=None)
+@example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, count=1, codebook_size=None)
 @given(
     seed=st.integers(0, 1000),
     scale=st.floats(0.01, 30),
@@ -54,12 +66,12 @@ class Noise:
     limit=st.integers(1, 60),
     least=st.integers(0, 2),
     most=st.one_of(st.none(), st.integers(1, 3)),
-    rows=st.integers(1, 3),
-    codebook=st.one_of(st.none(), st.integers(1, 9)),
+    count=st.integers(1, 3),
+    codebook_size=st.one_of(st.none(), st.integers(1, 9)),
 )
-def test_whatever_the_logits_the_output_is_well_formed(
+def test_output_is_well_formed_for_any_logits(
     model: medley.Model, seed: int, scale: float, mode: Any, limit: int,
-    least: int, most: int | None, rows: int, codebook: int | None,
+    least: int, most: int | None, count: int, codebook_size: int | None,
 ) -> None:  # fmt: skip
     try:
         options = GenerationOptions(
@@ -68,172 +80,230 @@ def test_whatever_the_logits_the_output_is_well_formed(
     except UserError:
         return
     v = model.vocabulary
-    engine = Engine(Noise(model, seed, scale), v, codes_per_image=4, codebook=codebook)
-    for result in engine.generate(
-        [Request([v.bos], options, i) for i in range(rows)], batch_size=2
-    ):
-        ids = [i for i in result.ids if i not in (v.eos, v.end_turn)]
-        assert len(result.ids) <= limit
-        assert all(i not in (v.eos, v.end_turn) for i in result.ids[:-1])
-        parts = ids_to_parts(ids, model.tokenizer)  # raises for half a picture or a stray code
+    decoder: Any = RandomDecoder(model, seed, scale)
+    engine = Engine(decoder, v, codes_per_image=4, codebook_size=codebook_size)
+    requests = [Request([v.bos], options, i) for i in range(count)]
+    for output in engine.generate(requests, batch_size=2):
+        ids = [i for i in output.ids if i not in (v.eos, v.end_turn)]
+        assert len(output.ids) <= limit
+        assert all(i not in (v.eos, v.end_turn) for i in output.ids[:-1])
+        parts = ids_to_parts(ids, model.text_tokenizer)  # raises for an incomplete image
         images = [p for p in parts if not isinstance(p, str)]
         assert all(len(p.codes or ()) == 4 for p in images)
-        drawable = codebook or len(v.image_codes)
-        assert all(code < drawable for p in images for code in p.codes or ())
+        num_decodable = codebook_size or len(v.image_codes)
+        assert all(code < num_decodable for p in images for code in p.codes or ())
         if mode == "text":
             assert not images
         if most is not None:
             assert len(images) <= most
-        wanted = max(least, 1 if mode == "image" else 0)
-        if wanted and limit >= wanted * 6 + 2:
-            assert len(images) >= wanted
-        if len(images) < wanted:
-            assert result.note is not None
+        required = max(least, 1 if mode == "image" else 0)
+        if required and limit >= required * 6 + 2:
+            assert len(images) >= required
+        if len(images) < required:
+            assert output.note is not None
 
 
-def test_a_row_does_not_depend_on_its_neighbours(model: medley.Model) -> None:
+# --- randomness and batches ---------------------------------------------------------------------
+
+
+def test_sequence_does_not_depend_on_its_batch(model: medley.Model) -> None:
     v = model.vocabulary
     prompts = [[v.bos, 8720 + i, v.end_turn] for i in range(4)]
     options = GenerationOptions(min_images=1, max_images=1, max_new_tokens=300, seed=5)
     requests = [Request(p, options, i) for i, p in enumerate(prompts)]
     together = model.engine.generate(requests, batch_size=3)
     alone = [model.engine.generate([r])[0] for r in requests]
-    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert [o.ids for o in together] == [o.ids for o in alone]
 
 
-def test_rows_in_different_modes_share_a_batch(model: medley.Model) -> None:
+def test_sequences_with_different_modes_share_a_batch(model: medley.Model) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = model.generate_batch(
+        text, image = model.generate_batch(
             [["The"], ["The"]], mode=["text", "image"], max_new_tokens=260, image_greedy=True
         )
-    assert all(isinstance(part, str) for part in out[0])
-    assert [type(part).__name__ for part in out[1]] == ["Image"]
+    assert all(isinstance(part, str) for part in text)
+    assert [type(part).__name__ for part in image] == ["Image"]
 
 
-def test_randomness_is_the_seeds_the_rows_and_the_positions() -> None:
-    draws = philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5])
-    assert len(set(draws.tolist())) == 4
-    assert torch.equal(draws, philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5]))
+def test_indices_select_the_random_numbers(model: medley.Model) -> None:
+    options = [GenerationOptions(mode="text", max_new_tokens=12, text_temperature=5.0)] * 4
+    together = model.generate_responses(["The"] * 4, options)
+    alone = [model.generate_responses(["The"], options[:1], indices=[i])[0] for i in range(4)]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert len({tuple(r.ids) for r in together}) > 1
+
+
+def test_random_numbers_depend_on_seed_index_and_position() -> None:
+    uniforms = philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5])
+    assert len(set(uniforms.tolist())) == 4
+    assert torch.equal(uniforms, philox_uniforms([1, 1, 1, 2], [0, 1, 0, 0], [5, 5, 6, 5]))
     many = philox_uniforms([3] * 4000, [0] * 4000, range(4000))
     assert abs(float(many.mean()) - 0.5) < 0.02
 
 
-def test_choosing_follows_the_probabilities() -> None:
+def test_sampling_follows_the_probabilities() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0]]).expand(4000, 3)
-    draws = philox_uniforms([3] * 4000, [0] * 4000, range(4000))
-    tokens = sample(logits, draws)
-    share = float((tokens == 2).double().mean())
-    assert abs(share - float(torch.tensor([0.0, 1.0]).softmax(0)[1])) < 0.03
+    tokens = sample(logits, philox_uniforms([3] * 4000, [0] * 4000, range(4000)))
+    fraction = float((tokens == 2).double().mean())
+    assert abs(fraction - float(torch.tensor([0.0, 1.0]).softmax(0)[1])) < 0.03
     assert not bool((tokens == 1).any())
 
 
-def test_no_room_for_a_picture_is_said(model: medley.Model) -> None:
-    answer = model.generate_responses(
-        [["The"]], [GenerationOptions(mode="image", max_new_tokens=20)]
-    )[0]
-    assert answer.parts == []
-    assert answer.note is not None
-    assert "258 tokens" in answer.note
+# --- images -------------------------------------------------------------------------------------
 
 
-def test_a_prompt_longer_than_the_context_is_refused(model: medley.Model) -> None:
-    context = model.engine.context
-    with pytest.raises(UserError, match=f"context is {context}"):
-        model.engine.generate([Request([0] * context, GenerationOptions())])
+def test_note_explains_that_an_image_does_not_fit(model: medley.Model) -> None:
+    options = GenerationOptions(mode="image", max_new_tokens=20)
+    (response,) = model.generate_responses([["The"]], [options])
+    assert response.parts == []
+    assert response.note is not None
+    assert "258 tokens" in response.note
 
 
-def test_streaming_gives_the_same_text(model: medley.Model) -> None:
-    options = {"mode": "text", "text_greedy": True, "max_new_tokens": 20}
-    streamed = "".join(e.text or "" for e in model.stream(["The"], **options))
-    assert streamed == "".join(map(str, model.generate(["The"], **options)))
+def test_note_counts_the_generated_images(model: medley.Model) -> None:
+    options = GenerationOptions(mode="image", min_images=2, max_new_tokens=300)
+    (response,) = model.generate_responses(["The"], [options])
+    assert response.note is not None
+    assert response.note.startswith("1 of 2 images because")
 
 
-def test_pictures_alone_means_no_words(model: medley.Model) -> None:
+def test_image_mode_generates_no_text(model: medley.Model) -> None:
     for seed in range(4):
         options = GenerationOptions(
             mode="image", max_images=3, seed=seed, text_temperature=3.0, max_new_tokens=900
         )
-        answer = model.generate_responses([["The"]], [options])[0]
-        assert answer.text == ""
-        assert 1 <= len(answer.images) <= 3
+        (response,) = model.generate_responses([["The"]], [options])
+        assert response.text == ""
+        assert 1 <= len(response.images) <= 3
 
 
-def test_a_stop_word_waits_for_the_pictures_and_is_no_part_of_the_answer(
-    model: medley.Model,
-) -> None:
-    options: dict[str, Any] = {"text_greedy": True, "repetition_penalty": 1.0}
-    ids = model.generate_responses(["The"], [GenerationOptions(mode="text", **options)])[0].ids
-    stop = (ids[1],)
-    first = model.tokenizer.decode(ids[: ids.index(stop[0])])
-    answer = model.generate_responses(
-        ["The"], [GenerationOptions(mode="text", stop=stop, **options)]
-    )[0]
-    assert (answer.text, answer.finish_reason) == (first, "stop")
-    events = list(model.stream("The", mode="text", stop=stop, **options))
-    assert "".join(e.text or "" for e in events) == first
-    talk = model.chat(mode="text", stop=stop, **options)
-    list(talk.send("The"))
-    assert stop[0] not in talk.ids[len(model.encode_prompt("The")) :]
-    drawn = GenerationOptions(
-        min_images=1, max_images=1, stop=tuple(model.vocabulary.text_tokens), max_new_tokens=300
-    )
-    assert len(model.generate_responses(["The"], [drawn])[0].images) == 1
+def test_last_image_is_part_of_a_response_that_stops_after_it(model: medley.Model) -> None:
+    options = GenerationOptions(mode="image", max_images=1, max_new_tokens=300)
+    (response,) = model.generate_responses(["The"], [options])
+    assert response.finish_reason == "stop"
+    assert len(response.images) == 1
 
 
-def test_half_the_pictures_are_counted(model: medley.Model) -> None:
-    options = GenerationOptions(mode="image", min_images=2, max_new_tokens=300)
-    answer = model.generate_responses(["The"], [options])[0]
-    assert answer.note is not None
-    assert answer.note.startswith("1 of 2 images because")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "pictures"}, "any, text or image"),
-        ({"text_temperature": 0}, "text_temperature"),
-        ({"image_top_p": 1.5}, "image_top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"min_images": 3, "max_images": 2}, "max_images"),
-        ({"mode": "text", "min_images": 1}, "draws no pictures"),
-    ],
-)
-def test_bad_options_say_what_is_expected(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        GenerationOptions(**options)
-
-
-def test_greedy_pictures_are_warned_about(model: medley.Model) -> None:
+def test_greedy_image_decoding_warns(model: medley.Model) -> None:
     with pytest.warns(UserWarning, match="blank"):
         model.generate(["The"], image_greedy=True, max_new_tokens=1)
 
 
-def test_a_published_hugging_face_folder_reads_but_does_not_draw(tmp_path: Path) -> None:
-    import shutil
-
-    from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder, write_hugging_face
-
-    write_hugging_face(tmp_path / "hf", open_checkpoint(TINY_FOLDER))
+def test_checkpoint_without_vqgan_decoder_generates_no_images(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path / "hf", open_checkpoint(FOLDER))
     shutil.move(tmp_path / "hf" / "tokenizer", tmp_path / "vqgan")
     model = medley.load(tmp_path / "hf", device="cpu")
     assert model.generate(["The"], mode="text", text_greedy=True, max_new_tokens=3)
     with pytest.raises(UserError, match="--vqgan"):
         model.generate(["The"], mode="image")
-    drawing = medley.load(tmp_path / "hf", device="cpu", vqgan=tmp_path / "vqgan")
-    assert len(drawing.generate(["The"], mode="image", max_new_tokens=258)) == 1
-    with pytest.raises(UserError, match="speaks other codes"):
+    with_decoder = medley.load(tmp_path / "hf", device="cpu", vqgan=tmp_path / "vqgan")
+    assert len(with_decoder.generate(["The"], mode="image", max_new_tokens=258)) == 1
+    with pytest.raises(UserError, match="another token space"):
         medley.load(tmp_path / "hf", device="cpu", vqgan=tiny_folder())
 
 
-def test_rows_keep_their_randomness_in_any_batch(model: medley.Model) -> None:
-    options = [GenerationOptions(mode="text", max_new_tokens=12, text_temperature=5.0)] * 4
-    whole = model.generate_responses(["The"] * 4, options)
-    parts = [model.generate_responses(["The"], options[:1], rows=[row])[0] for row in range(4)]
-    assert [a.ids for a in whole] == [a.ids for a in parts]
-    assert len({tuple(a.ids) for a in whole}) > 1
+# --- prompts, streams, stop tokens --------------------------------------------------------------
 
 
-def test_a_string_is_one_part(model: medley.Model) -> None:
+def test_string_prompt_is_one_part(model: medley.Model) -> None:
     assert model.encode_prompt("The left") == model.encode_prompt(["The left"])
     assert medley.Turn("user", "The").parts == ("The",)  # type: ignore[arg-type]
+
+
+def test_prompt_longer_than_the_context_is_rejected(model: medley.Model) -> None:
+    limit = model.engine.max_seq_len
+    with pytest.raises(UserError, match=f"context is {limit}"):
+        model.engine.generate([Request([0] * limit, GenerationOptions())])
+
+
+def test_streamed_text_equals_generated_text(model: medley.Model) -> None:
+    options: dict[str, Any] = {"mode": "text", "text_greedy": True, "max_new_tokens": 20}
+    streamed = "".join(event.text or "" for event in model.stream(["The"], **options))
+    assert streamed == "".join(map(str, model.generate(["The"], **options)))
+
+
+def test_stream_contains_previews_of_an_incomplete_image() -> None:
+    model = medley.load("tiny", device="cpu")
+    events = list(model.stream(["Show me a CT scan."], mode="image", preview_every=16))
+    previews = [e.preview for e in events if e.preview is not None]
+    assert len(previews) == model.image_tokenizer.codes_per_image // 16
+    assert previews[0].size == (model.image_tokenizer.size,) * 2
+    images = [e.image for e in events if e.image is not None]
+    assert len(images) == 1
+    assert images[0].tobytes() == previews[-1].tobytes()  # all image codes are present
+    assert events[-1].response is not None
+    assert [e.progress for e in events if e.progress][-1] == 1.0
+
+
+def test_stop_token_is_not_part_of_the_response(model: medley.Model) -> None:
+    options: dict[str, Any] = {"text_greedy": True, "repetition_penalty": 1.0}
+    ids = model.generate_responses(["The"], [GenerationOptions(mode="text", **options)])[0].ids
+    stop = (ids[1],)
+    text = model.text_tokenizer.decode(ids[: ids.index(stop[0])])
+    with_stop = GenerationOptions(mode="text", stop=stop, **options)
+    (response,) = model.generate_responses(["The"], [with_stop])
+    assert (response.text, response.finish_reason) == (text, "stop")
+    events = list(model.stream("The", mode="text", stop=stop, **options))
+    assert "".join(event.text or "" for event in events) == text
+    session = model.chat(mode="text", stop=stop, **options)
+    list(session.send("The"))
+    assert stop[0] not in session.ids[len(model.encode_prompt("The")) :]
+
+
+def test_stop_tokens_are_not_sampled_before_the_required_images(model: medley.Model) -> None:
+    options = GenerationOptions(
+        min_images=1, max_images=1, stop=tuple(model.vocabulary.text_tokens), max_new_tokens=300
+    )
+    assert len(model.generate_responses(["The"], [options])[0].images) == 1
+
+
+# --- options and deprecated names ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "images"}, "any, text or image"),
+        ({"text_temperature": 0}, "text_temperature"),
+        ({"image_top_p": 1.5}, "image_top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_images": 3, "max_images": 2}, "max_images"),
+        ({"mode": "text", "min_images": 1}, "generates no images"),
+    ],
+)
+def test_invalid_options_name_the_expected_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GenerationOptions(**options)
+
+
+def test_keywords_and_flags_are_the_generation_options() -> None:
+    fields = {field.name: field for field in dataclasses.fields(GenerationOptions)}
+    flags = {field.name: field for field in dataclasses.fields(ModelOptions)}
+    assert {"mode", *GenerationKeywords.__annotations__} == set(fields)
+    assert {name: flags[name].default for name in fields.keys() - {"stop"}} == {
+        name: field.default for name, field in fields.items() if name != "stop"
+    }
+
+
+def test_deprecated_names_warn_and_work(model: medley.Model) -> None:
+    document = medley.Document((medley.Turn("user", "The"), medley.Turn("assistant", "left")))
+    calls: list[tuple[str, Any, Any]] = [
+        ("encode_document", lambda: model.encode(document), model.encode_document(document)),
+        ("encode_prompt", lambda: model.prompt_ids("The"), model.encode_prompt("The")),
+        ("text_tokenizer", lambda: model.tokenizer, model.text_tokenizer),
+        ("raw_prompt=", lambda: model.encode_prompt("The", complete=True),  # alias
+         model.encode_prompt("The", raw_prompt=True)),
+    ]  # fmt: skip
+    for name, call, expected in calls:
+        with pytest.warns(DeprecationWarning, match=name):
+            assert call() == expected
+    options = [GenerationOptions(mode="text", max_new_tokens=2)]
+    with pytest.warns(DeprecationWarning, match="generate_responses"):
+        (response,) = model.answer_batch(["The"], options)
+    with pytest.warns(DeprecationWarning, match="send"):
+        events = list(model.chat(mode="text", max_new_tokens=2).say("The"))
+    with pytest.warns(DeprecationWarning, match="response"):
+        assert events[-1].answer == response
+    with pytest.warns(DeprecationWarning, match="auto_map"), pytest.raises(UserError):
+        medley.load(FOLDER, device="map", quantize="16bit")  # type: ignore[arg-type]

@@ -14,11 +14,11 @@ from PIL import Image
 
 from medley.images.preprocess import (
     ImageError,
-    bytes_to_pixels,
     open_image,
     to_pil,
     to_pixels,
     to_rgb,
+    uint8_to_pixels,
 )
 from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.image_tokenizer import ImageTokenizer
@@ -28,7 +28,7 @@ CASES = [c for c in golden("medmax_image_preprocess.json")["cases"] if c["input"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_pixels_equal_the_recorded(case: Any, exceptions: dict[str, dict[str, str]]) -> None:
+def test_pixels_equal_recorded(case: Any, exceptions: dict[str, dict[str, str]]) -> None:
     expected = case["expected"]["inference_path_open_whiten"]
     image = open_image(GOLDEN / case["input"]["png"])
     pixels = to_pixels(image, expected["shape"][1])
@@ -38,7 +38,7 @@ def test_pixels_equal_the_recorded(case: Any, exceptions: dict[str, dict[str, st
     assert pixels.dtype == torch.float32
 
 
-def test_deep_pictures_are_windowed_not_saturated() -> None:
+def test_16_bit_images_are_windowed_not_saturated() -> None:
     image = open_image(GOLDEN / "images" / "i16_full_range_65x45.png")
     values = np.asarray(image)
     assert values.min() == 0
@@ -46,53 +46,53 @@ def test_deep_pictures_are_windowed_not_saturated() -> None:
     assert len(np.unique(values)) > 100
 
 
-def test_pixels_out_equal_the_recorded() -> None:
+def test_images_from_pixels_equal_recorded() -> None:
     case = golden("medmax_sequence_and_vocab.json")["pixels_to_uint8"][0]
     pixels = torch.tensor(case["input"]["chw"], dtype=torch.float32)
     assert np.asarray(to_pil(pixels)).tolist() == case["expected"]["hwc_uint8"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp", "gif"])
-def test_every_common_format_is_read(tmp_path: Path, suffix: str) -> None:
+def test_common_formats_are_read(tmp_path: Path, suffix: str) -> None:
     values = np.tile(np.array([0, 255], np.uint8).repeat(8), (16, 1))
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     Image.fromarray(values).save(path)
-    seen = np.asarray(open_image(path)).astype(int)
-    assert seen.shape == (16, 16, 3)
-    assert np.abs(seen - values[..., None]).max() < 16
+    pixels = np.asarray(open_image(path)).astype(int)
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels - values[..., None]).max() < 16
 
 
-def test_an_animation_gives_its_first_picture_and_a_tiff_stack_wants_a_choice(
+def test_first_image_of_animation_is_read_and_tiff_stack_needs_a_frame(
     tmp_path: Path,
 ) -> None:
     black, white = Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 255)
     black.save(tmp_path / "a.gif", save_all=True, append_images=[white])
     assert np.asarray(open_image(tmp_path / "a.gif")).max() == 0
     black.save(tmp_path / "a.tif", save_all=True, append_images=[white])
-    with pytest.raises(ImageError, match="holds 2 frames"):
+    with pytest.raises(ImageError, match="has 2 frames"):
         open_image(tmp_path / "a.tif")
     assert np.asarray(open_image(f"{tmp_path}/a.tif#1")).min() == 255
 
 
-def test_the_cameras_orientation_counts_only_when_asked(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_only_on_request(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (20, 10)
     assert open_image(tmp_path / "a.jpg", exif_orientation=True).size == (10, 20)
 
 
-def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bomb_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"bomb\.png.*exceeds limit"):
         open_image(tmp_path / "bomb.png")
 
 
-def test_bytes_give_the_very_pixels() -> None:
+def test_uint8_to_pixels_is_exact() -> None:
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
     expected = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)
-    assert bytes_to_pixels(values)[0, 1].reshape(-1).tolist() == expected.tolist()
+    assert uint8_to_pixels(values)[0, 1].reshape(-1).tolist() == expected.tolist()
 
 
 @given(
@@ -101,7 +101,7 @@ def test_bytes_give_the_very_pixels() -> None:
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]),
     fit=st.sampled_from(["crop", "pad"]),
 )
-def test_any_size_and_mode_gives_codes_or_a_named_error(
+def test_any_size_and_mode_is_encoded_or_raises_image_error(
     width: int, height: int, mode: str, fit: Any
 ) -> None:
     image = Image.new(mode, (width, height))
@@ -118,15 +118,15 @@ def test_any_size_and_mode_gives_codes_or_a_named_error(
     assert bool(((pixels >= -1) & (pixels <= 1)).all())
 
 
-def test_pad_keeps_the_whole_picture() -> None:
+def test_pad_keeps_the_complete_image() -> None:
     image = Image.new("RGB", (100, 50), "white")
     padded = to_pixels(image, 32, "pad")
     assert float(padded[:, 0].max()) == -1  # black above
     assert float(padded[:, 16].min()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
-def test_bad_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_error_names_the_broken_file(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "broken.png"
     if content is not None:
         path.write_bytes(content)
@@ -134,11 +134,11 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes | None) -> None:
         open_image(path)
 
 
-def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
-    whole = (GOLDEN / "images" / "rgb_exact_512.png").read_bytes()
-    path = tmp_path / "cut.png"
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ImageError, match=r"cut\.png"):
+def test_truncated_file_raises(tmp_path: Path) -> None:
+    complete = (GOLDEN / "images" / "rgb_exact_512.png").read_bytes()
+    path = tmp_path / "truncated.png"
+    path.write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(ImageError, match=r"truncated\.png"):
         open_image(path)
 
 

@@ -16,7 +16,7 @@ REAL = ROOT.parent / "shared" / "data" / "medical_formats"
 
 
 def dicom(path: Path, values: np.ndarray[Any, Any], **tags: Any) -> Path:
-    """Writes a grey DICOM file of 16 bits, signed, one frame or several."""
+    """Writes a gray DICOM file of signed 16-bit values, with one frame or several."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -35,7 +35,7 @@ def dicom(path: Path, values: np.ndarray[Any, Any], **tags: Any) -> Path:
     return path
 
 
-def grey(path: Path | str, frame: Any = None) -> list[list[int]]:
+def gray(path: Path | str, frame: Any = None) -> list[list[int]]:
     array = np.asarray(open_image(path, frame))
     assert array.dtype == np.uint8
     assert (array == array[..., :1]).all()
@@ -45,21 +45,21 @@ def grey(path: Path | str, frame: Any = None) -> list[list[int]]:
 VALUES = np.array([[-1000, 0], [40, 3000]])
 
 
-def test_without_a_window_the_range_is_spread(tmp_path: Path) -> None:
+def test_values_without_window_are_rescaled(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", VALUES)
-    assert grey(path) == [[0, 64], [66, 255]]
+    assert gray(path) == [[0, 64], [66, 255]]
     padded = dicom(tmp_path / "b.dcm", VALUES, PixelPaddingValue=-1000)
-    assert grey(padded) == [[0, 0], [3, 255]]
+    assert gray(padded) == [[0, 0], [3, 255]]
 
 
-def test_rescale_comes_before_the_window(tmp_path: Path) -> None:
-    window = {"WindowCenter": [40, 600], "WindowWidth": [400, 1500]}  # the first one counts
+def test_rescale_is_applied_before_window(tmp_path: Path) -> None:
+    window = {"WindowCenter": [40, 600], "WindowWidth": [400, 1500]}  # the first window is used
     path = dicom(tmp_path / "a.dcm", VALUES, **window)
     # PS3.3 C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5) * 255
     linear = [round(((x - 39.5) / 399 + 0.5) * 255) for x in (0, 40)]
-    assert grey(path) == [[0, linear[0]], [linear[1], 255]]
+    assert gray(path) == [[0, linear[0]], [linear[1], 255]]
     scaled = dicom(tmp_path / "b.dcm", VALUES, RescaleSlope=2, RescaleIntercept=-1000, **window)
-    assert grey(scaled) == [[0, 0], [0, 255]]
+    assert gray(scaled) == [[0, 0], [0, 255]]
 
 
 @pytest.mark.parametrize(
@@ -69,38 +69,38 @@ def test_rescale_comes_before_the_window(tmp_path: Path) -> None:
 def test_other_window_functions(tmp_path: Path, function: str, expected: float) -> None:
     window = {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": function}
     path = dicom(tmp_path / "a.dcm", VALUES, **window)
-    assert grey(path)[1][0] == round(expected * 255)
+    assert gray(path)[1][0] == round(expected * 255)
 
 
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", VALUES, PhotometricInterpretation="MONOCHROME1")
-    assert grey(path) == [[255, 191], [189, 0]]
+    assert gray(path) == [[255, 191], [189, 0]]
 
 
-def test_a_voi_lookup_table(tmp_path: Path) -> None:
+def test_voi_lookup_table(tmp_path: Path) -> None:
     table = Dataset()
     table.LUTDescriptor = [4, 0, 8]  # four entries, from value 0, of 8 bits
     table.add_new("LUTData", "US", [0, 10, 200, 255])
     path = dicom(tmp_path / "a.dcm", np.array([[0, 1], [2, 9]]), VOILUTSequence=[table])
-    assert grey(path) == [[0, 10], [200, 255]]
+    assert gray(path) == [[0, 10], [200, 255]]
 
 
-def test_one_of_several_frames_has_to_be_chosen(tmp_path: Path) -> None:
+def test_one_of_several_frames_must_be_selected(tmp_path: Path) -> None:
     path = dicom(tmp_path / "a.dcm", np.arange(12).reshape(3, 2, 2))
-    with pytest.raises(ImageError, match=r"holds 3 frames; choose with --frames .*a\.dcm#2"):
+    with pytest.raises(ImageError, match=r"has 3 frames\. Select with --frames .*a\.dcm#2"):
         open_image(path)
-    assert grey(path, "first") == grey(f"{path}#0") == [[0, 85], [170, 255]]
-    assert grey(path, "middle") == grey(path, 1)
-    with pytest.raises(ImageError, match="no frame 3"):
+    assert gray(path, "first") == gray(f"{path}#0") == [[0, 85], [170, 255]]
+    assert gray(path, "middle") == gray(path, 1)
+    with pytest.raises(ImageError, match="Frame 3 does not exist"):
         open_image(f"{path}#3")
 
 
-def test_a_file_without_suffix_is_known_by_its_mark(tmp_path: Path) -> None:
-    assert grey(dicom(tmp_path / "IM000001", VALUES))[1][1] == 255
+def test_dicom_without_suffix_is_detected_by_magic_bytes(tmp_path: Path) -> None:
+    assert gray(dicom(tmp_path / "IM000001", VALUES))[1][1] == 255
 
 
-@pytest.mark.parametrize("content", [b"", b"no dicom", b"\0" * 128 + b"DICM" + b"x" * 9])
-def test_a_broken_dicom_file_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not dicom", b"\0" * 128 + b"DICM" + b"x" * 9])
+def test_error_names_broken_dicom_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.dcm"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=r"broken\.dcm"):
@@ -114,33 +114,33 @@ def test_nifti_slices_share_the_window_of_their_volume(tmp_path: Path, suffix: s
     nibabel.Nifti1Image(volume, np.eye(4)).to_filename(path)
     with open(path, "rb") as data:
         assert count_frames(data, str(path)) == 4
-    with pytest.raises(ImageError, match="holds 4 frames"):
+    with pytest.raises(ImageError, match="has 4 frames"):
         open_image(path)
-    # Columns run along the first axis, the second one points up.
+    # Columns follow the first axis, and the second axis points up.
     expected = np.rot90((volume[:, :, 3] / 23 * 255).round()).astype(int)
-    assert grey(f"{path}#3") == expected.tolist()
+    assert gray(f"{path}#3") == expected.tolist()
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SRA", "ASR"])
-def test_slices_are_counted_as_they_are_read(tmp_path: Path, code: str) -> None:
-    """A volume that was stored along other axes: the third one when turned is what counts."""
+def test_slices_are_counted_along_the_canonical_axis(tmp_path: Path, code: str) -> None:
+    """Slices of a volume with permuted axes are those along its third axis after reorientation."""
     orientation = nibabel.orientations.axcodes2ornt(code)
-    volume = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)  # as it is when turned
-    turn = nibabel.orientations.ornt_transform(
+    volume = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)  # in canonical orientation
+    transform = nibabel.orientations.ornt_transform(
         nibabel.orientations.axcodes2ornt("RAS"), orientation
     )
-    stored = nibabel.orientations.apply_orientation(volume, turn)
-    affine = nibabel.orientations.inv_ornt_aff(turn, volume.shape)
+    stored = nibabel.orientations.apply_orientation(volume, transform)
+    affine = nibabel.orientations.inv_ornt_aff(transform, volume.shape)
     path = tmp_path / "volume.nii"
     nibabel.Nifti1Image(stored, affine).to_filename(path)
     with open(path, "rb") as data:
         assert count_frames(data, str(path)) == 4
     for frame in range(4):
         expected = np.rot90((volume[:, :, frame] / 23 * 255).round()).astype(int)
-        assert grey(path, frame) == expected.tolist()
+        assert gray(path, frame) == expected.tolist()
 
 
-def test_a_frame_is_windowed_by_its_own_group_or_the_shared_one(tmp_path: Path) -> None:
+def test_frame_is_windowed_by_its_own_or_the_shared_group(tmp_path: Path) -> None:
     def group(name: str, **tags: Any) -> Dataset:
         inner, outer = Dataset(), Dataset()
         for tag, value in tags.items():
@@ -159,30 +159,29 @@ def test_a_frame_is_windowed_by_its_own_group_or_the_shared_one(tmp_path: Path) 
         tmp_path / "a.dcm", frames, SharedFunctionalGroupsSequence=[shared],
         PerFrameFunctionalGroupsSequence=[wide, narrow],
     )  # fmt: skip
-    assert grey(path, 0) == [[round((100 / 1000 + 0.5) * 255)]]
-    assert grey(path, 1) == [[255]]
+    assert gray(path, 0) == [[round((100 / 1000 + 0.5) * 255)]]
+    assert gray(path, 1) == [[255]]
 
 
-def test_a_replaced_volume_is_read_again(tmp_path: Path) -> None:
+def test_replaced_volume_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "volume.nii"
     for value in (1, 2):
         volume = np.zeros((2, 2, 2), np.float32)
         volume[value - 1, 0, 0] = 1
         nibabel.Nifti1Image(volume, np.eye(4)).to_filename(path)
-        seen = grey(f"{path}#0")
-        assert seen == np.rot90(volume[:, :, 0] * 255).astype(int).tolist()
+        assert gray(f"{path}#0") == np.rot90(volume[:, :, 0] * 255).astype(int).tolist()
 
 
-@pytest.mark.parametrize("cut", [10, 300, 352])
-def test_a_torn_nifti_file_is_named(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "torn.nii"
+@pytest.mark.parametrize("length", [10, 300, 352])
+def test_error_names_truncated_nifti_file(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "truncated.nii"
     nibabel.Nifti1Image(np.ones((8, 8, 2), np.int16), np.eye(4)).to_filename(path)
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ImageError, match=r"torn\.nii"):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ImageError, match=r"truncated\.nii"):
         open_image(f"{path}#0")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data beside the project are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not available")
 def test_real_files_are_read() -> None:
     files = sorted(REAL.glob("*/*.*"))
     assert len(files) == 9

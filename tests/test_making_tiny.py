@@ -1,4 +1,4 @@
-"""The embedded model's recipe: a run that was stopped, other options, the narrow vocabulary."""
+"""The embedded model's recipe: resuming, other options, packing, the narrow vocabulary."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 from training import make_tiny
 from training.tiny import decoder, text
 from training.tiny.decoder import (
-    BELOW,
-    Narrow,
+    UNUSED_MARGIN,
+    NarrowVocabulary,
     Optimizers,
     batches,
     best_fit,
     empty_decoder,
-    widened,
+    widen,
 )
 from training.tiny.recipe import Options
 
-from medley.checkpoints.checkpoint import open_checkpoint, tiny_folder
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.data.packing import IGNORE_INDEX
 from medley.errors import UserError
-from medley.phantoms import lessons
+from medley.phantoms import curriculum
+from medley.tiny.embedded import tiny_folder
 from medley.utils.cli_options import resolved
 
 SMALL = {
@@ -36,9 +37,9 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def few_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of about three steps, so that seven steps need some."""
-    monkeypatch.setattr(lessons, "SCANS", 8)
-    monkeypatch.setattr(decoder, "QUIET_BATCHES", 2)
+    """Makes chunks of about three steps, so that seven steps need several."""
+    monkeypatch.setattr(curriculum, "SCANS_PER_CHUNK", 8)
+    monkeypatch.setattr(decoder, "FIT_BATCHES", 2)
     texts = text.phantom_texts
     monkeypatch.setattr(text, "phantom_texts", lambda seed, scans: texts(seed, scans // 100))
 
@@ -52,100 +53,101 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(open_checkpoint(str(folder)).decoder(torch.float32).state_dict())
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(
+def test_interrupted_run_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert make(tmp_path / "whole") == 0
-    steps = Optimizers.step
+    assert make(tmp_path / "complete") == 0
+    original_step = Optimizers.step
 
-    def stopped(self: Optimizers, share: float) -> None:
-        taken[0] += 1
-        if taken[0] == stop:
+    def step(self: Optimizers, fraction: float) -> None:
+        steps[0] += 1
+        if steps[0] == stop_at:
             raise KeyboardInterrupt
-        steps(self, share)
+        original_step(self, fraction)
 
-    taken, stop = [0], 6
+    steps, stop_at = [0], 6
     with monkeypatch.context() as patch:
-        patch.setattr(Optimizers, "step", stopped)
-        assert make(tmp_path / "stopped") == 130
-    assert (tmp_path / "stopped" / "decoder.part").exists()
+        patch.setattr(Optimizers, "step", step)
+        assert make(tmp_path / "interrupted") == 130
+    assert (tmp_path / "interrupted" / "decoder.part").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Optimizers, "step", stopped)
-        taken, stop = [0], 0
-        assert make(tmp_path / "stopped") == 0
-    assert 1 <= taken[0] < SMALL["decoder_steps"]
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+        patch.setattr(Optimizers, "step", step)
+        steps, stop_at = [0], 0
+        assert make(tmp_path / "interrupted") == 0
+    assert 1 <= steps[0] < SMALL["decoder_steps"]
+    one, other = weights(tmp_path / "complete"), weights(tmp_path / "interrupted")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     logs = [
-        json.loads((tmp_path / n / "training_log.json").read_text()) for n in ("whole", "stopped")
+        json.loads((tmp_path / n / "training_log.json").read_text())
+        for n in ("complete", "interrupted")
     ]
     for name in ("vqgan", "decoder", "chunks"):
         assert logs[0][name] == logs[1][name]
         assert logs[0][name]
 
 
-def test_what_was_begun_with_other_options_is_refused(
+def test_resuming_with_other_options_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "begun").mkdir()
-    begun = resolved(Options(**SMALL)) | {"decoder_steps": 9}  # type: ignore[arg-type]
-    log = {"options": begun, "vqgan": [], "decoder": []}
-    (tmp_path / "begun" / "training_log.json").write_text(json.dumps(log))
-    assert make(tmp_path / "begun") == 2
-    said = capsys.readouterr().err
-    assert "begun with --decoder_steps 9, not 7" in said
-    assert [path.name for path in (tmp_path / "begun").iterdir()] == ["training_log.json"]
+    (tmp_path / "run").mkdir()
+    options = resolved(Options(**SMALL)) | {"decoder_steps": 9}  # type: ignore[arg-type]
+    log = {"options": options, "vqgan": [], "decoder": []}
+    (tmp_path / "run" / "training_log.json").write_text(json.dumps(log))
+    assert make(tmp_path / "run") == 2
+    assert "decoder_steps was 9, now 7" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["training_log.json"]
 
 
-def test_what_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make(tmp_path / "new", codebook_start=3) == 2
-    assert "--vqgan_steps 3: expected more" in capsys.readouterr().err
+    assert "--vqgan_steps 3: Expected more" in capsys.readouterr().err
     (tmp_path / "old" / "tokenizer").mkdir(parents=True)
     assert make(tmp_path / "old") == 2
     assert "without training_log.json" in capsys.readouterr().err
 
 
-def test_the_embedded_model_is_what_its_recipe_makes() -> None:
+def test_embedded_model_was_made_with_the_default_options() -> None:
     log = json.loads((tiny_folder() / "training_log.json").read_text())
     assert log["options"] == resolved(Options())
     assert log["decoder"][-1]["step"] == Options().decoder_steps
     assert log["chunks"] > 50
 
 
-def test_the_recipe_packs_as_it_did() -> None:
+def test_best_fit_packing_is_unchanged() -> None:
     assert best_fit([3, 9, 4, 6, 7], 10) == [[1], [0, 4], [2, 3]]
-    with pytest.raises(UserError, match="11 tokens, --row_length is 10"):
+    with pytest.raises(UserError, match="--row_length 10: A document has 11 tokens"):
         best_fit([11], 10)
 
 
-def test_the_whole_vocabulary_says_what_the_narrow_one_did() -> None:
+def test_wide_decoder_gives_the_logits_of_the_narrow_one() -> None:
     options = Options(width=32, layers=1, heads=2, active_codes=1024, decoder_rows=2)
     tiny = open_checkpoint("tiny")
     tokenizer, vqgan = tiny.text_tokenizer(), tiny.vqgan()[0]
-    narrow = Narrow(tokenizer, options.active_codes)
+    narrow = NarrowVocabulary(tokenizer, options.active_codes)
     wide = next(batches(options, tokenizer, vqgan, 0))
-    batch = narrow.batch(wide)
-    assert torch.equal(narrow.kept[batch["input_ids"]], wide["input_ids"])
-    asked = wide["labels"] != IGNORE_INDEX
-    assert asked.any() and torch.equal(asked, batch["labels"] != IGNORE_INDEX)
-    assert torch.equal(narrow.kept[batch["labels"][asked]], wide["labels"][asked])
+    batch = narrow.convert(wide)
+    assert torch.equal(narrow.to_wide[batch["input_ids"]], wide["input_ids"])
+    trained_on = wide["labels"] != IGNORE_INDEX
+    assert trained_on.any() and torch.equal(trained_on, batch["labels"] != IGNORE_INDEX)
+    assert torch.equal(narrow.to_wide[batch["labels"][trained_on]], wide["labels"][trained_on])
 
     torch.manual_seed(0)
     trained = empty_decoder(options, tokenizer, vqgan, narrow.names).eval()
-    whole = widened(options, tokenizer, vqgan, narrow, trained)
-    whole.set_attn_implementation("sdpa")
+    decoder = widen(options, tokenizer, vqgan, narrow, trained)
+    decoder.set_attn_implementation("sdpa")
     with torch.no_grad():
-        places = {"position_ids": wide["position_ids"], "use_cache": False}
-        one = trained(input_ids=batch["input_ids"], **places).logits
-        other = whole(input_ids=wide["input_ids"], **places).logits
-    torch.testing.assert_close(other[..., narrow.kept], one)
-    unused = torch.ones(other.shape[-1], dtype=torch.bool)
-    unused[narrow.kept] = False
-    before_codes = torch.isin(wide["input_ids"][:, 1:], narrow.codes)
-    above = other[:, :-1][..., unused] - one[:, :-1].logsumexp(-1, keepdim=True)
-    assert above[before_codes].median() < -BELOW / 3  # of untrained states, which no line fits well
+        shared = {"position_ids": wide["position_ids"], "use_cache": False}
+        expected = trained(input_ids=batch["input_ids"], **shared).logits
+        logits = decoder(input_ids=wide["input_ids"], **shared).logits
+    torch.testing.assert_close(logits[..., narrow.to_wide], expected)
+    unused = torch.ones(logits.shape[-1], dtype=torch.bool)
+    unused[narrow.to_wide] = False
+    before_image_tokens = torch.isin(wide["input_ids"][:, 1:], narrow.image_tokens)
+    above = logits[:, :-1][..., unused] - expected[:, :-1].logsumexp(-1, keepdim=True)
+    # A loose bound: the states of an untrained decoder fit badly.
+    assert above[before_image_tokens].median() < -UNUSED_MARGIN / 3
 
     wide["input_ids"][0, 5] = tokenizer.vocabulary.image_codes.start + options.active_codes
-    with pytest.raises(AssertionError, match="should not use"):
-        narrow.batch(wide)
+    with pytest.raises(AssertionError, match="unused code"):
+        narrow.convert(wide)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import write_chameleon, write_hugging_face
 from medley.data.packing import IGNORE_INDEX, build_sequence, collate
 from medley.modeling.chameleon import ChameleonForConditionalGeneration, LossOptions, tie_head_norms
 

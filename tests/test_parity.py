@@ -13,13 +13,15 @@ import transformers
 from safetensors.torch import load_file
 
 import medley
-from medley.checkpoints.adapter import merged_tensors, trainable_model
+from medley.checkpoints.adapter import merged_tensors
 from medley.checkpoints.chameleon import ChameleonWeights
-from medley.checkpoints.checkpoint import open_checkpoint, write_chameleon, write_hugging_face
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import write_chameleon, write_hugging_face
 from medley.data.packing import build_sequence, collate
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
 from medley.generation.sampling import penalize_repetition, top_k_top_p
+from medley.trainer.parameters import trainable_model
 
 
 def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:
@@ -92,7 +94,7 @@ def test_the_processor_loads_and_gives_our_ids(tmp_path: Path) -> None:
     image = _picture()
     batch = processor(text="<image>What is this?", images=[image], return_tensors="pt")
     ours = model.encode_prompt([image, "What is this?"])
-    codes, place = model.vocabulary.image_codes, model.vocabulary.image
+    codes, place = model.vocabulary.image_codes, model.vocabulary.image_placeholder
     assert batch["input_ids"][0].tolist() == [place if i in codes else i for i in ours]
     assert torch.allclose(batch["pixel_values"][0], model.image_tokenizer.pixels(image), atol=1e-6)
 
@@ -108,7 +110,7 @@ def test_the_chat_template_gives_our_ids(tmp_path: Path) -> None:
     ]
     document = medley.Document.from_json({"messages": messages})
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert ids == model.encode(document)
+    assert ids == model.encode_document(document)
     with pytest.raises(Exception, match="role tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 

@@ -1,4 +1,4 @@
-"""Phantoms: what is drawn is read back, told, asked and changed as it is."""
+"""Phantoms: rendering, measurement, questions, texts and documents agree."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from medley.phantoms import (
     KINDS,
     Finding,
     Phantom,
+    appearances_of,
     caption,
     change_document,
     change_text,
@@ -23,9 +24,8 @@ from medley.phantoms import (
     prompt_for,
     questions,
     report,
-    signs_of,
 )
-from medley.phantoms.texts import conversation
+from medley.phantoms.captions import conversation
 
 
 @pytest.fixture(scope="module")
@@ -34,97 +34,97 @@ def scans() -> list[Phantom]:
     return [Phantom.random(rng, ALL_MODALITIES) for _ in range(100)]
 
 
-def test_the_reader_finds_what_was_drawn(scans: list[Phantom]) -> None:
+def test_measurement_matches_the_rendered_scan(scans: list[Phantom]) -> None:
     for scan in scans:
-        found = measure(scan.draw(64))
+        found = measure(scan.render(64))
         assert (found.modality, found.organ) == (scan.modality, scan.organ)
         assert set(found.findings) == set(scan.findings)
         assert found.residual < 0.05
 
 
-def test_every_finding_is_told_from_every_other() -> None:
+def test_measurement_distinguishes_all_findings() -> None:
     for modality in ALL_MODALITIES:
         for kind in KINDS:
             for size in ("small", "large"):
                 for brightness in ("marked", "faint"):
                     finding = Finding(kind, size, "left", "lower", brightness)
                     scan = Phantom(modality, organs_of(modality)[0], (finding,), 7)
-                    assert measure(scan.draw(64)).findings == (finding,)
+                    assert measure(scan.render(64)).findings == (finding,)
 
 
-def test_some_modalities_show_kinds_and_sides_in_their_own_way() -> None:
-    looks = set()
+def test_modalities_permute_appearances_and_sides() -> None:
+    distinct = set()
     for modality in ("CT", "ultrasound", "MR-CT"):
-        signs = signs_of(modality)
-        assert len({signs.of(kind) for kind in KINDS}) == len(KINDS)
-        looks |= {(kind, signs.of(kind)) for kind in KINDS}
-        clean = Phantom(modality, "head", (), 7).draw(64)[..., 0].astype(int)
+        appearances = appearances_of(modality)
+        assert len({appearances.of(kind) for kind in KINDS}) == len(KINDS)
+        distinct |= {(kind, appearances.of(kind)) for kind in KINDS}
+        clean = Phantom(modality, "head", (), 7).render(64)[..., 0].astype(int)
         for kind in KINDS:
             finding = Finding(kind, "large", "left", "upper")
-            drawn = Phantom(modality, "head", (finding,), 7).draw(64)[..., 0].astype(int)
-            rows, columns = np.nonzero(abs(drawn - clean) > 60)
+            rendered = Phantom(modality, "head", (finding,), 7).render(64)[..., 0].astype(int)
+            rows, columns = np.nonzero(abs(rendered - clean) > 60)
             assert rows.mean() < 32
-            assert (columns.mean() > 32) == (modality == "ultrasound") == signs.mirrored
-            middle = drawn[int(rows.mean()), int(columns.mean())]
-            sign = signs.of(kind)
-            bright = sign.outer if sign.heart is None else sign.heart
+            assert (columns.mean() > 32) == (modality == "ultrasound") == appearances.mirrored
+            middle = rendered[int(rows.mean()), int(columns.mean())]
+            appearance = appearances.of(kind)
+            bright = appearance.outer if appearance.core is None else appearance.core
             assert (middle > 200) if bright else (middle < 30)
-    assert len(looks) == 2 * len(KINDS)
+    assert len(distinct) == 2 * len(KINDS)
 
 
-def test_the_reader_is_not_fooled_by_a_flat_picture() -> None:
+def test_flat_image_has_a_large_residual() -> None:
     found = measure(np.full((64, 64), 128, np.uint8))
     assert found.residual > 0.1
-    with pytest.raises(ValueError, match="a square up to 256"):
+    with pytest.raises(ValueError, match="square image of up to 256"):
         measure(np.zeros((64, 32), np.uint8))
 
 
-def test_the_reader_sees_what_is_torn(scans: list[Phantom]) -> None:
+def test_local_artifact_has_a_large_residual(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(0)
     for scan in scans[:20]:
-        torn = scan.draw(64)
-        torn[24:40, 24:40] = rng.integers(0, 256, (16, 16, 3))
-        assert measure(torn).residual > 0.1
+        image = scan.render(64)
+        image[24:40, 24:40] = rng.integers(0, 256, (16, 16, 3))
+        assert measure(image).residual > 0.1
 
 
-def test_drawing_is_the_seeds(scans: list[Phantom]) -> None:
-    assert np.array_equal(scans[0].draw(64), scans[0].draw(64))
-    assert scans[0].draw(96).shape == (96, 96, 3)
-    colours = {scan.modality: np.ptp(scan.draw(64).astype(int), axis=-1).max() for scan in scans}
-    assert colours["histology"] > 60
-    assert all(spread == 0 for name, spread in colours.items() if name != "histology")
+def test_rendering_is_deterministic(scans: list[Phantom]) -> None:
+    assert np.array_equal(scans[0].render(64), scans[0].render(64))
+    assert scans[0].render(96).shape == (96, 96, 3)
+    colors = {scan.modality: np.ptp(scan.render(64).astype(int), axis=-1).max() for scan in scans}
+    assert colors["histology"] > 60
+    assert all(spread == 0 for name, spread in colors.items() if name != "histology")
 
 
-def test_answers_are_true_of_the_scan(scans: list[Phantom]) -> None:
+def test_answers_match_the_scan(scans: list[Phantom]) -> None:
     for scan in scans:
         answers = dict(questions(scan))
         assert answers["What modality is this?"] == scan.modality
         assert answers["How many findings are there?"] == str(len(scan.findings))
         kinds = {finding.kind: finding for finding in scan.findings}
         assert (answers["Is there a cyst?"] == "yes") == ("cyst" in kinds)
-        assert (answers["Is the picture normal?"] == "yes") == (not scan.findings)
+        assert (answers["Is the picture normal?"] == "yes") == (not scan.findings)  # alias
         assert all(finding.name in caption(scan) for finding in scan.findings)
         for kind, finding in kinds.items():
-            assert answers[f"Where is the {kind}?"] == finding.place
-            assert answers[f"What is in the {finding.place}?"] == f"a {finding.name}"
+            assert answers[f"Where is the {kind}?"] == finding.location
+            assert answers[f"What is in the {finding.location}?"] == f"a {finding.name}"
             assert dict(follow_up_questions(finding))["On which side?"] == finding.side
     closed = [answer for scan in scans for _, answer in questions(scan) if answer in ("yes", "no")]
     assert 0.3 < closed.count("yes") / len(closed) < 0.7
 
 
-def test_what_is_told_holds_the_facts(scans: list[Phantom]) -> None:
+def test_texts_contain_all_facts(scans: list[Phantom]) -> None:
     for scan in scans:
-        known = facts(scan.modality, scan.organ, scan.findings)
-        assert len(known) == 2 + 3 * len(scan.findings)
+        expected = facts(scan.modality, scan.organ, scan.findings)
+        assert len(expected) == 2 + 3 * len(scan.findings)
         for text in (caption(scan), prompt_for(scan), report(scan)):
-            assert facts_in(text) == known
+            assert facts_in(text) == expected
 
 
-def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
+def test_progression_changes_at_most_one_finding(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(1)
     kinds = set()
     for scan in scans:
-        later, change = scan.later(rng)
+        later, change = scan.progression(rng)
         kinds.add(change.kind)
         gone, new = (
             set(scan.findings) - set(later.findings),
@@ -140,41 +140,41 @@ def test_changes_are_of_one_finding(scans: list[Phantom]) -> None:
         assert (len(gone), len(new)) == expected[change.kind]
         assert (later.modality, later.organ) == (scan.modality, scan.organ)
         document = change_document(ImagePart(codes=(1,)), ImagePart(codes=(2,)), change)
-        assert len(document.pictures) == 2
+        assert len(document.images) == 2
         assert document.turns[1].parts == (change_text(change),)
         if change.finding is not None:
-            assert change.finding.place in change_text(change)
+            assert change.finding.location in change_text(change)
     assert kinds == {"none", "gone", "new", "grown", "shrunk"}
 
 
-def test_documents_hold_the_picture(scans: list[Phantom]) -> None:
+def test_documents_contain_the_image_once(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(0)
     for scan in scans[:10]:
         for document in documents(scan, ImagePart(codes=(1,)), rng):
-            assert len(document.pictures) == 1
+            assert len(document.images) == 1
 
 
-def test_a_talk_tells_once_and_most_often_last(scans: list[Phantom]) -> None:
+def test_conversation_has_one_description_usually_last(scans: list[Phantom]) -> None:
     rng = np.random.default_rng(0)
     last = 0
     for scan in scans:
         turns = [turn.parts[-1] for turn in conversation(scan, ImagePart(codes=(1,)), rng).turns]
         assert 16 <= len(turns) <= 40
-        asked, said = turns[::2], turns[1::2]
-        told = [n for n, answer in enumerate(said) if answer in (caption(scan), report(scan))]
-        assert len(told) == 1
-        last += told[0] == len(said) - 1
-        ways = dict(questions(scan)) | {
-            "Describe the picture.": caption(scan),
+        asked, answers = turns[::2], turns[1::2]
+        described = [n for n, a in enumerate(answers) if a in (caption(scan), report(scan))]
+        assert len(described) == 1
+        last += described[0] == len(answers) - 1
+        known = dict(questions(scan)) | {
+            "Describe the picture.": caption(scan),  # alias
             "Write a report.": report(scan),
         }
         kind = ""
-        for question, answer in zip(asked, said, strict=True):
+        for question, answer in zip(asked, answers, strict=True):
             assert isinstance(question, str)
-            if question in ways:
-                assert ways[question] == answer
+            if question in known:
+                assert known[question] == answer
                 kind = next((k for k in KINDS if f" {k}?" in question), "")
-            else:  # it goes on from the question before it
+            else:  # a follow-up of the previous question
                 found = next(f for f in scan.findings if f.kind == kind)
                 assert dict(follow_up_questions(found))[question] == answer
     assert 0.65 < last / len(scans) < 0.9

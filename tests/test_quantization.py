@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import medley
-from medley.checkpoints.adapter import trainable_model
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
+from medley.trainer.parameters import trainable_model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
 
@@ -20,7 +20,7 @@ GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
 def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
     plain = medley.load("tiny", device="cpu")
     model = medley.load("tiny", device="cpu", quantize=kind)
-    assert model.engine._passes.fused is None
+    assert model.engine.runner.fused is None
     ids = torch.tensor([plain.encode_prompt(["What does this scan show?"])])
     with torch.inference_mode():
         one, other = plain.decoder(ids).logits, model.decoder(ids).logits
@@ -62,7 +62,7 @@ def test_an_adapter_lies_over_quantised_layers(tmp_path: Path) -> None:
         found = small.decoder(input_ids=ids).logits
     likeness = torch.cosine_similarity(found[0, -1], wanted[0, -1], dim=0)
     assert float(likeness) > 0.8
-    assert whole.engine._passes.fused is None
+    assert whole.engine.runner.fused is None
 
 
 def test_quantising_without_the_library_says_what_to_install(

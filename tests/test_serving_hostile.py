@@ -1,4 +1,4 @@
-"""The server under clients that send what they should not, by thousands, or go away; and killed."""
+"""The server with invalid requests, a thousand concurrent clients, and after SIGKILL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from running_server import Running, started
+from running_server import RunningServer, start_server
 from schemathesis import GenerationMode, checks
 
 from medley.serving.limits import Limits
@@ -29,62 +29,69 @@ SHORT = {"messages": [{"role": "user", "content": "Which organ is shown?"}], "mo
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    found = Running(Limits(tokens=16, queue=2 * CLIENTS, seconds=120), rows=32)
-    yield found
-    assert found.idle()
-    found.stop()
+def running() -> Iterator[RunningServer]:
+    server = RunningServer(
+        Limits(max_tokens=16, max_queue=2 * CLIENTS, request_timeout=120), max_num_seqs=32
+    )
+    yield server
+    assert server.becomes_idle()
+    server.stop()
 
 
 # --- the schema -------------------------------------------------------------------------------
 
 
-def test_every_route_keeps_to_its_schema(running: Running) -> None:
-    """No fault of the server, whatever is sent; statuses, types and errors as they are told."""
-    described = schemathesis.openapi.from_url(f"{running.address}/openapi.json")
-    operations = [found.ok() for found in described.get_all_operations()]
+def test_all_routes_conform_to_the_openapi_schema(running: RunningServer) -> None:
+    """No request causes a server error; statuses, content types and bodies are those declared."""
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
     assert {operation.path for operation in operations} >= {CHAT, "/v1/images/generations"}
-    own = schemathesis.specs.openapi.checks
-    wanted = [checks.not_a_server_error, own.status_code_conformance, own.content_type_conformance,
-              own.response_schema_conformance, own.negative_data_rejection]  # fmt: skip
+    openapi = schemathesis.specs.openapi.checks
+    required = [
+        checks.not_a_server_error, openapi.status_code_conformance,
+        openapi.content_type_conformance, openapi.response_schema_conformance,
+        openapi.negative_data_rejection,
+    ]  # fmt: skip
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
             @settings(max_examples=25, deadline=None, derandomize=True, database=None,
                       suppress_health_check=list(HealthCheck))  # fmt: skip
             @given(case=operation.as_strategy(generation_mode=mode))
-            def hold(case: Any) -> None:
-                case.call_and_validate(timeout=60, checks=wanted)
+            def check(case: Any) -> None:
+                case.call_and_validate(timeout=60, checks=required)
 
             try:
-                hold()
-            except Unsatisfiable:  # nothing is negative where nothing is asked for
+                check()
+            except Unsatisfiable:  # A route without parameters has no invalid request.
                 assert mode is GenerationMode.NEGATIVE
 
 
-# --- garbage ----------------------------------------------------------------------------------
+# --- invalid requests -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "sent",
+    "data",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS, to a server without it
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS, which the server does not support
         b"\0" * 4096, b"GET / HTTP/9.9\r\n\r\n", b"GET " + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{",
         b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )  # fmt: skip
-def test_what_is_no_request_costs_its_own_connection_alone(sent: bytes, running: Running) -> None:
-    host, port = running.address.removeprefix("http://").split(":")
+def test_invalid_http_affects_only_its_own_connection(data: bytes, running: RunningServer) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
     with (
         socket.create_connection((host, int(port)), timeout=10) as connection,
-        contextlib.suppress(BrokenPipeError, ConnectionResetError),  # closed before all was read
+        contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ),  # The server may close the connection early.
     ):
-        connection.sendall(sent)
+        connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         connection.recv(1 << 16)
-    assert httpx.post(running.address + CHAT, json=SHORT, timeout=60).status_code == 200
+    assert httpx.post(running.url + CHAT, json=SHORT, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -96,51 +103,52 @@ def test_what_is_no_request_costs_its_own_connection_alone(sent: bytes, running:
         b'{"model": 1' + b"0" * 5000 + b', "messages": []}',
     ],
 )  # fmt: skip
-def test_bodies_that_are_no_question_are_refused(body: bytes, running: Running) -> None:
+def test_invalid_bodies_are_rejected(body: bytes, running: RunningServer) -> None:
     headers = {"Content-Type": "application/json"}
-    found = httpx.post(running.address + CHAT, content=body, headers=headers, timeout=60)
-    assert found.status_code == 400, found.text
-    assert found.json()["error"]["type"] == "invalid_request_error"
-    assert len(found.text) < 1000  # what was sent is not sent back
+    response = httpx.post(running.url + CHAT, content=body, headers=headers, timeout=60)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(response.text) < 1000  # The error does not contain the body.
 
 
-# --- many -------------------------------------------------------------------------------------
+# --- load -------------------------------------------------------------------------------------
 
 
-def test_a_thousand_connections_at_once_are_all_answered(running: Running) -> None:
-    async def all_of_them() -> list[httpx.Response]:
+def test_a_thousand_concurrent_requests_all_succeed(running: RunningServer) -> None:
+    async def send_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(limits=limits, timeout=300) as client:
-            asked = [client.post(running.address + CHAT, json=SHORT | {"seed": i})
-                     for i in range(CLIENTS)]  # fmt: skip
-            return list(await asyncio.gather(*asked))
+            requests = [
+                client.post(running.url + CHAT, json=SHORT | {"seed": i}) for i in range(CLIENTS)
+            ]
+            return list(await asyncio.gather(*requests))
 
-    answers = asyncio.run(all_of_them())
-    assert Counter(answer.status_code for answer in answers) == {200: CLIENTS}
-
-
-# --- killed -----------------------------------------------------------------------------------
+    responses = asyncio.run(send_all())
+    assert Counter(response.status_code for response in responses) == {200: CLIENTS}
 
 
-def test_a_killed_server_starts_again_at_its_port_and_answers_the_same(tmp_path: Path) -> None:
-    process, address = started(tmp_path / "log", 0)
-    port = int(address.rsplit(":", 1)[1])
+# --- SIGKILL ----------------------------------------------------------------------------------
+
+
+def test_killed_server_restarts_at_its_port_with_equal_responses(tmp_path: Path) -> None:
+    process, url = start_server(tmp_path / "log", 0)
+    port = int(url.rsplit(":", 1)[1])
     try:
-        before = httpx.post(address + CHAT, json=SHORT | {"seed": 3}, timeout=60).json()
-        with httpx.stream("POST", address + CHAT, timeout=60, json=SHORT | {
+        before = httpx.post(url + CHAT, json=SHORT | {"seed": 3}, timeout=60).json()
+        with httpx.stream("POST", url + CHAT, timeout=60, json=SHORT | {
             "mode": "image", "max_tokens": 2000, "stream": True, "previews": 60,
-        }) as answer:  # fmt: skip
-            lines = answer.iter_lines()
+        }) as response:  # fmt: skip
+            lines = response.iter_lines()
             next(lines)
             os.kill(process.pid, signal.SIGKILL)
             with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
                 list(lines)
         process.wait(timeout=30)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{address}/health")
-        process, again = started(tmp_path / "log2", port)
-        assert again == address
-        after = httpx.post(address + CHAT, json=SHORT | {"seed": 3}, timeout=60).json()
+            httpx.get(f"{url}/health")
+        process, second_url = start_server(tmp_path / "log2", port)
+        assert second_url == url
+        after = httpx.post(url + CHAT, json=SHORT | {"seed": 3}, timeout=60).json()
         assert after["choices"] == before["choices"]
     finally:
         process.kill()

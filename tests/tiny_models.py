@@ -1,4 +1,4 @@
-"""Random models of transformers in small, for what compares answers or answers itself."""
+"""Tiny random models of transformers: a sentence model, CLIP and LLaVA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = ["[PAD]", "[UNK]", "<s>", "</s>", "<image>", "a", "is", "there", "cyst",
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: place for place, word in enumerate(WORDS)}
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
@@ -56,8 +56,10 @@ def clip_folder(folder: Path) -> Path:
         vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=12,
     )  # fmt: skip
     CLIPModel(config).save_pretrained(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(pictures, tokenizer()).save_pretrained(folder)
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    CLIPProcessor(image_processor, tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -76,9 +78,11 @@ def llava_folder(folder: Path, chat_template: str | None = None) -> Path:
         vision_config=vision, text_config=text, image_token_id=WORDS.index("<image>")
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     LlavaProcessor(
-        pictures, tokenizer(), patch_size=8, vision_feature_select_strategy="default",
+        image_processor, tokenizer(), patch_size=8, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=chat_template,
     ).save_pretrained(folder)  # fmt: skip
     return folder

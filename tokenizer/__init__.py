@@ -1,1 +1,1 @@
-"""Stage 1, programs: pictures to codes, documents to token sequences."""
+"""Tokenization scripts: images to image codes, documents to token sequences."""

@@ -1,17 +1,16 @@
-"""Documents to token sequences, in constant memory.
+"""Tokenization, step 2: documents to token sequences, in constant memory.
 
-In: a JSONL file of documents and, for pictures without codes, a folder of code shards. Out:
-JSONL (the line plus `tokens`, as MedMax writes it) or, by the name `*.parquet`, Parquet; a
-manifest and a report of what went through.
+In: a JSON Lines file of documents (`text` or `messages`, `image_path`, `image_tokens`; see
+docs/formats.md), the image codes of step 1 and the text_tokenizer.json of a checkpoint. Out: a
+token file for training, as JSON Lines (the line plus `tokens`, as MedMax writes it) or, for the
+suffix .parquet, as Parquet; `OUTPUT.manifest.json`; a report with the lengths of the documents.
 
     python -m tokenizer.tokenize_jsonl --input_file docs.jsonl --image_codes codes \
         --tokenizer_file CKPT/tokenizer/text_tokenizer.json --output_file tokens.jsonl
 
-Every line is looked at before the first complaint: bad ones are listed with their numbers, and
-nothing is written. With --skip_bad_lines the rest is written, and the bad ones are kept in
-OUTPUT.bad_lines.jsonl.
-
-The same as `medley tokenize`.
+All lines are checked. Bad lines are listed with their numbers, and then nothing is written. With
+`--on_error skip`, the good lines are written, and the bad lines go to OUTPUT.bad_lines.jsonl. The
+same as `medley tokenize`. Step 3 is tokenizer/validate.py.
 """
 
 import sys

@@ -1,14 +1,13 @@
-"""Checks documents or tokens: counts, every error with its line, and what will be learned.
+"""Tokenization, step 3: a check of documents or token files before training.
 
-In: a JSONL file of documents, or a tokens file (JSONL with `tokens`, or Parquet). Out: a report;
-with --html a page of the first documents with their pictures.
+In: a JSON Lines file of documents, or a token file of step 2. Out: statistics, each error with its
+line, and the first document with its trained tokens in brackets; with --html_report, an HTML report
+of the first documents with their images.
 
     python -m tokenizer.validate --input_file docs.jsonl --image_codes codes \
-        --tokenizer_file CKPT/tokenizer/text_tokenizer.json --html preview.html
+        --tokenizer_file CKPT/tokenizer/text_tokenizer.json --html_report preview.html
 
-Ends with status 3 when anything is wrong.
-
-The same as `medley validate`.
+Exits with status 3 if there are errors. The same as `medley validate`.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Stage 2, programs: training, and making the embedded model."""
+"""Training programs: train, the demo of the pipeline, the embedded model's recipe."""

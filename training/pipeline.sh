@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The whole way, from pictures to a mixed answer, with the very programs of the stages.
+# The end-to-end pipeline, from images to interleaved responses, with the commands of each stage.
 #
-#   bash training/pipeline.sh                 drawn phantoms of a modality that tiny does not know
-#   bash training/pipeline.sh VQA_RAD_FOLDER  VQA-RAD: its pictures, questions and answers
+#   bash training/pipeline.sh                 phantoms of a modality that tiny was not trained on
+#   bash training/pipeline.sh VQA_RAD_FOLDER  VQA-RAD's images, questions and answers
 #
-# Everything it makes lies in build/demo (or build/vqa_rad); index.html there shows it all.
+# All files go to build/demo (or build/vqa_rad); the report is index.html in that folder.
 set -euo pipefail
 data="${1:+$(cd "$1" && pwd)}"
 cd "$(dirname "$0")/.."
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 if ! python -c 'import medley' 2>/dev/null; then
-  echo "training/pipeline.sh: medley is not installed for $(command -v python); run make demo first" >&2
+  echo "training/pipeline.sh: medley is not installed for $(command -v python). Run make demo." >&2
   exit 2
 fi
 
@@ -19,53 +19,53 @@ out="build/${data:+vqa_rad}"
 rm -rf "$out"
 mkdir -p "$out"
 
-# Runs a command, shows it, and keeps it for the page at the end.
+# Prints a command, records it for the report, and runs it.
 run() {
   printf '\n\033[1m$ %s\033[0m\n' "$*"
   printf '%s\n' "$*" >>"$out/commands.txt"
   "$@"
 }
 
-# --- data: documents, and a list of their pictures ----------------------------------------
+# --- Data: documents and a list of their images ------------------------------------------------
 if [ -n "$data" ]; then
-  # By way of LLaVA's form, which its tools read, too; no picture is in both halves.
-  run python -m conversion.convert_dataset --from vqa_rad --to llava --input "$data" \
-    --test_share 0.15 --output "$out/llava"
-  for part in train test; do
-    run python -m conversion.convert_dataset --from llava --input "$out/llava/$part.json" \
-      --image_folder "$data/images" --output "$out/data/$part.jsonl"
+  # Converts by way of LLaVA's format, which LLaVA's tools read. No image is in both splits.
+  run medley convert --from vqa_rad --to llava --input "$data" --test_fraction 0.15 \
+    --output "$out/llava"
+  for split in train test; do
+    run medley convert --from llava --input "$out/llava/$split.json" \
+      --image_folder "$data/images" --output "$out/data/$split.jsonl"
   done
-  cp "$out/llava/pictures.csv" "$out/data/"
+  cp "$out/llava/images.csv" "$out/data/"
   steps=150
 else
-  # Three scans in ten are of what tiny knows, so that it does not forget that.
-  run python -m conversion.draw_phantoms --output "$out/data" --modality MR-CT --known_share 0.3 \
+  # 30% of the scans are of modalities that tiny knows, which limits forgetting.
+  run medley draw-phantoms --output "$out/data" --modality MR-CT --known_fraction 0.3 \
     --train 2000 --test 60
   steps=800
 fi
 
-# --- stage 1: pictures -> codes (two ranks), documents -> token sequences ------------------
-run torchrun --nproc-per-node=2 -m tokenizer.image_tokenization \
-  --input "$out/data/pictures.csv" --output "$out/codes" --ckpt tiny --partition_size 200
-tiny=$(python -c 'from medley.checkpoints import tiny_folder; print(tiny_folder())')
-for part in train test; do
-  run python -m tokenizer.tokenize_jsonl --input_file "$out/data/$part.jsonl" --image_codes "$out/codes" \
-    --tokenizer_file "$tiny/tokenizer/text_tokenizer.json" --output_file "$out/$part.tokens.jsonl"
+# --- Tokenization: images -> image codes (two ranks), documents -> token sequences -------------
+run torchrun --nproc-per-node=2 -m medley tokenize-images \
+  --input "$out/data/images.csv" --output "$out/codes" --ckpt tiny --partition_size 200
+tiny=$(python -c 'from medley.tiny.embedded import tiny_folder; print(tiny_folder())')
+for split in train test; do
+  run medley tokenize --input_file "$out/data/$split.jsonl" --image_codes "$out/codes" \
+    --tokenizer_file "$tiny/tokenizer/text_tokenizer.json" --output_file "$out/$split.tokens.jsonl"
 done
 
-# --- stage 2: Chameleon's layout -> Hugging Face's, LoRA under DeepSpeed (two ranks) -------
-run python -m conversion.pth_to_bin --input_dir tiny --output_dir "$out/base-hf" --verify
-run torchrun --nproc-per-node=2 -m training.train --config training/recipes/demo.yaml \
-  --ckpt "$out/base-hf" --train_data "$out/train.tokens.jsonl" --val_data "$out/test.tokens.jsonl" \
+# --- Training: conversion to Hugging Face's layout, LoRA with DeepSpeed (two ranks) ------------
+run medley to-hf --input_dir tiny --output_dir "$out/base-hf" --verify
+run torchrun --nproc-per-node=2 -m medley train --config demo --ckpt "$out/base-hf" \
+  --train_data "$out/train.tokens.jsonl" --val_data "$out/test.tokens.jsonl" \
   --output_dir "$out/lora" --steps "$steps"
 
-# --- stage 3: merge, and back to Chameleon's layout ----------------------------------------
-run python -m conversion.merge_lora --ckpt_path "$out/lora" --base_path "$out/base-hf" \
+# --- Conversion: merge the adapter, convert to Chameleon's layout ------------------------------
+run medley merge --ckpt_path "$out/lora" --base_path "$out/base-hf" \
   --output_dir "$out/merged-hf" --verify
-run python -m conversion.bin_to_pth --trained_ckpt "$out/merged-hf" --original_ckpt tiny \
+run medley to-pth --trained_ckpt "$out/merged-hf" --original_ckpt tiny \
   --new_ckpt "$out/final" --verify
 
-# --- use it: the converted .pth checkpoint reads and draws ---------------------------------
+# --- Inference: the .pth checkpoint generates images, text and interleaved reports -------------
 run python -m training.pipeline_report prompts --data "$out/data" --output "$out"
 for mode in image text any; do
   run medley generate --ckpt "$out/final" --input "$out/prompts-$mode.jsonl" --mode "$mode" \
@@ -73,13 +73,14 @@ for mode in image text any; do
     --max_images 1 --max_new_tokens 160 --output "$out/answers-$mode"
 done
 
-if [ -n "$data" ]; then  # an answer file as LLaVA's evaluations read it
+if [ -n "$data" ]; then  # an answer file for LLaVA's evaluation scripts
   run medley answer --ckpt "$out/final" --questions "$out/llava/test.json" \
     --image_folder "$data/images" --text_greedy --repetition_penalty 1.0 --max_new_tokens 40 \
     --output "$out/answers.jsonl"
 fi
 
-# --- what it learned, before and after, on one page ----------------------------------------
-run python -m training.pipeline_report page --data "$out/data" --output "$out" --before tiny --after "$out/final"
+# --- Report: scores before and after training, generated responses, losses ---------------------
+run python -m training.pipeline_report report --data "$out/data" --output "$out" \
+  --before tiny --after "$out/final"
 echo
-echo "See $out/index.html"
+echo "The report is $out/index.html"

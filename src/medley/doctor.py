@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from medley.checkpoints.checkpoint import TINY, open_checkpoint, tiny_folder
+from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
 from medley.phantoms import Phantom
+from medley.tiny.embedded import TINY, tiny_folder
 from medley.utils.files import read_json
 
 # From the first to, not including, the last; the newest of each is what the tests run with.

@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend. Programs print them as one line, without a traceback."""
+"""Errors caused by input. Commands print them as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Bad input: the message gives the value, the limit, the place and what to do next."""
+    """Invalid input. The message names the place, the value, the expected value and the fix."""
 
 
 class PartialFailure(UserError):
-    """Work that ended, but not with all of its rows; programs exit with status 3."""
+    """A command finished, but some of its records failed. Commands exit with status 3."""

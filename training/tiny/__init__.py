@@ -1,1 +1,1 @@
-"""The parts of the embedded model, each made from nothing but seeds."""
+"""The recipe of the embedded model; it needs no data but seeds."""

@@ -1,4 +1,4 @@
-"""What the embedded model is made with."""
+"""Options of the embedded model's recipe, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 
 from medley.errors import UserError
 
-CODES = 8192  # the layout of Chameleon's vocabulary, kept whole
+CODES = 8192  # image codes in Chameleon's vocabulary layout
 
 
 @dataclass(frozen=True)
 class Options:
-    """Makes the embedded model from nothing.
+    """Makes the embedded model from scratch.
 
     Args:
-        output: folder of the new checkpoint; parts that are there are kept
+        output: folder of the new checkpoint; complete parts in it are kept
         seed: seed of data and weights
         vqgan_steps: optimizer steps of the VQGAN
-        vqgan_batch: pictures of a step
+        vqgan_batch: images per step
         vqgan_lr: peak learning rate of the VQGAN
-        active_codes: codes of the 8192 that are put to use
-        codebook_start: step from which on latents are quantised
-        merges: merges of the byte-level BPE
+        active_codes: number of the 8192 image codes that are used
+        codebook_start: first step with quantized latents
+        merges: number of merges of the byte-level BPE
         width: width of the decoder
-        layers: layers of the decoder
-        heads: heads of the decoder
-        context: longest sequence of the decoder
+        layers: number of layers of the decoder
+        heads: number of attention heads of the decoder
+        context: maximum sequence length of the decoder
         decoder_steps: optimizer steps of the decoder
-        decoder_rows: packed rows of a step
-        row_length: tokens of a packed row
+        decoder_rows: packed sequences per step
+        row_length: tokens of a packed sequence
         decoder_lr: peak learning rate of the decoder's embeddings, head and norms (AdamW)
-        matrix_lr: peak learning rate of its layers' matrices (Muon)
+        matrix_lr: peak learning rate of the matrices in its layers (Muon)
     """
 
     output: Path = Path("build/tiny")
@@ -56,13 +56,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.vqgan_steps <= self.codebook_start:
             raise UserError(
-                f"--vqgan_steps {self.vqgan_steps}: expected more than --codebook_start "
-                f"{self.codebook_start}, or no codebook is learned"
+                f"--vqgan_steps {self.vqgan_steps}: Expected more than --codebook_start "
+                f"{self.codebook_start}, since the codebook is trained after that step."
             )
         if self.decoder_steps < 1:
-            raise UserError(f"--decoder_steps {self.decoder_steps}: expected 1 or more")
+            raise UserError(f"--decoder_steps {self.decoder_steps}: Expected 1 or more.")
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to 2 %."""
+    """Fraction of the peak learning rate: linear warmup, then a cosine decay to 2%."""
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))

@@ -1,1 +1,1 @@
-"""Checkpoint layouts, weight names, adapters."""
+"""Checkpoint layouts, weight names, adapters, and conversion between layouts."""

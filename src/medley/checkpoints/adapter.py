@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medley.checkpoints.checkpoint import Checkpoint, adapter_base_name, is_adapter, open_checkpoint
-from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.files import read_json
-from medley.vqgan.files import check_weights_file, load_tensors
+from medley.utils.tensor_files import check_weights_file, load_tensors
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."
 _COVERED = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None)}
 
@@ -216,54 +213,3 @@ def verify_merge(base: Checkpoint, adapter: Path, merged: Checkpoint) -> float:
         expected = decoder(input_ids=ids).logits
         found = merged.decoder(torch.float32)(input_ids=ids).logits
     return float((expected - found).abs().max())
-
-
-# --- training -----------------------------------------------------------------------------
-
-
-def trainable_model(
-    decoder: ChameleonForConditionalGeneration,
-    trainable: str,
-    vocabulary: Vocabulary,
-    base_name: str,
-    *,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    targets: Sequence[str],
-    rslora: bool = False,
-    start: Path | None = None,
-) -> Any:
-    """A decoder of which only what `trainable` names learns; the VQGAN in it never does.
-
-    `lora`, `image_head` (the rows of the image codes in the output head, Anole's way) and both
-    give a PeftModel; `full` the decoder itself. `start` is an adapter to go on learning, which
-    then says itself what it trains.
-    """
-    decoder.requires_grad_(False)
-    if trainable == "full":
-        decoder.requires_grad_(True)
-        decoder.model.vqmodel.requires_grad_(False)
-        return decoder
-    if start is not None:
-        return load_adapter(decoder, find_adapter(start), learns=True)
-    modules = [name.rpartition(".")[2] for name, _ in decoder.model.layers.named_modules()]
-    unknown = [target for target in targets if target not in modules]
-    if "lora" in trainable and unknown:
-        raise UserError(
-            f"--lora_target {', '.join(unknown)}: no such module, there is {', '.join(PROJECTIONS)}"
-        )
-    image_rows = {"lm_head": list(vocabulary.image_codes)} if "image_head" in trainable else None
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        use_rslora=rslora,
-        target_modules=list(targets) if "lora" in trainable else DUMMY_TARGET_MODULES,
-        trainable_token_indices=image_rows,
-        base_model_name_or_path=base_name,
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(decoder, config)
-    model.peft_config["default"].base_model_name_or_path = base_name
-    return model

@@ -1,4 +1,4 @@
-"""Chameleon's layout: `models/<size>/*.pth` with its JSON files, and `tokenizer/`."""
+"""Chameleon's layout: `models/<size>/*.pth` with its JSON files, and the folder `tokenizer/`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from medley.checkpoints.weight_map import (
     weight_rules,
 )
 from medley.errors import UserError
+from medley.modeling.dims import ModelDims
 from medley.utils.files import atomic_file, read_json, write_json
-from medley.vqgan.files import check_names, load_tensors
+from medley.utils.tensor_files import check_names, load_pickle
 
-DEFAULT_CONTEXT = 4096  # Chameleon's files do not say it; its loader has this number
+DEFAULT_CONTEXT = 4096  # params.json does not contain it; Chameleon's loader has this constant
 TOKENIZER_FILES = ("text_tokenizer.json", "vqgan.yaml", "vqgan.ckpt")
 OPTIONAL_TOKENIZER_FILES = ("text_tokenizer_modified.json",)
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -41,42 +41,24 @@ def is_chameleon(folder: Path) -> bool:
 
 
 def model_folder(folder: Path, size: str | None = None) -> Path:
-    """`models/<size>`; the only one there is, unless named."""
+    """`models/<size>`. The size may be left out if there is only one."""
     sizes = sorted(p.name for p in (folder / "models").iterdir() if p.is_dir())
     if size is None and len(sizes) != 1:
         raise UserError(
-            f"{folder / 'models'}: holds {', '.join(sizes) or 'no model'}; "
-            f"name one as the checkpoint: {folder / 'models' / (sizes or ['<size>'])[0]}"
+            f"{folder / 'models'}: Expected one model (got {', '.join(sizes) or 'none'}). Name one "
+            f"as the checkpoint, for example {folder / 'models' / (sizes or ['<size>'])[0]}."
         )
     chosen = size or sizes[0]
     if chosen not in sizes:
-        raise UserError(f"{folder / 'models'}: no model {chosen!r}, there is {', '.join(sizes)}")
+        raise UserError(
+            f"{folder / 'models'}: Model size not found (got {chosen!r}, expected one of "
+            f"{', '.join(sizes)})."
+        )
     return folder / "models" / chosen
 
 
-@dataclass(frozen=True)
-class ModelDims:
-    """Sizes of a decoder as `params.json` gives them, and its width between layers."""
-
-    width: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    feed_forward: int
-    vocabulary: int
-    norm_eps: float
-    rope_theta: float
-    swin_norm: bool
-    context: int
-    shards: int
-
-    @property
-    def split(self) -> HeadLayout:
-        return HeadLayout(self.heads, self.key_value_heads, self.shards)
-
-
 class ChameleonWeights:
-    """The decoder's tensors in a `models/<size>` folder, under Hugging Face's names."""
+    """The decoder's tensors in a folder `models/<size>`, under Hugging Face's names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,8 +75,8 @@ class ChameleonWeights:
         declared = self.params.get("model_parallel_size")
         if single.is_file() and numbered:
             raise UserError(
-                f"{self.folder}: holds consolidated.pth and {len(numbered)} numbered shards; only "
-                "one of the two can be the model: move the other away"
+                f"{self.folder}: Contains consolidated.pth and {len(numbered)} numbered shards. "
+                "Only one of the two can be the model. Move the other away."
             )
         if single.is_file():
             files = [single]
@@ -106,19 +88,18 @@ class ChameleonWeights:
                 names = ", ".join(f"consolidated.{i:02d}.pth" for i in missing)
                 names = "consolidated.pth" if expected <= 1 else names
                 raise UserError(
-                    f"{self.folder}: weights are missing: {names}; copy "
-                    "them there, the folder is not whole without them"
+                    f"{self.folder}: Weight files are missing: {names}. Copy them into the folder."
                 )
         if declared not in (None, len(files)):
             raise UserError(
-                f"{self.folder}: params.json says {declared} shards, {len(files)} are there: "
-                "copy the missing ones, or move away those of another model"
+                f"{self.folder}: Wrong number of shards (got {len(files)}, expected {declared} by "
+                "params.json). Copy the missing shards, or move away those of another model."
             )
         return files
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
-        shards = [load_tensors(path) for path in self._files]
+        shards = [load_pickle(path) for path in self._files]
         model = self.params["model"]
         heads, shard_count = int(model["n_heads"]), len(shards)
         own = HeadLayout(
@@ -127,27 +108,12 @@ class ChameleonWeights:
         return [split_qkv(shard, own) for shard in shards]
 
     @cached_property
-    def sizes(self) -> ModelDims:
+    def dims(self) -> ModelDims:
         try:
-            model = self.params["model"]
-            heads = int(model["n_heads"])
-            shards = self._shards
-            return ModelDims(
-                width=int(model["dim"]),
-                layers=int(model["n_layers"]),
-                heads=heads,
-                key_value_heads=int(model.get("n_kv_heads") or heads),
-                feed_forward=shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
-                vocabulary=sum(shard["output.weight"].shape[0] for shard in shards),
-                norm_eps=float(model.get("norm_eps", 1e-5)),
-                rope_theta=float(model.get("rope_theta", 10_000.0)),
-                swin_norm=bool(model.get("swin_norm", False)),
-                context=int(model.get("max_seq_len", DEFAULT_CONTEXT)),
-                shards=len(shards),
-            )
+            return _dims_from_params(self.params, self._shards)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{self.folder}: {error} is missing in params.json or in the weights"
+                f"{self.folder}: {error} is missing in params.json or in the weights."
             ) from error
 
     @property
@@ -156,98 +122,121 @@ class ChameleonWeights:
 
     @property
     def rope(self) -> Tensor | None:
-        """The rotary frequencies that the files carry, if they do."""
+        """The rotary frequencies, if the files contain them."""
         return self._shards[0].get(ROPE)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor once, as Hugging Face has it. Raises UserError for any it lacks."""
-        expected = weight_rules(self.sizes.layers)
+        """Every tensor once, in Hugging Face's form. Raises UserError for missing tensors.
+
+        Tensors may share their memory with this object; do not modify them in place.
+        """
+        rules = weight_rules(self.dims.layers)
         for path, shard in zip(self._files, self._shards, strict=True):
-            check_names([e.chameleon for e in expected], set(shard) - {ROPE}, str(path))
-        for entry in expected:
-            parts = [shard[entry.chameleon] for shard in self._shards]
-            yield entry.hugging_face, to_hugging_face(entry, parts, self.sizes.split)
+            check_names([rule.chameleon for rule in rules], set(shard) - {ROPE}, str(path))
+        heads = HeadLayout.of(self.dims)
+        for rule in rules:
+            parts = [shard[rule.chameleon] for shard in self._shards]
+            yield rule.hugging_face, to_hugging_face(rule, parts, heads)
 
 
 def write_model(
     folder: Path,
-    sizes: ModelDims,
+    dims: ModelDims,
     tensors: Callable[[], Iterator[tuple[str, Tensor]]],
     original: ChameleonWeights | None = None,
     norms: Norms = "equal",
 ) -> None:
-    """Writes `models/<size>`: Hugging Face's tensors -> Chameleon's files, one at a time.
+    """Writes `models/<size>` from Hugging Face's tensors, one tensor at a time.
 
-    `tensors` is called twice, for the shapes and for the numbers. `original` is the model that this
-    one was made from: its `params.json` and rotary frequencies are kept. Without one they are made
-    from `sizes`.
+    Args:
+        tensors: called twice, for the shapes and for the values
+        original: the model that this one was trained from; its `params.json` and rotary
+            frequencies are copied. Without it, both are computed from `dims`.
+        norms: see `weight_map.to_chameleon`
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_name = {entry.hugging_face: entry for entry in weight_rules(sizes.layers)}
+    rules = {rule.hugging_face: rule for rule in weight_rules(dims.layers)}
+    heads = HeadLayout.of(dims)
     shapes = {name: tensor.to("meta") for name, tensor in tensors()}
-    check_names(by_name, shapes, str(folder))
+    check_names(rules, shapes, str(folder))
     frequencies = original.rope if original is not None else None
     if frequencies is None:
-        frequencies = rope_frequencies(sizes.width // sizes.heads, sizes.rope_theta)
-    # Shapes alone: whether norms are equal is seen when they are written.
-    parts = {
-        e.chameleon: to_chameleon(e, shapes[n], sizes.split, "mean") for n, e in by_name.items()
-    }
+        frequencies = rope_frequencies(dims.width // dims.heads, dims.rope_theta)
+    # This pass computes shapes only. Unequal norms are detected when values are written.
+    parts = {r.chameleon: to_chameleon(r, shapes[n], heads, "mean") for n, r in rules.items()}
     with ExitStack() as stack:
         files = []
-        for number in range(sizes.shards):
-            name = "consolidated.pth" if sizes.shards == 1 else f"consolidated.{number:02d}.pth"
+        for number in range(dims.shards):
+            name = "consolidated.pth" if dims.shards == 1 else f"consolidated.{number:02d}.pth"
             temporary = stack.enter_context(atomic_file(folder / name))
             own = {key: tensors[number] for key, tensors in parts.items()}
             files.append(TorchWriter(temporary, {**own, ROPE: frequencies}))
             stack.callback(files[-1].abandon)
         for name, tensor in tensors():
-            entry = by_name[name]
-            for file, part in zip(
-                files, to_chameleon(entry, tensor, sizes.split, norms), strict=True
-            ):
-                file.put(entry.chameleon, part)
+            rule = rules[name]
+            for file, part in zip(files, to_chameleon(rule, tensor, heads, norms), strict=True):
+                file.put(rule.chameleon, part)
         for file in files:
             file.put(ROPE, frequencies)
             file.close()
-    params = _params(sizes)
+    params = _dims_to_params(dims)
     if original is not None:
-        params = {**original.params, "model_parallel_size": sizes.shards}
-        if original.params.get("model_parallel_size") in (None, sizes.shards):
+        params = {**original.params, "model_parallel_size": dims.shards}
+        if original.params.get("model_parallel_size") in (None, dims.shards):
             params = original.params
     write_json(folder / "params.json", params)
-    write_json(folder / "consolidate_params.json", {"model_parallel_size": sizes.shards})
+    write_json(folder / "consolidate_params.json", {"model_parallel_size": dims.shards})
     write_checklist(folder)
 
 
-def _params(sizes: ModelDims) -> dict[str, Any]:
-    grouped = sizes.key_value_heads != sizes.heads
+def _dims_from_params(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> ModelDims:
+    """`params.json` and the tensors of all shards -> sizes. Raises KeyError for a missing one."""
+    model = params["model"]
+    heads = int(model["n_heads"])
+    return ModelDims(
+        width=int(model["dim"]),
+        layers=int(model["n_layers"]),
+        heads=heads,
+        key_value_heads=int(model.get("n_kv_heads") or heads),
+        feed_forward=shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
+        vocabulary_size=sum(shard["output.weight"].shape[0] for shard in shards),
+        context=int(model.get("max_seq_len", DEFAULT_CONTEXT)),
+        norm_eps=float(model.get("norm_eps", ModelDims.norm_eps)),
+        rope_theta=float(model.get("rope_theta", ModelDims.rope_theta)),
+        swin_norm=bool(model.get("swin_norm", ModelDims.swin_norm)),
+        shards=len(shards),
+    )
+
+
+def _dims_to_params(dims: ModelDims) -> dict[str, Any]:
+    """The inverse of `_dims_from_params`: the content of `params.json`."""
+    grouped = dims.key_value_heads != dims.heads
     return {
-        "model_parallel_size": sizes.shards,
+        "model_parallel_size": dims.shards,
         "model": {
-            "dim": sizes.width,
-            "n_layers": sizes.layers,
-            "n_heads": sizes.heads,
-            "n_kv_heads": sizes.key_value_heads if grouped else None,
+            "dim": dims.width,
+            "n_layers": dims.layers,
+            "n_heads": dims.heads,
+            "n_kv_heads": dims.key_value_heads if grouped else None,
             "multiple_of": 256,
-            "norm_eps": sizes.norm_eps,
-            "rope_theta": sizes.rope_theta,
+            "norm_eps": dims.norm_eps,
+            "rope_theta": dims.rope_theta,
             "qk_normalization": True,
-            "swin_norm": sizes.swin_norm,
-            "vocab_size": sizes.vocabulary,
-            "max_seq_len": sizes.context,
+            "swin_norm": dims.swin_norm,
+            "vocab_size": dims.vocabulary_size,
+            "max_seq_len": dims.context,
         },
     }
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Carries a `tokenizer/` folder along. Raises UserError for a file that it lacks."""
+    """Copies a folder `tokenizer/`. Raises UserError for a missing file."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
             raise UserError(
-                f"{source / name}: no such file; a checkpoint in Chameleon's layout needs "
-                f"tokenizer/{{{','.join(TOKENIZER_FILES)}}}"
+                f"{source / name}: File not found. A checkpoint in Chameleon's layout needs "
+                f"tokenizer/{{{','.join(TOKENIZER_FILES)}}}."
             )
         shutil.copyfile(source / name, target / name)
     for name in OPTIONAL_TOKENIZER_FILES:
@@ -257,13 +246,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def write_checklist(folder: Path) -> None:
-    """`checklist.chk`: the MD5 of every file, in md5sum's format."""
+    """Writes `checklist.chk`: the MD5 of every file, in the format of md5sum."""
     lines = []
     for path in sorted(folder.iterdir()):
         if path.name != "checklist.chk" and not path.name.startswith("."):
             digest = hashlib.md5(usedforsecurity=False)
-            with open(path, "rb") as handle:
-                while chunk := handle.read(1 << 24):
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 24):
                     digest.update(chunk)
             lines.append(f"{digest.hexdigest()}  {path.name}\n")
     with atomic_file(folder / "checklist.chk") as temporary:

@@ -1,21 +1,19 @@
-"""Hugging Face's layout: what `ChameleonForConditionalGeneration.from_pretrained` reads.
+"""Hugging Face's layout, which `ChameleonForConditionalGeneration.from_pretrained` reads.
 
-Beside it `tokenizer/` holds the full VQGAN with its decoder, which the Hugging Face model does
-not carry, and the tokenizer file as Chameleon has it.
+Hugging Face's model contains only the encoder of the VQGAN. The additional folder `tokenizer/`
+contains the full VQGAN and Chameleon's tokenizer file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 from transformers import (
@@ -35,18 +33,14 @@ from medley.data.vocabulary import (
     PAD,
     UNK,
 )
-from medley.errors import UserError
-from medley.utils.files import read_json, write_json
-from medley.vqgan.files import check_weights_file, load_tensors
+from medley.modeling.dims import ARCHITECTURE
+from medley.utils.files import write_json
 
 SHARD_BYTES = 2 << 30
-_INDEX = {
-    "model.safetensors": "model.safetensors.index.json",
-    "pytorch_model.bin": "pytorch_model.bin.index.json",
-}
+_NOT_COPIED = ("*.safetensors", "*.bin", "*.index.json", "manifest.json", ".*")
 
-# Turns with the end-of-turn mark between them, `<s>` before and `</s>` after: the same ids as
-# `Document.to_ids`. A system text joins the first user turn, other roles are refused.
+# Gives the same ids as `Document.to_ids`: `<s>`, the turns with the end-of-turn token between them,
+# `</s>`. A system message is prepended to the first user turn. Other roles raise an error.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% set state = namespace(system='', turns=0) %}"
@@ -73,101 +67,15 @@ def is_hugging_face(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def read_config(folder: Path) -> transformers.ChameleonConfig:
-    fields = read_json(folder / "config.json")
-    if fields.get("model_type") != "chameleon":
-        raise UserError(
-            f"{folder / 'config.json'}: model_type is {fields.get('model_type')!r}; only "
-            "Chameleon models (Chameleon, Anole, MedMax) can be loaded"
-        )
-    config: transformers.ChameleonConfig = transformers.ChameleonConfig.from_dict(fields)
-    return config
-
-
-class HuggingFaceWeights:
-    """All tensors of a Hugging Face folder, safetensors or older bins, under their names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._where = self._find()
-
-    def _find(self) -> dict[str, Path]:
-        for single, index in _INDEX.items():
-            if (self.folder / index).is_file():
-                table = read_json(self.folder / index)["weight_map"]
-                missing = sorted({f for f in table.values() if not (self.folder / f).is_file()})
-                if missing:
-                    raise UserError(
-                        f"{self.folder}: weights are missing: {', '.join(missing)} ({index} "
-                        "names them); copy them there"
-                    )
-                pattern = f"{Path(single).stem}-*-of-*{Path(single).suffix}"
-                surplus = {p.name for p in self.folder.glob(pattern)} - set(table.values())
-                if surplus:
-                    raise UserError(
-                        f"{self.folder}: {', '.join(sorted(surplus))}: not named by {index}; "
-                        "shards of two checkpoints are mixed here: move the surplus ones away, or "
-                        "copy the index that belongs to them"
-                    )
-                return {name: self.folder / file for name, file in table.items()}
-            if (self.folder / single).is_file():
-                path = self.folder / single
-                return dict.fromkeys(_names_in(path), path)
-        raise UserError(
-            f"{self.folder}: no weights; expected model.safetensors, its index with shards, or "
-            "pytorch_model.bin"
-        )
-
-    def names(self) -> list[str]:
-        return list(self._where)
-
-    def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Tensors file by file, mapped rather than read into memory."""
-        wanted = set(self._where if names is None else names)
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self._where[name], []).append(name)
-        for path, own in sorted(by_file.items()):
-            if path.suffix == ".safetensors":
-                with _opened(path) as opened:
-                    for name in sorted(own):
-                        yield name, opened.get_tensor(name)
-            else:
-                state = load_tensors(path)
-                for name in sorted(own):
-                    yield name, state[name]
-
-    def get(self, name: str) -> Tensor:
-        return next(self.tensors([name]))[1]
-
-
 def other_files(folder: Path) -> list[Path]:
-    """What a folder holds beside its weights: configuration, tokenizer, licence and the like."""
-    weights = ("*.safetensors", "*.bin", "*.index.json", "manifest.json", ".*")
-    return [p for p in sorted(folder.iterdir()) if not any(p.match(w) for w in weights)]
-
-
-def _names_in(path: Path) -> list[str]:
-    if path.suffix != ".safetensors":
-        return list(load_tensors(path))
-    with _opened(path) as opened:
-        return list(opened.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    check_weights_file(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken or cut off ({error})") from error
+    """All files of a model except its weights: configuration, tokenizer, license and so on."""
+    return [p for p in sorted(folder.iterdir()) if not any(p.match(n) for n in _NOT_COPIED)]
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes safetensors shards of about SHARD_BYTES, with an index where there are several.
+    """Writes safetensors shards of about SHARD_BYTES, with an index if there are several.
 
-    One tensor at a time is in memory.
+    At most one tensor is in memory.
     """
     files: list[SafetensorsWriter] = []
     try:
@@ -196,7 +104,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def write_config(folder: Path, config: transformers.ChameleonConfig, dtype: torch.dtype) -> None:
     config = copy.deepcopy(config)
-    config.architectures = ["ChameleonForConditionalGeneration"]
+    config.architectures = [ARCHITECTURE]
     config.dtype = dtype
     config.save_pretrained(folder)
     GenerationConfig(
@@ -207,10 +115,11 @@ def write_config(folder: Path, config: transformers.ChameleonConfig, dtype: torc
 
 
 def write_processor(folder: Path, text_tokenizer: Any, codes_per_image: int, size: int) -> None:
-    """Tokenizer, processor and chat template, from the content of `text_tokenizer.json`.
+    """Writes tokenizer, processor and chat template from the content of `text_tokenizer.json`.
 
-    The processor's defaults are mended: the placeholder is named `<image>` (the unmodified file has
-    another), `<s>` opens every text, and pixels are scaled by 1 / 127.5 and not 0.0078.
+    Three settings differ from the defaults: the image placeholder is `<image>` (the unmodified
+    file has another name), `<s>` starts every text, and pixels are scaled by 1 / 127.5 instead of
+    0.0078.
     """
     renamed = json.loads(json.dumps(text_tokenizer).replace(IMAGE_IN_UNMODIFIED_FILE, IMAGE))
     tokenizer = Tokenizer.from_str(json.dumps(renamed))
@@ -228,11 +137,11 @@ def write_processor(folder: Path, text_tokenizer: Any, codes_per_image: int, siz
         extra_special_tokens={"image_token": IMAGE},
     )
     fast.chat_template = CHAT_TEMPLATE
-    images = ChameleonImageProcessorPil(
+    image_processor = ChameleonImageProcessorPil(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         rescale_factor=1 / 127.5,
     )
-    processor = ChameleonProcessor(images, fast, image_seq_length=codes_per_image)
+    processor = ChameleonProcessor(image_processor, fast, image_seq_length=codes_per_image)
     processor.chat_template = CHAT_TEMPLATE
     processor.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""One table of names: Chameleon's tensors <-> Hugging Face's, with how they are sharded.
+"""One table of weight names: Chameleon's tensors <-> Hugging Face's, and how they are sharded.
 
-Chameleon interleaves the rotary halves of each head (x0 y0 x1 y1 …) where Hugging Face splits
-them (x0 x1 … y0 y1 …), and keeps one query and key norm a layer and shard where Hugging Face
-keeps one a head. The inverse of every step is derived from the same row of the table.
+Chameleon interleaves the rotary halves of each head (x0 y0 x1 y1 …), Hugging Face splits them
+(x0 x1 … y0 y1 …). Chameleon stores one query and key norm for each layer and shard, Hugging Face
+one for each head. Both directions follow from the same table.
 
 Shapes: H heads, K head width, D model width.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from medley.errors import UserError
+from medley.modeling.dims import ModelDims
 
 Split = Literal["rows", "columns", "copied", "head norm"]
 HeadKind = Literal["query", "key"]
@@ -26,7 +27,12 @@ Norms = Literal["equal", "mean"]
 
 @dataclass(frozen=True)
 class WeightRule:
-    """`split` says what one shard of several holds; `rotary` whose heads are permuted."""
+    """One tensor under both names.
+
+    Attributes:
+        split: the part of the tensor that one of several shards contains
+        rotary: the heads whose rotary halves are permuted
+    """
 
     chameleon: str
     hugging_face: str
@@ -54,25 +60,28 @@ _TOP = (
     WeightRule("norm.weight", "model.norm.weight", "copied"),
     WeightRule("output.weight", "lm_head.weight", "rows"),
 )
-ROPE = "rope.freqs"  # kept in Chameleon's files, computed from the configuration elsewhere
+ROPE = "rope.freqs"  # in Chameleon's files only; Hugging Face computes it from the configuration
 _FUSED_QKV = re.compile(r"(layers\.\d+\.attention\.)wqkv\.weight")
 
 
 def weight_rules(layers: int) -> list[WeightRule]:
-    """Every tensor of a decoder of so many layers."""
+    """The rules of every tensor of a decoder with `layers` layers."""
     per_layer = [
         WeightRule(
-            f"layers.{i}.{e.chameleon}", f"model.layers.{i}.{e.hugging_face}", e.split, e.rotary
+            f"layers.{i}.{rule.chameleon}",
+            f"model.layers.{i}.{rule.hugging_face}",
+            rule.split,
+            rule.rotary,
         )
         for i in range(layers)
-        for e in _LAYER
+        for rule in _LAYER
     ]
     return [*_TOP, *per_layer]
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Numbers of heads of the whole model, and of shards that it is kept in."""
+    """Number of query heads and of key and value heads in the model, and number of its shards."""
 
     query: int
     key: int
@@ -81,38 +90,42 @@ class HeadLayout:
     def __post_init__(self) -> None:
         if self.query % self.shards or self.key % self.shards:
             raise UserError(
-                f"{self.query} heads with {self.key} for keys and values cannot be split over "
-                f"{self.shards} shards: every shard holds the same number of whole heads"
+                f"{self.query} query heads and {self.key} heads for keys and values cannot be "
+                f"split over {self.shards} shards. Both numbers must be multiples of --shards."
             )
+
+    @classmethod
+    def of(cls, dims: ModelDims) -> HeadLayout:
+        return cls(dims.heads, dims.key_value_heads, dims.shards)
 
     def count(self, kind: HeadKind) -> int:
         return self.query if kind == "query" else self.key
 
 
-def to_hugging_face(entry: WeightRule, shards: Sequence[Tensor], heads: HeadLayout) -> Tensor:
-    """The tensors of one name from every shard -> Hugging Face's tensor."""
-    if entry.split == "copied":
+def to_hugging_face(rule: WeightRule, shards: Sequence[Tensor], heads: HeadLayout) -> Tensor:
+    """The tensor of each shard -> Hugging Face's tensor."""
+    if rule.split == "copied":
         return shards[0]
-    if entry.split == "head norm":
-        assert entry.rotary is not None
-        each = heads.count(entry.rotary) // heads.shards
-        split = torch.stack([_split_halves(norm[None], 1)[0] for norm in shards])
-        return split.repeat_interleave(each, dim=0)
-    whole = torch.cat(list(shards), dim=0 if entry.split == "rows" else 1)
-    return whole if entry.rotary is None else _split_halves(whole, heads.count(entry.rotary))
+    if rule.split == "head norm":
+        assert rule.rotary is not None
+        heads_per_shard = heads.count(rule.rotary) // heads.shards
+        norms = torch.stack([_split_halves(norm[None], 1)[0] for norm in shards])
+        return norms.repeat_interleave(heads_per_shard, dim=0)
+    joined = torch.cat(list(shards), dim=0 if rule.split == "rows" else 1)
+    return joined if rule.rotary is None else _split_halves(joined, heads.count(rule.rotary))
 
 
 def to_chameleon(
-    entry: WeightRule, tensor: Tensor, heads: HeadLayout, norms: Norms = "equal"
+    rule: WeightRule, tensor: Tensor, heads: HeadLayout, norms: Norms = "equal"
 ) -> list[Tensor]:
-    """Hugging Face's tensor -> what each shard holds under Chameleon's name.
+    """Hugging Face's tensor -> the tensor of each shard under Chameleon's name.
 
-    Raises UserError for query or key norms that differ between the heads of one shard, which
-    Chameleon's layout cannot hold, unless `norms` is `mean` and takes their mean.
+    Chameleon's layout has one query norm and one key norm for each shard. If the norms of the
+    heads of a shard differ, `norms` "equal" raises UserError and "mean" writes their mean.
     """
-    if entry.split == "copied":
+    if rule.split == "copied":
         return [tensor] * heads.shards
-    if entry.split == "head norm":
+    if rule.split == "head norm":
         shards = []
         for number, part in enumerate(tensor.chunk(heads.shards, dim=0)):
             if norms == "mean":
@@ -120,23 +133,21 @@ def to_chameleon(
             elif not torch.equal(part, part[:1].expand_as(part)):
                 difference = float((part - part[:1]).abs().max())
                 raise UserError(
-                    f"{entry.hugging_face}: the norms of the heads of shard {number} differ (by "
-                    f"up to {difference:.3g}); Chameleon's layout keeps one norm a shard, so "
-                    "that this model (trained in full?) stays in Hugging Face's layout; more "
-                    "--shards may hold it, --norms mean takes the mean and changes the model"
+                    f"{rule.hugging_face}: The norms of the heads of shard {number} differ by up "
+                    f"to {difference:.3g}. Chameleon's layout stores one norm for each shard, so "
+                    "this model (trained with --trainable full?) needs Hugging Face's layout. "
+                    "More --shards may help. --norms mean writes the mean and changes the model."
                 )
             shards.append(_interleave_halves(part[:1], 1)[0])
         return shards
-    whole = tensor
-    if entry.rotary is not None:
-        whole = _interleave_halves(tensor, heads.count(entry.rotary))
-    return [
-        part.contiguous() for part in whole.chunk(heads.shards, 0 if entry.split == "rows" else 1)
-    ]
+    if rule.rotary is not None:
+        tensor = _interleave_halves(tensor, heads.count(rule.rotary))
+    parts = tensor.chunk(heads.shards, 0 if rule.split == "rows" else 1)
+    return [part.contiguous() for part in parts]
 
 
 def _split_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Rows x0 y0 x1 y1 … of each head -> x0 x1 … y0 y1 …; norms (1, K) go along their width."""
+    """Rows x0 y0 x1 y1 … of each head -> x0 x1 … y0 y1 …; columns instead for norms (1, K)."""
     if tensor.shape[0] == 1:
         return tensor.reshape(-1, 2).t().reshape(1, -1)
     rows, columns = tensor.shape
@@ -156,7 +167,7 @@ def _interleave_halves(tensor: Tensor, heads: int) -> Tensor:
 
 
 def split_qkv(state: dict[str, Tensor], heads: HeadLayout) -> dict[str, Tensor]:
-    """One shard's tensors with `wqkv`, as Chameleon's loader also reads it, taken apart."""
+    """Splits the fused `wqkv` of one shard, which Chameleon's loader reads as well."""
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
         match = _FUSED_QKV.fullmatch(name)
@@ -171,6 +182,6 @@ def split_qkv(state: dict[str, Tensor], heads: HeadLayout) -> dict[str, Tensor]:
 
 
 def rope_frequencies(head_width: int, theta: float) -> Tensor:
-    """float32 (K / 2): 1 / theta^(2 i / K), as Chameleon keeps it in its files."""
+    """float32 (K / 2): 1 / theta^(2 i / K), as in Chameleon's files."""
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32) / head_width
     return 1.0 / (theta**exponents)

@@ -1,14 +1,15 @@
-"""Goes on training a VQGAN on one's own pictures.
+"""Fine-tunes a VQGAN on your images.
 
-In: a checkpoint (or a folder with vqgan.yaml and vqgan.ckpt) and an image list. Out: a folder
-with `tokenizer/vqgan.yaml` and `tokenizer/vqgan.ckpt` in Chameleon's layout, `log.jsonl`, grids
-of originals above reconstructions, and `state.pt`, from which a killed run goes on exactly.
+Input: a checkpoint (or a folder with vqgan.yaml and vqgan.ckpt) and an image list. Output: a
+folder with `tokenizer/vqgan.yaml` and `tokenizer/vqgan.ckpt` in Chameleon's layout, `log.jsonl`,
+grids of originals above reconstructions, `errors.jsonl`, and `state.pt`. The same command resumes
+an interrupted run from `state.pt` with identical weights.
 
     torchrun --nproc-per-node=2 -m medley finetune-vqgan \
-        --input pictures --ckpt tiny --output finetuned --steps 200 --trainable decoder
+        --input images --ckpt tiny --output finetuned --steps 200 --trainable decoder
 
-With `--trainable all` the codes change their meaning: pictures have to be tokenized again, and
-a decoder that was trained on the old codes is refused. `--trainable decoder` changes no code.
+`--trainable all` changes the meaning of the image codes: tokenize the images again. A decoder that
+was trained on the old codes is refused. `--trainable decoder` changes no image code.
 """
 
 from __future__ import annotations
@@ -19,64 +20,86 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from medley.checkpoints.checkpoint import vqgan_folder
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
-from medley.images.preprocess import Fit, bytes_to_pixels
+from medley.images.preprocess import Fit, uint8_to_pixels
 from medley.images.sources import Frames, ImageList, ImageSource, Partition
 from medley.inference.loading import local_device
-from medley.utils.cli_options import resolved
-from medley.utils.distributed import all_ranks, from_main_rank, is_main_rank, rank, world_size
-from medley.utils.files import atomic_dir, atomic_file, escape_name
-from medley.utils.jsonl import append_jsonl
+from medley.utils.cli_options import Alias, resolved
+from medley.utils.distributed import from_main_rank, is_main_rank, process_group, rank, world_size
+from medley.utils.extras import require_extra
+from medley.utils.files import atomic_dir, atomic_file
+from medley.utils.jsonl import append_jsonl, json_lines, write_jsonl
 from medley.utils.malloc import keep_freed_memory
 from medley.utils.manifest import read_manifest, write_manifest
+from medley.utils.run_identity import check_same_run, run_identity
+from medley.utils.tensor_files import load_pickle
 from medley.vqgan import VQGAN
-from medley.vqgan.files import load_tensors, read_vqgan, write_vqgan
-from medley.vqgan.image_tokenizer import ImageTokenizer, token_space_fingerprint
-from medley.vqgan.metrics import CodeUsage, comparison, psnr, ssim
+from medley.vqgan.files import open_vqgan, vqgan_folder, write_vqgan
+from medley.vqgan.image_tokenizer import token_space_fingerprint
+from medley.vqgan.metrics import CodeUsage, comparison_grid
 from medley.vqgan.perceptual import PerceptualDistance
+from medley.vqgan.reconstruction import validate
 from medley.vqgan.trainer import Finetuner, FinetuningOptions
+from medley.vqgan.training_data import hold_out, split_unreadable, training_batches
 
-GRID = 8  # pictures of a grid
+GRID = 8  # images in a grid
 COLLAPSED = 0.1  # of the perplexity at the start
+# Options that may change when a run is resumed. The images are compared by their names.
+NOT_IDENTITY = (
+    "input", "output", "ckpt", "steps", "lr", "eval_steps", "image_key", "limit", "frames",
+    "num_workers", "device", "on_error",
+)  # fmt: skip
+RECORDED_NAMES = {
+    "pictures": "images", "names": "image_names_hash", "perceptual": "lpips_weights",  # alias
+    "commitment": "commitment_weight", "val_share": "val_fraction",  # alias
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FinetuneVqganOptions:
-    """Goes on training a VQGAN on one's own pictures.
+    """Fine-tunes a VQGAN on your images.
 
     Args:
-        input: CSV or Parquet file with a column of paths, folder of pictures, or WebDataset tar
-        output: folder of the result; one that holds a state of the same run is gone on with
-        ckpt: checkpoint whose VQGAN is the start, a folder with one, or tiny
-        trainable: all, or decoder, which leaves every code as it is
+        input: CSV or Parquet file with a column of paths, folder of images, or WebDataset tar
+        output: folder of the result; an interrupted run in it is resumed
+        ckpt: checkpoint with the VQGAN to start from, folder with a VQGAN, or tiny
+        trainable: all, or decoder, which changes no image code
         steps: optimizer steps
-        bs: pictures of one step, for each rank
+        bs: images in a step, for each rank
         lr: learning rate
-        val_share: share of the pictures that is kept for measuring
-        eval_steps: measure, save and draw a grid every so many steps
-        commitment: weight that pulls latents to their codes
-        perceptual: VGG16 of torchvision and linear heads of LPIPS, two files, for a perceptual loss
-        perceptual_weight: its weight
-        discriminator_start: step from which the discriminator counts; none at all if not given
-        discriminator_warmup: steps before that in which it learns without counting
-        discriminator_weight: its weight
-        seed: order of the pictures, and the discriminator's start
+        val_fraction: fraction of the images that is held out for validation
+        eval_steps: validate, save and write a grid after every N steps
+        commitment_weight: weight of the loss that pulls latents to their codebook vectors
+        lpips_weights: two files, torchvision's VGG16 and the linear heads of LPIPS, for a
+            perceptual loss
+        perceptual_weight: weight of the perceptual loss
+        discriminator_start: step from which the loss contains the discriminator; no discriminator
+            if not given
+        discriminator_warmup: steps before discriminator_start that train the discriminator alone
+        discriminator_weight: weight of the adversarial loss
+        seed: seed of the image order and of the discriminator's weights
         image_key: column of the paths
-        n_limit: use only so many rows of the input
-        frames: of files with several (DICOM, NIfTI, TIFF), the first, the middle one or all
-        num_workers: processes that read pictures, for each rank
+        limit: use only the first N rows of the input
+        frames: for files with several frames (DICOM, NIfTI, TIFF), first, middle or all
+        num_workers: processes that read images, for each rank
         device: auto, cpu, cuda or mps
-        allow_errors: end with status 0 even when pictures could not be read
+        on_error: exit status if images cannot be read, fail (3) or skip (0)
     """
+
+    aliases: ClassVar[dict[str, Alias]] = {
+        "perceptual": Alias("lpips_weights"),
+        "commitment": Alias("commitment_weight"),
+        "val_share": Alias("val_fraction"),
+        "n_limit": Alias("limit"),
+        "allow_errors": Alias("on_error", when_set="skip", when_unset="fail"),
+    }
 
     input: Path
     output: Path
@@ -85,250 +108,194 @@ class FinetuneVqganOptions:
     steps: int = 1000
     bs: int = 4
     lr: float = 5e-5
-    val_share: float = 0.1
+    val_fraction: float = 0.1
     eval_steps: int = 100
-    commitment: float = 0.25
-    perceptual: list[Path] | None = None
+    commitment_weight: float = 0.25
+    lpips_weights: list[Path] | None = None
     perceptual_weight: float = 1.0
     discriminator_start: int | None = None
     discriminator_warmup: int = 500
     discriminator_weight: float = 0.8
     seed: int = 0
     image_key: str = "img_path"
-    n_limit: int | None = None
+    limit: int | None = None
     frames: Frames | None = None
     num_workers: int = 0
     device: str = "auto"
-    allow_errors: bool = False
+    on_error: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
         for name in ("steps", "bs", "eval_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more")
-        if not 0 < self.val_share < 1:
-            raise UserError(f"--val_share is {self.val_share}, expected between 0 and 1")
-        if self.perceptual is not None and len(self.perceptual) != 2:
-            raise UserError("--perceptual wants two files: VGG16's weights, and LPIPS's heads")
+                raise UserError(
+                    f"--{name}: Out of range (got {getattr(self, name)}, expected 1 or more)."
+                )
+        if not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"--val_fraction: Out of range (got {self.val_fraction}, expected between 0 and 1)."
+            )
+        if self.lpips_weights is not None and len(self.lpips_weights) != 2:
+            raise UserError(
+                f"--lpips_weights: Wrong number of files (got {len(self.lpips_weights)}, expected "
+                "2: the weights of VGG16 and the heads of LPIPS)."
+            )
 
     def finetuning(self) -> FinetuningOptions:
-        counts_from = self.steps if self.discriminator_start is None else self.discriminator_start
-        learns = self.discriminator_start is not None
+        start = self.discriminator_start
         return FinetuningOptions(
             lr=self.lr,
             decoder_only=self.trainable == "decoder",
-            commitment=self.commitment,
+            commitment_weight=self.commitment_weight,
             perceptual_weight=self.perceptual_weight,
             discriminator_weight=self.discriminator_weight,
-            discriminator_from=counts_from - self.discriminator_warmup if learns else self.steps,
-            discriminator_counts_from=counts_from,
+            discriminator_from=self.steps if start is None else start - self.discriminator_warmup,
+            adversarial_from=self.steps if start is None else start,
         )
 
 
 def finetune_vqgan(options: FinetuneVqganOptions) -> None:
+    require_extra("torchmetrics", "evaluate", "finetune-vqgan")
     keep_freed_memory()
     device = local_device(options.device)
-    vqgan, fit = open_vqgan(options.ckpt)
-    before = token_space_fingerprint(vqgan)
+    vqgan, fit = open_complete_vqgan(options.ckpt)
+    fingerprint = token_space_fingerprint(vqgan)
     perceptual = None
-    if options.perceptual is not None:
-        perceptual = PerceptualDistance.from_files(*options.perceptual).to(device)
+    if options.lpips_weights is not None:
+        perceptual = PerceptualDistance.from_files(*options.lpips_weights).to(device)
     tuner = Finetuner(vqgan, options.finetuning(), perceptual, device, options.seed)
-    squares = ImageDataset(vqgan.config.resolution, fit)
-    with all_ranks():
-        good, failed = readable(options, squares)
-        held_out = max(1, round(len(good) * options.val_share))
-        if len(good) <= held_out:
-            raise UserError(f"{options.input}: {len(good)} readable pictures, 2 are the least")
-        order = torch.randperm(len(good), generator=torch.Generator().manual_seed(options.seed))
-        chosen = [good[i] for i in order.tolist()]
-        run = what_is_run(options, good, before)
-        from_main_rank(lambda: start(options, run, fit))
-        resume(options, tuner)
-        train(options, tuner, squares, chosen[held_out:], chosen[:held_out])
-        from_main_rank(lambda: finish(options, tuner.vqgan, fit, before, run, failed))
+    dataset = ImageDataset(vqgan.config.resolution, fit)
+    with process_group():
+        listed = ImageList(options.input, options.image_key, limit=options.limit)
+        parts = (part.select_frames(options.frames) for part in listed.partitions(1000))
+        sources = [source for part in parts for source in part.sources]
+        readable, failed = split_unreadable(sources, dataset, options.num_workers)
+        if is_main_rank():
+            rows = ({"img_path": name, "error": error} for name, error in failed)
+            write_jsonl(options.output / "errors.jsonl", rows)
+        training, held_out = hold_out(
+            readable, options.val_fraction, options.seed, str(options.input)
+        )
+        identity = identify_run(options, readable, fingerprint)
+        from_main_rank(lambda: start_run(options, identity, fit))
+        load_state(options, tuner)
+        train(options, tuner, dataset, training, held_out)
+        from_main_rank(
+            lambda: finish(options, tuner.vqgan, fit, fingerprint, identity, len(failed))
+        )
 
 
-def open_vqgan(ckpt: str) -> tuple[VQGAN, Fit]:
-    folder = vqgan_folder(Path(ckpt))
-    if folder is not None:
-        return read_vqgan(folder)
-    tokenizer = ImageTokenizer.from_checkpoint(ckpt)
-    tokenizer.require_decoder()
-    fresh = VQGAN(tokenizer.vqgan.config)
-    fresh.load_state_dict(tokenizer.vqgan.state_dict())
-    return fresh, tokenizer.fit
+def open_complete_vqgan(ckpt: str) -> tuple[VQGAN, Fit]:
+    vqgan, fit, has_decoder = open_vqgan(ckpt)
+    if not has_decoder:
+        raise UserError(
+            f"{ckpt}: This checkpoint has no VQGAN decoder. Name a folder that contains vqgan.yaml "
+            "and vqgan.ckpt with --ckpt."
+        )
+    return vqgan, fit
 
 
-def readable(options: FinetuneVqganOptions, squares: ImageDataset) -> tuple[list[ImageSource], int]:
-    """The pictures that can be read, and how many cannot; each rank tries its share."""
-    listed = ImageList(options.input, options.image_key, limit=options.n_limit)
-    sources = [s for p in listed.parts(1000) for s in p.with_frames(options.frames).sources]
-    own = Partition(0, sources[rank() :: world_size()], None)
-    errors: list[str] = []
-    progress = tqdm(total=len(own.sources), desc="reading", disable=not is_main_rank())
-    for batch in image_batches([own] if own.sources else [], squares, 64, options.num_workers):
-        errors += batch.errors
-        progress.update(len(batch.errors))
-    progress.close()
-    gathered: list[list[str]] = [errors]
-    if dist.is_initialized():
-        gathered = [[] for _ in range(world_size())]
-        dist.all_gather_object(gathered, errors)
-    by_place = {
-        r + i * world_size(): e for r, own in enumerate(gathered) for i, e in enumerate(own)
-    }
-    bad = [(escape_name(sources[i].name), e) for i, e in sorted(by_place.items()) if e]
-    if is_main_rank():
-        options.output.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"img_path": n, "error": e}, ensure_ascii=False) for n, e in bad]
-        (options.output / "errors.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return [source for i, source in enumerate(sources) if not by_place[i]], len(bad)
-
-
-def what_is_run(
-    options: FinetuneVqganOptions, good: list[ImageSource], before: str
+def identify_run(
+    options: FinetuneVqganOptions, images: list[ImageSource], fingerprint: str
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on; steps and learning rate may change."""
-    digest = hashlib.sha256("\n".join(source.name for source in good).encode())
-    same = (
-        "trainable", "bs", "seed", "val_share", "commitment", "perceptual_weight",
-        "discriminator_start", "discriminator_warmup", "discriminator_weight",
-    )  # fmt: skip
-    chosen = {name: getattr(options, name) for name in same}
-    perceptual = None if options.perceptual is None else list(map(str, options.perceptual))
-    return {
-        "pictures": len(good), "names": digest.hexdigest(), "ranks": world_size(),
-        "token_space_before": before, "perceptual": perceptual, **chosen,
-    }  # fmt: skip
+    names = "\n".join(source.name for source in images)
+    return run_identity(options, NOT_IDENTITY) | {
+        "images": len(images),
+        "image_names_hash": hashlib.sha256(names.encode()).hexdigest(),
+        "ranks": world_size(),
+        "token_space_before": fingerprint,
+    }
 
 
-def start(options: FinetuneVqganOptions, run: dict[str, Any], fit: Fit) -> None:
+def start_run(options: FinetuneVqganOptions, identity: dict[str, Any], fit: Fit) -> None:
     manifest = read_manifest(options.output)
     if manifest.get("token_space") is not None:
-        raise UserError(f"{options.output}: holds a finished VQGAN; name another --output")
-    before = manifest.get("run") or run
-    for name, value in run.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{options.output}: holds a run with {name} {before.get(name)!r}, this one has "
-                f"{value!r}; name another --output, or go on with the same"
-            )
-    shutil.rmtree(options.output / "tokenizer", ignore_errors=True)  # of a kill at the very end
+        raise UserError(
+            f"{options.output}: Contains a finished VQGAN. Name another folder with --output."
+        )
+    recorded = {RECORDED_NAMES.get(n, n): v for n, v in (manifest.get("run") or {}).items()}
+    check_same_run(recorded or identity, identity, options.output)
+    # The last save of an interrupted run may have left an incomplete folder.
+    shutil.rmtree(options.output / "tokenizer", ignore_errors=True)
     inputs = [options.input]
-    write_manifest(options.output, resolved(options), inputs, None, fit=fit, run=run)
+    write_manifest(options.output, resolved(options), inputs, None, fit=fit, run=identity)
 
 
-def resume(options: FinetuneVqganOptions, tuner: Finetuner) -> None:
+def load_state(options: FinetuneVqganOptions, tuner: Finetuner) -> None:
     state = options.output / "state.pt"
     if state.exists():
-        tuner.load(load_tensors(state))
+        tuner.load(load_pickle(state))
         if is_main_rank():
-            print(f"going on after step {tuner.step}")
+            print(f"resuming after step {tuner.step}")
 
 
 def train(
     options: FinetuneVqganOptions,
     tuner: Finetuner,
-    squares: ImageDataset,
+    dataset: ImageDataset,
     training: list[ImageSource],
     held_out: list[ImageSource],
 ) -> None:
-    device = next(tuner.vqgan.parameters()).device
     usage, first = CodeUsage(tuner.vqgan.config.n_embed), tuner.step
     if first == 0:
-        measure(options, tuner, squares, held_out, {})
-    batches = endless(options, squares, training, first)
+        save_and_validate(options, tuner, dataset, held_out, {})
+    steps = range(first, options.steps)
+    batches: Iterator[Tensor] = training_batches(
+        training, dataset, steps, options.bs, options.seed, options.num_workers
+    )
     with tqdm(
         total=options.steps, initial=first, desc="training", disable=not is_main_rank()
     ) as progress:
         while tuner.step < options.steps:
             seed = options.seed + 1_000_003 * (tuner.step * world_size() + rank() + 1)
-            losses, codes = tuner.train_on(bytes_to_pixels(next(batches).to(device)), seed)
+            pixels = uint8_to_pixels(next(batches).to(tuner.device))
+            losses, codes = tuner.train_step(pixels, seed)
             if not torch.isfinite(torch.tensor(losses["loss"])):
                 raise UserError(
-                    f"the loss is {losses['loss']} at step {tuner.step}: lower --lr; "
-                    f"{options.output} keeps the state before it"
+                    f"The loss is {losses['loss']} at step {tuner.step}. Lower --lr. "
+                    f"{options.output} contains the last saved state."
                 )
             usage.add(codes)
             progress.update()
             if tuner.step % options.eval_steps == 0 or tuner.step == options.steps:
-                measure(options, tuner, squares, held_out, {**losses, **usage.summary()})
+                metrics = {**losses, **usage.summary()}
+                save_and_validate(options, tuner, dataset, held_out, metrics)
                 usage = CodeUsage(len(usage.counts))
 
 
-def endless(
-    options: FinetuneVqganOptions, squares: ImageDataset, training: list[ImageSource], first: int
-) -> Iterator[Tensor]:
-    """This rank's squares of step `first` and of every later one: a new order each epoch."""
-    together = options.bs * world_size()
-
-    def parts() -> Iterator[Partition]:
-        for step in range(first, options.steps):
-            places = range(step * together, (step + 1) * together)
-            own = places[rank() * options.bs : (rank() + 1) * options.bs]
-            yield Partition(step, [training[shuffled(i)] for i in own], None)
-
-    cached: dict[int, list[int]] = {}
-
-    def shuffled(place: int) -> int:
-        epoch, within = divmod(place, len(training))
-        if epoch not in cached:
-            generator = torch.Generator().manual_seed(options.seed * 7919 + epoch)
-            cached[epoch] = torch.randperm(len(training), generator=generator).tolist()
-            cached.pop(epoch - 2, None)
-        return cached[epoch][within]
-
-    for batch in image_batches(parts(), squares, options.bs, options.num_workers):
-        if any(batch.errors):
-            raise UserError(f"{next(e for e in batch.errors if e)}: it could be read before")
-        yield batch.squares
-
-
-@torch.no_grad()
-def measure(
+def save_and_validate(
     options: FinetuneVqganOptions,
     tuner: Finetuner,
-    squares: ImageDataset,
+    dataset: ImageDataset,
     held_out: list[ImageSource],
-    losses: dict[str, float],
+    training_metrics: dict[str, float],
 ) -> None:
-    """Measures on the pictures held out, writes log, grid and state; stops at a collapse."""
+    """Validates on rank 0, then writes log, grid and state. Stops if the codebook collapsed."""
 
     def on_main_rank() -> None:
-        device = next(tuner.vqgan.parameters()).device
-        usage = CodeUsage(tuner.vqgan.config.n_embed)
-        decibels, likeness = [], []
-        grid: list[tuple[Tensor, Tensor]] = []
-        tuner.vqgan.eval()
-        for batch in image_batches([Partition(0, held_out, None)], squares, options.bs, 0):
-            pixels = bytes_to_pixels(batch.squares.to(device))
-            codes = tuner.vqgan.encode(pixels)
-            drawn = tuner.vqgan.decode(codes)
-            usage.add(codes)
-            decibels.append(psnr(pixels, drawn))
-            likeness.append(ssim(pixels, drawn))
-            grid += list(zip(pixels, drawn, strict=True))[: GRID - len(grid)]
-        tuner.vqgan.train()
+        batches = image_batches([Partition(0, held_out, None)], dataset, options.bs, 0)
+        found = validate(tuner.vqgan, batches, tuner.device, GRID)
+        usage, log = found.usage, options.output / "log.jsonl"
         entry = {
             "step": tuner.step,
-            "val_psnr": float(torch.cat(decibels).mean()),
-            "val_ssim": float(torch.cat(likeness).mean()),
+            "val_psnr": found.psnr,
+            "val_ssim": found.ssim,
             **{f"val_{name}": value for name, value in usage.summary().items()},
-            **losses,
+            **training_metrics,
         }
-        append_jsonl(options.output / "log.jsonl", entry)
+        append_jsonl(log, entry)
         with atomic_file(options.output / "grids" / f"step_{tuner.step:06}.png") as temporary:
-            comparison(grid).save(temporary, "png")
+            comparison_grid(found.examples).save(temporary, "png")
         tqdm.write(
-            f"step {tuner.step}: PSNR {entry['val_psnr']:.2f} dB, SSIM {entry['val_ssim']:.3f}, "
+            f"step {tuner.step}: PSNR {found.psnr:.2f} dB, SSIM {found.ssim:.3f}, "
             f"perplexity {usage.perplexity:.0f}, {usage.used} of {len(usage.counts)} codes used"
         )
-        first = json.loads((options.output / "log.jsonl").read_text().splitlines()[0])
-        if usage.perplexity < COLLAPSED * first["val_perplexity"]:
+        first_line = next(json_lines(log))[1]
+        at_start = json.loads(first_line)["val_perplexity"]
+        if usage.perplexity < COLLAPSED * at_start:
             raise UserError(
-                f"the codebook collapsed: perplexity {first['val_perplexity']:.0f} at the start, "
-                f"{usage.perplexity:.1f} at step {tuner.step}; lower --lr, raise --commitment, "
-                "or train the decoder only. The state before it is kept"
+                f"The codebook collapsed: perplexity fell from {at_start:.0f} at the start to "
+                f"{usage.perplexity:.1f} at step {tuner.step}. Lower --lr, raise "
+                "--commitment_weight, or use --trainable decoder. The last saved state is kept."
             )
         with atomic_file(options.output / "state.pt") as temporary:
             torch.save(tuner.state(), temporary)
@@ -341,27 +308,28 @@ def finish(
     vqgan: VQGAN,
     fit: Fit,
     before: str,
-    run: dict[str, Any],
+    identity: dict[str, Any],
     failed: int,
 ) -> None:
     with atomic_dir(options.output / "tokenizer") as folder:
         write_vqgan(folder, vqgan, fit)
-        source = vqgan_folder(Path(options.ckpt))
+        source = vqgan_folder(options.ckpt)
         if source is not None and (source / "text_tokenizer.json").is_file():
             shutil.copy(source / "text_tokenizer.json", folder)
     after = token_space_fingerprint(vqgan)
-    write_manifest(options.output, resolved(options), [options.input], after, fit=fit, run=run)
+    inputs = [options.input]
+    write_manifest(options.output, resolved(options), inputs, after, fit=fit, run=identity)
     print(f"wrote {options.output / 'tokenizer'}")
     if after == before:
-        print("The token space is the same: use it with --vqgan beside the old decoder.")
+        print("The token space is unchanged. Use the VQGAN with --vqgan and the old decoder.")
     else:
         print(
-            f"ANOTHER TOKEN SPACE: the codes have changed their meaning ({before[:12]} is now "
-            f"{after[:12]}).\nTokenize every picture again, and train the decoder on the new "
-            "codes; one that was trained on the old codes is refused with this VQGAN."
+            f"NEW TOKEN SPACE: the image codes changed their meaning ({before[:12]} -> "
+            f"{after[:12]}).\nTokenize all images again and train the decoder on the new codes. "
+            "A decoder trained on the old codes is refused with this VQGAN."
         )
-    if failed and not options.allow_errors:
+    if failed and options.on_error == "fail":
         raise PartialFailure(
-            f"{failed} pictures could not be read; {options.output / 'errors.jsonl'} names them "
-            "(--allow_errors accepts that)"
+            f"{options.output / 'errors.jsonl'}: {failed} images could not be read. Use --on_error "
+            "skip to accept this."
         )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medley.checkpoints.adapter import find_adapter, merged_tensors, resolve_base, verify_merge
-from medley.checkpoints.checkpoint import open_checkpoint, write_hugging_face
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import write_hugging_face
 from medley.errors import UserError
 from medley.utils.cli_options import resolved
 from medley.utils.manifest import check_fingerprint, write_manifest

@@ -1,71 +1,72 @@
-"""The flags that all commands with a model share."""
+"""Command-line options that several verbs share: the model, generation, batches, questions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import torch
-
-from medley.checkpoints.checkpoint import Checkpoint
-from medley.datasets.registry import FORMATS, ConversionConfig, Name
+from medley.datasets.base import DatasetOptions
+from medley.datasets.registry import FormatName, make_config
 from medley.errors import UserError
 from medley.evaluation.questions import Question, read_questions
-from medley.generation import GenerationOptions
-from medley.generation.config import Mode
-from medley.generation.engine import BRANCHES
-from medley.generation.kv_cache import bytes_per_token
-from medley.generation.packed_linear import LARGEST
+from medley.generation import GenerationOptions, Mode
+from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.loading import AUTO_MAP, load_model, resolve, resolve_device, resolve_dtype
+from medley.inference.memory import MemoryEstimate, free_memory
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
+from medley.utils.cli_options import Alias
 
 
 def check_output(output: Path, *inputs: Path | None) -> None:
     """Raises UserError for an output that is a folder, has no name, or would replace an input."""
     if not output.name or output.is_dir():
-        raise UserError(f"--output {output}: a folder, expected the name of a file")
+        raise UserError(f"--output {output}: This is a folder, expected the name of a file.")
     for path in inputs:
         if path is not None and path.resolve() == output.resolve():
-            raise UserError(f"--output {output}: would replace what is read; name another file")
+            raise UserError(
+                f"--output {output}: The output would replace an input. Use another name."
+            )
 
 
 def check_seed(seed: int) -> None:
     if seed < 0:
-        raise UserError(f"--seed is {seed}, expected 0 or more")
+        raise UserError(f"--seed is {seed}, expected 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model, and how it generates.
+    """A model and its generation options.
 
     Args:
-        ckpt: checkpoint in any layout, an adapter, or tiny
-        adapter: adapter that is laid over the checkpoint
+        ckpt: checkpoint in any layout, a LoRA adapter, or tiny
+        adapter: LoRA adapter that is applied to the checkpoint
         base: base of a checkpoint that is an adapter
-        vqgan: folder of a VQGAN with a decoder, for checkpoints that carry none
-        device: auto, cpu, cuda, mps, or map for several GPUs
+        vqgan: folder of a VQGAN with a decoder, for checkpoints without one
+        device: auto, cpu, cuda, mps, or auto_map for several GPUs
         dtype: auto, float32, bfloat16 or float16
-        quantize: keep the layers' matrices in 4 or 8 bits (bitsandbytes)
+        quantize: store the layers' matrices in 4 or 8 bits (bitsandbytes)
         mode: any, text or image
-        max_new_tokens: longest answer
+        max_new_tokens: maximum length of a response
         seed: seed of the sampling
-        text_greedy: take the likeliest word
-        text_temperature: temperature of words
-        text_top_p: share of probability that words are sampled from
-        text_top_k: likeliest words that are sampled from; 0 for all
-        repetition_penalty: penalty of words that stand there already
-        image_greedy: take the likeliest image code
-        image_temperature: temperature of image codes
-        image_top_p: share of probability that image codes are sampled from
-        image_top_k: likeliest image codes that are sampled from; 0 for all
-        guidance_scale_text: weight of the context's words while drawing
-        guidance_scale_image: weight of the context's pictures while drawing
-        min_images: pictures that have to come
-        max_images: pictures that may come
-        stop: words that end the answer, each a single text piece of the vocabulary
+        text_greedy: always take the most probable text token
+        text_temperature: temperature of text tokens
+        text_top_p: probability mass that text tokens are sampled from
+        text_top_k: number of most probable text tokens to sample from; 0 for all
+        repetition_penalty: penalty of text tokens that the prompt or the output contains
+        image_greedy: always take the most probable image token
+        image_temperature: temperature of image tokens
+        image_top_p: probability mass that image tokens are sampled from
+        image_top_k: number of most probable image tokens to sample from; 0 for all
+        guidance_scale_text: guidance weight of the context's text in image generation
+        guidance_scale_image: guidance weight of the context's images in image generation
+        min_images: minimum number of generated images
+        max_images: maximum number of generated images
+        stop: texts that end the response, each a single token of the vocabulary
     """
+
+    aliases: ClassVar = {"device": Alias("device", values={"map": AUTO_MAP})}
 
     ckpt: str
     adapter: Path | None = None
@@ -74,7 +75,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantize | None = None
-    mode: Mode = "any"
+    mode: Mode = GenerationOptions.mode
     max_new_tokens: int = GenerationOptions.max_new_tokens
     seed: int = GenerationOptions.seed
     text_greedy: bool = GenerationOptions.text_greedy
@@ -93,36 +94,35 @@ class ModelOptions:
     stop: list[str] | None = None
 
     def generation(self, model: Model | None = None) -> GenerationOptions:
-        """The options of generation, checked; with `model` also the words that end an answer."""
+        """The validated generation options; `model` converts the stop texts to token ids."""
         names = set(GenerationOptions.__dataclass_fields__) - {"stop"}
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        stop = tuple(self._piece(word, model) for word in self.stop or []) if model else ()
-        return GenerationOptions(**fields, stop=stop)
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        stop = tuple(self._stop_token(text, model) for text in self.stop or []) if model else ()
+        return GenerationOptions(**values, stop=stop)
 
-    def _piece(self, word: str, model: Model) -> int:
-        ids = model.tokenizer.encode(word)
+    def _stop_token(self, text: str, model: Model) -> int:
+        ids = model.text_tokenizer.encode(text)
         if len(ids) != 1:
-            shown = [model.tokenizer.decode([i]) for i in ids]
-            raise UserError(f"--stop {word!r}: not one text piece but {shown}; name one of those")
+            tokens = [model.text_tokenizer.decode([token]) for token in ids]
+            raise UserError(
+                f"--stop {text!r}: Expected a single token, but the text has several: {tokens}. "
+                "Use one of these."
+            )
         return int(ids[0])
 
-    def load(self, rows: int = 1) -> Model:
-        """The model; says before what memory it and `rows` answers of full length take.
+    def load(self, max_num_seqs: int = 1) -> Model:
+        """Loads the model. Prints the memory that it and `max_num_seqs` full sequences need.
 
-        Raises UserError where the weights alone have no room.
+        Raises UserError if the weights exceed the free memory.
         """
         checkpoint, adapter = resolve(self.ckpt, self.adapter, self.base)
         device = resolve_device("auto" if self.device == AUTO_MAP else self.device)
         dtype = resolve_dtype(self.dtype, device) or checkpoint.dtype()
-        need = MemoryEstimate.of(checkpoint, dtype, self.quantize, device)
-        free = memory_free(device)
-        print(need.line(rows, free), flush=True)
-        if need.weights > free and self.device != AUTO_MAP:
-            smaller = "" if self.quantize else "; --quantize 4bit takes a quarter or less"
-            raise UserError(
-                f"the weights take {need.weights / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB "
-                f"free{smaller}"
-            )
+        estimate = MemoryEstimate.of(checkpoint.config(), dtype, self.quantize, device)
+        free = free_memory(device)
+        print(estimate.summary(max_num_seqs, free), flush=True)
+        if self.device != AUTO_MAP:
+            estimate.check(free, device, self.quantize)
         model = load_model(checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize)
         if self.mode != "text":
             model.image_tokenizer.require_decoder()
@@ -131,108 +131,37 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions(ModelOptions):
-    """Many prompts.
+    """Options for many prompts.
 
     Args:
-        batch_size: rows that are worked on at once
-        deterministic: one row after another, so that a row's result does not depend on the others
-            even by rounding
+        batch_size: number of sequences that are processed at the same time
+        deterministic: process one sequence at a time, so that a result does not depend on the other
+            prompts, not even by rounding
     """
 
-    batch_size: int = 32
+    batch_size: int = MAX_NUM_SEQS
     deterministic: bool = False
 
-    def check_batch(self) -> None:
+    def check_batch_size(self) -> None:
         if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more")
+            raise UserError(f"--batch_size is {self.batch_size}, expected 1 or more.")
 
     @property
-    def rows_at_once(self) -> int:
+    def max_num_seqs(self) -> int:
         return 1 if self.deterministic else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionOptions:
-    """Where questions come from.
+class QuestionOptions(DatasetOptions):
+    """The format of the questions, and options for reading it.
 
     Args:
-        image_folder: folder that the questions' pictures are named from
-        format: llava, or another format of conversion.convert_dataset
-        split: the published split
-        language: language of SLAKE's questions
-        prompt_format: ScienceQA's prompt, what is asked and what is answered
-        prompt: question put to captions
-        question_key: column of the questions
-        answer_key: column of the answers
-        image_key: column of the pictures
+        format: llava, or another dataset format of `medley convert`
     """
 
-    image_folder: Path | None = None
-    format: Name = "llava"
-    split: str = "all"
-    language: Literal["all", "en", "zh"] = "all"
-    prompt_format: str = ConversionConfig.prompt_format
-    prompt: str | None = None
-    question_key: str = ConversionConfig.question_key
-    answer_key: str = ConversionConfig.answer_key
-    image_key: str = ConversionConfig.image_key
+    format: FormatName = "llava"
 
     def questions_in(self, path: Path) -> list[Question]:
-        """Raises UserError, with its place, for a bad one, and where there is none."""
-        form, folder = FORMATS[self.format], self.image_folder
-        if self.split != "all" and not form.splits:
-            raise UserError(f"--split {self.split}: {self.format} is published without splits")
-        if folder is None and form.images_in is not None and self.format != "llava":
-            folder = form.images_in(path)
-        names = set(QuestionOptions.__dataclass_fields__) - {"image_folder", "format"}
-        chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return read_questions(path, self.format, ConversionConfig(path, folder, **chosen))
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes: the weights (with the copies that the CPU's fast products keep), a token of one
-    stream, and how many tokens a stream has at most."""
-
-    weights: int
-    token: int
-    context: int
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        quantize: Quantize | None,
-        device: torch.device,
-    ) -> MemoryEstimate:
-        config = checkpoint.config()
-        width, inner = config.hidden_size, config.intermediate_size
-        group = width // config.num_attention_heads * config.num_key_value_heads
-        matrices = config.num_hidden_layers * (
-            2 * width * width + 2 * width * group + 3 * width * inner
-        )
-        each = {None: dtype.itemsize, "8bit": 1, "4bit": 0.57}[quantize]  # scales of nf4 included
-        copied = device.type == "cpu" and dtype == torch.float32 and quantize is None
-        layers = int(matrices * each)
-        ends = 2 * config.vocab_size * width * dtype.itemsize
-        copies = (layers if layers <= LARGEST else 0) + (ends // 2 if ends // 2 <= LARGEST else 0)
-        token = bytes_per_token(config, dtype)
-        return cls(layers + ends + copies * copied, token, config.max_position_embeddings)
-
-    def line(self, rows: int, free: int) -> str:
-        caches = BRANCHES * rows * self.context * self.token
-        return (
-            f"memory: the decoder's weights {self.weights / 1e9:.2f} GB; keys and values "
-            f"{self.token / 1e3:.1f} kB a token, at most {caches / 1e9:.2f} GB for {rows} "
-            f"{'answer' if rows == 1 else 'answers'} with guided pictures; {free / 1e9:.1f} GB free"
-        )
-
-
-def memory_free(device: torch.device) -> int:
-    """Bytes that a device has left."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # accelerate brings it
-
-    return int(psutil.virtual_memory().available)
+        """Reads the questions of a file or folder. Raises UserError with the invalid record."""
+        config = make_config(self.format, path, self, find_images=self.format != "llava")
+        return read_questions(path, self.format, config)

@@ -8,12 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from medley.checkpoints.checkpoint import (
-    max_abs_diff,
-    max_logit_diff,
-    open_checkpoint,
-    write_hugging_face,
-)
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import max_abs_diff, max_logit_diff, write_hugging_face
 from medley.errors import UserError
 from medley.utils.cli_options import resolved
 from medley.utils.manifest import write_manifest

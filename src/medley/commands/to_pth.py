@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medley.checkpoints.checkpoint import (
-    max_abs_diff,
-    max_logit_diff,
-    open_checkpoint,
-    write_chameleon,
-)
+from medley.checkpoints.checkpoint import open_checkpoint
+from medley.checkpoints.conversion import max_abs_diff, max_logit_diff, write_chameleon
 from medley.errors import UserError
 from medley.utils.cli_options import resolved
 from medley.utils.manifest import write_manifest

@@ -1,67 +1,62 @@
-"""Documents to token sequences, in constant memory.
+"""Tokenizes documents, in constant memory.
 
-In: a JSONL file of documents and, for pictures without codes, a folder of code shards. Out:
-JSONL (the line plus `tokens`, as MedMax writes it) or, by the name `*.parquet`, Parquet; a
-manifest and a report of what went through.
+In: a JSON Lines file of documents and, for images without codes in their line, a folder of image
+codes. Out: JSON Lines (the line plus `tokens`, as MedMax writes it) or, for the suffix .parquet,
+Parquet; a manifest; a report.
 
     medley tokenize --input_file docs.jsonl --image_codes codes \
         --tokenizer_file CKPT/tokenizer/text_tokenizer.json --output_file tokens.jsonl
 
-Every line is looked at before the first complaint: bad ones are listed with their numbers, and
-nothing is written. With --skip_bad_lines the rest is written, and the bad ones are kept in
-OUTPUT.bad_lines.jsonl.
+All lines are checked. Bad lines are listed with their numbers, and then nothing is written. With
+`--on_error skip`, the good lines are written, and the bad lines go to OUTPUT.bad_lines.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
 from tqdm import tqdm
 
-from medley.data.document_tokenizer import (
-    LARGEST_LINE,
-    DocumentTokenizer,
-    DocumentTooLong,
-    MissingCodes,
-    Overflow,
-)
-from medley.data.token_dataset import ParquetOutput, json_line, parquet_batch
+from medley.data.document_tokenizer import Compat, DocumentTokenizer, Overflow
+from medley.data.file_tokenizer import BadLine, TokenizationStats, tokenize_file
+from medley.data.token_dataset import TokenParquetWriter
 from medley.errors import PartialFailure, UserError
-from medley.utils.cli_options import resolved
+from medley.utils.cli_options import Alias, resolved
 from medley.utils.files import atomic_file
-from medley.utils.jsonl import LineRange, line_ranges
+from medley.utils.jsonl import jsonl_line
 from medley.utils.manifest import read_manifest, write_manifest
-from medley.utils.parallel import ordered_map
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """Turns documents into token sequences.
+    """Tokenizes documents.
 
     Args:
-        input_file: JSONL file of documents
+        input_file: JSON Lines file of documents
         tokenizer_file: text_tokenizer.json of the checkpoint
-        output_file: tokens file, .jsonl or .parquet
-        image_codes: folder of code shards, for pictures that carry no codes in their line
-        num_workers: processes; one for every core if not given
-        max_length: longest sequence that is let through
-        overflow: what happens to a longer one; error, drop, or trim_text, which cuts words and
-            never a picture
-        skip_bad_lines: write the good lines, keep the bad ones beside the output
-        max_errors: bad lines that are listed
-        compat: medmax parses every mark in a text, repeats one picture at each place and
-            leaves codes unchecked, as MedMax's program does
+        output_file: token file, .jsonl or .parquet
+        image_codes: folder of image codes, for images without codes in their line
+        num_workers: processes; by default, one per core
+        max_length: maximum number of tokens of a document
+        overflow: treatment of longer documents; error, drop, or trim_text, which removes text
+            tokens and never an image
+        on_error: fail (write nothing) or skip (write the good lines, and the bad lines to
+            OUTPUT.bad_lines.jsonl)
+        max_errors: maximum number of bad lines to list
+        compat: medmax parses all special tokens in a text, inserts one image at every placeholder
+            and does not check image codes, as MedMax's program does
     """
+
+    aliases: ClassVar = {
+        "skip_bad_lines": Alias("on_error", when_set="skip", when_unset="fail")  # alias
+    }
 
     input_file: Path
     tokenizer_file: Path
@@ -70,178 +65,102 @@ class TokenizeOptions:
     num_workers: int | None = None
     max_length: int | None = None
     overflow: Overflow = "error"
-    skip_bad_lines: bool = False
+    on_error: Literal["fail", "skip"] = "fail"
     max_errors: int = 20
-    compat: Literal["none", "medmax"] = "none"
+    compat: Compat = "none"
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"--max_length is {self.max_length}, expected 2 or more")
+            raise UserError(f"--max_length: Too small (got {self.max_length}, expected 2 or more).")
         if self.output_file.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"--output_file {self.output_file}: expected .jsonl or .parquet")
+            raise UserError(
+                f"--output_file {self.output_file}: Unsupported suffix (expected .jsonl or "
+                ".parquet)."
+            )
 
     @property
     def parquet(self) -> bool:
         return self.output_file.suffix == ".parquet"
 
     @property
-    def bad_lines(self) -> Path:
+    def bad_lines_file(self) -> Path:
         return self.output_file.with_name(f"{self.output_file.name}.bad_lines.jsonl")
-
-
-@dataclass
-class Result:
-    """What became of one range of lines."""
-
-    output: bytes | pa.RecordBatch
-    counts: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)  # by the next power of two
-    bad: list[dict[str, Any]] = field(default_factory=list)
-    size: int = 0  # bytes of the range
-
-    def add(self, other: Result) -> None:
-        self.counts.update(other.counts)
-        self.counts["bad lines"] += len(other.bad)
-        self.lengths.update(other.lengths)
-
-
-_job: tuple[DocumentTokenizer, Path, bool]  # of this process
-
-
-def _start(options: TokenizeOptions) -> None:
-    global _job
-    lines = DocumentTokenizer(
-        options.tokenizer_file, options.image_codes, options.max_length, options.overflow,
-        options.compat,
-    )  # fmt: skip
-    _job = lines, options.input_file, options.parquet
-
-
-def _tokenize(where: LineRange) -> Result:
-    """One range of lines, in a worker process."""
-    tokenize, path, parquet = _job
-    result = Result(parquet_batch([]) if parquet else b"", size=where.length)
-    rows: list[dict[str, Any]] = []
-    if where.length > LARGEST_LINE:  # one line, which is not even read
-        reason = f"a line of {where.length} bytes, the limit is {LARGEST_LINE}"
-        result.bad.append({"line": where.first_line, "error": reason, "content": None})
-        return result
-    for number, line in where.lines(path):
-        try:
-            done = tokenize(line)
-        except UserError as error:
-            result.counts["missing pictures"] += isinstance(error, MissingCodes)
-            result.counts["too long"] += isinstance(error, DocumentTooLong)
-            content = line.decode("utf-8", errors="backslashreplace")
-            result.bad.append({"line": number, "error": str(error), "content": content})
-            continue
-        if done is None:
-            result.counts["dropped as too long"] += 1
-            continue
-        result.counts.update({
-            "documents": 1, "tokens": len(done.ids), "pictures": done.pictures,
-            "image tokens": done.image_tokens, "pictures with codes in their line": done.own_codes,
-            "trimmed documents": bool(done.trimmed), "trimmed tokens": done.trimmed,
-        })  # fmt: skip
-        result.lengths[1 << (len(done.ids) - 1).bit_length()] += 1
-        rows.append({**done.row, "tokens": done.ids})
-    if parquet:
-        result.output = parquet_batch(rows)
-    else:
-        # Ours are checked by now; MedMax's codes are not.
-        checked = ("tokens", "image_tokens") if tokenize.compat == "none" else ("tokens",)
-        result.output = "".join(json_line(row, checked) + "\n" for row in rows).encode()
-    return result
 
 
 def tokenize(options: TokenizeOptions) -> None:
     if not options.input_file.is_file():
-        raise UserError(f"{options.input_file}: no such file")
+        raise UserError(f"{options.input_file}: File not found.")
+    make_tokenizer = partial(
+        DocumentTokenizer, options.tokenizer_file, options.image_codes, options.max_length,
+        options.overflow, options.compat,
+    )  # fmt: skip
     workers = options.num_workers if options.num_workers is not None else os.cpu_count() or 1
-    total = Result(b"")
+    size = options.input_file.stat().st_size
+    total = TokenizationStats()
     with (
-        _output(options) as write,
-        _side_file(options) as keep,
-        tqdm(
-            total=options.input_file.stat().st_size, unit="B", unit_scale=True, desc="tokenizing"
-        ) as progress,
+        _open_output(options) as write,
+        _open_bad_lines(options) as write_bad_lines,
+        tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing") as progress,
     ):
-        ranges = line_ranges(options.input_file)
-        for result in ordered_map(_tokenize, ranges, workers, partial(_start, options)):
+        for result in tokenize_file(options.input_file, make_tokenizer, options.parquet, workers):
             write(result.output)
-            keep(result.bad)
-            _complain(options, result, total.counts["bad lines"])
-            total.add(result)
-            progress.update(result.size)
-        _refuse(options, total.counts)  # before the output gets its name
-    _finish(options, total)
+            write_bad_lines(result.bad_lines)
+            for bad in result.bad_lines[: max(0, options.max_errors - total.bad_lines)]:
+                tqdm.write(f"{options.input_file}:{bad.line}: {bad.error}", file=sys.stderr)
+            total.merge(result.stats)
+            progress.update(result.num_bytes)
+        _check_result(options, total)  # an error here discards the temporary output
+    _write_manifest(options, total)
+    print(f"{options.output_file}: {total.report()}")
+    if total.bad_lines:
+        print(f"bad lines: {options.bad_lines_file}")
 
 
 @contextmanager
-def _output(options: TokenizeOptions) -> Iterator[Callable[[Any], object]]:
-    """Gives what writes an output; the file gets its name when all has gone well."""
+def _open_output(options: TokenizeOptions) -> Iterator[Callable[[Any], object]]:
+    """Yields a function that writes to the output. An exception discards the output."""
     with atomic_file(options.output_file) as temporary:
         if options.parquet:
-            with ParquetOutput(temporary) as write:
-                yield write
+            with TokenParquetWriter(temporary) as writer:
+                yield writer.write
         else:
             with open(temporary, "wb") as file:
                 yield file.write
 
 
 @contextmanager
-def _side_file(options: TokenizeOptions) -> Iterator[Callable[[list[dict[str, Any]]], object]]:
-    if not options.skip_bad_lines:
-        yield lambda bad: None
+def _open_bad_lines(
+    options: TokenizeOptions,
+) -> Iterator[Callable[[Sequence[BadLine]], object]]:
+    if options.on_error == "fail":
+        yield lambda bad_lines: None
         return
     with (
-        atomic_file(options.bad_lines) as temporary,
+        atomic_file(options.bad_lines_file) as temporary,
         open(temporary, "w", encoding="utf-8") as file,
     ):
-        yield lambda bad: file.writelines(f"{json.dumps(b, ensure_ascii=False)}\n" for b in bad)
+        yield lambda bad_lines: file.writelines(jsonl_line(asdict(bad)) for bad in bad_lines)
 
 
-def _complain(options: TokenizeOptions, result: Result, before: int) -> None:
-    for bad in result.bad[: max(0, options.max_errors - before)]:
-        tqdm.write(f"{options.input_file}:{bad['line']}: {bad['error']}", file=sys.stderr)
-
-
-def _refuse(options: TokenizeOptions, counts: Counter[str]) -> None:
-    bad = counts["bad lines"]
-    if bad and not options.skip_bad_lines:
+def _check_result(options: TokenizeOptions, total: TokenizationStats) -> None:
+    if total.bad_lines and options.on_error == "fail":
         raise PartialFailure(
-            f"{options.input_file}: {bad} bad lines, {min(bad, options.max_errors)} of them listed "
-            f"above ({counts['missing pictures']} lack codes of a picture, {counts['too long']} "
-            "are too long); nothing was written (--skip_bad_lines writes the rest)"
+            f"{options.input_file}: {total.bad_lines} bad lines, "
+            f"{min(total.bad_lines, options.max_errors)} of them listed above "
+            f"({total.missing_image_codes} without codes of an image, {total.too_long} too long). "
+            "Nothing was written. Use --on_error skip to write the other lines."
         )
-    if not counts["documents"]:
-        raise UserError(f"{options.input_file}: no documents came through")
+    if not total.documents:
+        raise UserError(f"{options.input_file}: The file has no documents to write.")
 
 
-def _finish(options: TokenizeOptions, total: Result) -> None:
-    counts = total.counts
+def _write_manifest(options: TokenizeOptions, total: TokenizationStats) -> None:
     source = {} if options.image_codes is None else read_manifest(options.image_codes)
-    if counts["pictures with codes in their line"]:
-        source = {}  # nobody can know whose codes those are
+    if total.images_with_inline_codes:
+        source = {}  # the VQGAN of codes in the documents file is unknown
     inputs = [options.input_file, options.tokenizer_file]
-    lengths = {str(length): n for length, n in sorted(total.lengths.items())}
+    lengths = {str(length): count for length, count in sorted(total.lengths.items())}
     write_manifest(
         options.output_file, resolved(options), inputs, source.get("token_space"),
-        fit=source.get("fit"), counts=dict(counts), lengths=lengths,
+        fit=source.get("fit"), counts=total.counts(), lengths=lengths,
     )  # fmt: skip
-    words = counts["tokens"] - counts["image tokens"]
-    print(
-        f"{options.output_file}: {counts['documents']} documents, {counts['tokens']} tokens "
-        f"({words} of text, {counts['image tokens']} of {counts['pictures']} pictures)"
-    )
-    print(
-        f"{counts['dropped as too long']} documents dropped as too long, "
-        f"{counts['trimmed documents']} trimmed by {counts['trimmed tokens']} tokens, "
-        f"{counts['bad lines']} bad lines"
-    )
-    print(f"{'tokens up to':>14}  documents")
-    for length, documents in sorted(total.lengths.items()):
-        bar = "#" * round(40 * documents / counts["documents"])
-        print(f"{length:>14}  {documents:<10} {bar}")
-    if counts["bad lines"]:
-        print(f"bad lines: {options.bad_lines}")

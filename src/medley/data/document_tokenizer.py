@@ -1,4 +1,4 @@
-"""One line of a documents file -> its token sequence, with all the ways a line can be wrong."""
+"""One line of a documents file -> its token sequence, with an error for every kind of bad line."""
 
 from __future__ import annotations
 
@@ -12,32 +12,42 @@ from medley.data.image_token_store import ImageTokenStore
 from medley.data.medmax_compat import encode_medmax
 from medley.data.vocabulary import TextTokenizer, Vocabulary
 
-LARGEST_LINE = 32 << 20  # bytes; a document of 4,096 tokens has less than 100,000
+MAX_LINE_BYTES = 32 << 20  # a document of 4,096 tokens has less than 100,000
 Overflow = Literal["error", "drop", "trim_text"]
+Compat = Literal["none", "medmax"]
 
 
-class MissingCodes(DocumentError):
-    """A picture whose codes stand neither in its line nor in the shards."""
+class MissingImageCodes(DocumentError):
+    """An image without codes in its line and in the image token store."""
 
 
 class DocumentTooLong(DocumentError):
-    """A document longer than it may be."""
+    """A document with more tokens than allowed."""
 
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A line with its ids."""
+    """A line with its ids.
+
+    Attributes:
+        row: the parsed line
+        ids: its token sequence
+        images: number of images
+        image_tokens: number of ids that are image tokens, or begin or end tokens of an image
+        images_with_inline_codes: images whose codes are in the line itself
+        truncated_tokens: text tokens that were removed
+    """
 
     row: dict[str, Any]
     ids: list[int]
-    pictures: int
-    image_tokens: int  # codes and marks of pictures among the ids
-    own_codes: int  # pictures whose codes stood in the line itself
-    trimmed: int = 0  # text tokens that were cut
+    images: int
+    image_tokens: int
+    images_with_inline_codes: int
+    truncated_tokens: int = 0
 
 
 class DocumentTokenizer:
-    """Lines -> sequences. Raises UserError for files that cannot serve at all."""
+    """Converts lines to token sequences. Raises UserError if one of its own files is invalid."""
 
     def __init__(
         self,
@@ -45,120 +55,134 @@ class DocumentTokenizer:
         image_codes: Path | None = None,
         max_length: int | None = None,
         overflow: Overflow = "error",
-        compat: str = "none",
+        compat: Compat = "none",
     ) -> None:
         self.tokenizer = TextTokenizer.from_file(tokenizer_file)
-        self.shards = None if image_codes is None else ImageTokenStore(image_codes)
+        self.store = None if image_codes is None else ImageTokenStore(image_codes)
         self.max_length, self.overflow, self.compat = max_length, overflow, compat
 
     def __call__(self, line: bytes) -> TokenizedDocument | None:
-        """A line -> its sequence, None where it is dropped as too long.
+        """A line -> its sequence, or None if the document is too long and dropped.
 
-        Raises UserError that says what is wrong with the line.
+        Raises UserError that describes the error in the line.
         """
         return self.tokenize(parse_line(line))
 
     def tokenize(self, row: Any) -> TokenizedDocument | None:
-        if self.compat == "medmax":
-            done = self._as_medmax(row)
-        else:
-            document = Document.from_json(row)
-            own_codes = sum(picture.codes is not None for picture in document.pictures)
-            document = document.map_images(self._with_codes)
-            ids = document.to_ids(self.tokenizer)
-            lengths = [len(picture.codes or ()) + 2 for picture in document.pictures]
-            done = TokenizedDocument(row, ids, len(lengths), sum(lengths), own_codes)
-        if self.max_length is None or len(done.ids) <= self.max_length:
-            return done
+        """The same for a parsed line."""
+        tokenized = (
+            self._tokenize_as_medmax(row) if self.compat == "medmax" else self._tokenize(row)
+        )
+        if self.max_length is None or len(tokenized.ids) <= self.max_length:
+            return tokenized
         if self.overflow == "drop":
             return None
         if self.overflow == "trim_text":
-            short = truncate_text(done.ids, self.max_length, self.tokenizer.vocabulary)
-            return replace(done, ids=short, trimmed=len(done.ids) - len(short))
+            short = truncate_text(tokenized.ids, self.max_length, self.tokenizer.vocabulary)
+            return replace(tokenized, ids=short, truncated_tokens=len(tokenized.ids) - len(short))
         raise DocumentTooLong(
-            f"{len(done.ids)} tokens, --max_length is {self.max_length}; raise it, or use "
-            "--overflow drop or trim_text"
+            f"The document has {len(tokenized.ids)} tokens (--max_length is {self.max_length}). "
+            "Increase --max_length, or use --overflow drop or --overflow trim_text."
         )
 
-    def _as_medmax(self, row: Any) -> TokenizedDocument:
-        ids = encode_medmax(row, self.tokenizer)
-        marks = self.tokenizer.vocabulary
-        of_pictures = {*marks.image_codes, marks.begin_image, marks.end_image}
-        pictures = ids.count(marks.begin_image)
-        return TokenizedDocument(row, ids, pictures, sum(i in of_pictures for i in ids), pictures)
+    def _tokenize(self, row: Any) -> TokenizedDocument:
+        document = Document.from_json(row)
+        inline = sum(image.codes is not None for image in document.images)
+        document = document.map_images(self._with_codes)
+        lengths = [len(image.codes or ()) + 2 for image in document.images]
+        return TokenizedDocument(
+            row, document.to_ids(self.tokenizer), len(lengths), sum(lengths), inline
+        )
 
-    def _with_codes(self, picture: ImagePart) -> ImagePart:
-        """The picture with codes, from its line or from the shards by its path."""
-        shards = self.shards
-        if picture.codes is not None:
-            if shards is not None and len(picture.codes) != shards.codes_per_image:
+    def _tokenize_as_medmax(self, row: Any) -> TokenizedDocument:
+        ids = encode_medmax(row, self.tokenizer)
+        vocabulary = self.tokenizer.vocabulary
+        of_images = {*vocabulary.image_codes, vocabulary.begin_image, vocabulary.end_image}
+        images = ids.count(vocabulary.begin_image)
+        return TokenizedDocument(row, ids, images, sum(i in of_images for i in ids), images)
+
+    def _with_codes(self, image: ImagePart) -> ImagePart:
+        """Adds the codes from the store, by path, to an image without codes."""
+        store = self.store
+        if image.codes is not None:
+            if store is not None and len(image.codes) != store.codes_per_image:
                 raise DocumentError(
-                    f"a picture with {len(picture.codes)} codes, those of {shards.folder} have "
-                    f"{shards.codes_per_image}"
+                    f"An image has {len(image.codes)} codes (expected {store.codes_per_image}, as "
+                    f"in {store.folder})."
                 )
-            return picture
-        if shards is None:
-            raise MissingCodes(
-                f"the picture {picture.path} has no codes in the line; name their folder with "
-                "--image_codes"
+            return image
+        if store is None:
+            raise MissingImageCodes(
+                f"The image {image.path} has no codes in the line. Pass the folder with its codes "
+                "as --image_codes."
             )
-        codes = shards.get(str(picture.path))
+        codes = store.get(str(image.path))
         if codes is None:
-            raise MissingCodes(
-                f"no codes of {picture.path} in {shards.folder}; tokenize it with "
-                "tokenizer.image_tokenization"
+            raise MissingImageCodes(
+                f"The image {image.path} has no codes in {store.folder}. Tokenize it with "
+                "`medley tokenize-images`."
             )
-        return replace(picture, codes=tuple(codes.tolist()))
+        return replace(image, codes=tuple(codes.tolist()))
 
 
 def parse_line(line: bytes) -> Any:
-    """Raises DocumentError for what is no line of UTF-8 JSON of bearable length."""
-    if len(line) > LARGEST_LINE:
-        raise DocumentError(f"a line of {len(line)} bytes, the limit is {LARGEST_LINE}")
+    """Parses one line. Raises DocumentError if it is too long or not UTF-8 JSON."""
+    check_line_length(len(line))
     try:
         row = json.loads(line.decode("utf-8"))
-        if b"\\ud" in line.lower():  # half of a pair of surrogates is no character
+        if b"\\ud" in line.lower():  # an unpaired surrogate cannot be encoded
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         return row
     except UnicodeDecodeError as error:
-        raise DocumentError(f"not UTF-8 (byte {error.start} of the line)") from error
+        raise DocumentError(f"The line is not UTF-8 (byte {error.start}).") from error
     except json.JSONDecodeError as error:
-        raise DocumentError(f"not JSON ({error.msg} at column {error.colno})") from error
+        raise DocumentError(f"Invalid JSON ({error.msg} at column {error.colno}).") from error
     except UnicodeEncodeError as error:
-        raise DocumentError("half of a surrogate pair (\\ud800 to \\udfff) in a string") from error
-    except ValueError as error:  # a number of more than 4,300 digits
-        raise DocumentError(f"not JSON that can be read ({error})") from error
+        raise DocumentError(
+            "A string contains an unpaired surrogate (\\ud800 to \\udfff)."
+        ) from error
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise DocumentError(f"Unsupported JSON ({error}).") from error
     except RecursionError as error:
-        raise DocumentError("JSON nested too deeply") from error
+        raise DocumentError("The JSON is nested too deeply.") from error
+
+
+def check_line_length(num_bytes: int) -> None:
+    if num_bytes > MAX_LINE_BYTES:
+        raise DocumentError(
+            f"The line is too long (got {num_bytes} bytes, expected at most {MAX_LINE_BYTES})."
+        )
 
 
 def truncate_text(ids: list[int], limit: int, vocabulary: Vocabulary) -> list[int]:
-    """Cuts words until a document's ids fit; pictures and marks stay whole.
+    """Removes text tokens until a document fits; images and special tokens are kept.
 
-    The user's words go first, from their beginning on, since questions stand at the end; then
-    the answers', from their end. No answer that had something loses all of it. Raises TooLong
-    where that does not fit.
+    The user turns lose tokens first, from their beginning, because the question is usually at the
+    end. Then the assistant turns lose tokens from their end. An assistant turn that has content
+    keeps at least its first text token or image. Raises DocumentTooLong if that is not enough.
     """
-    users: list[int] = []
-    answers: list[int] = []  # but for what keeps an answer from being empty
-    turn = 0 if vocabulary.end_turn in ids else 1  # a document of one turn is an answer
-    answered = False
-    for place, token in enumerate(ids):
+    user_positions: list[int] = []
+    assistant_positions: list[int] = []  # without the first text token of a turn of text only
+    turn = 0 if vocabulary.end_turn in ids else 1  # a single turn is the assistant's
+    has_content = False
+    for position, token in enumerate(ids):
         if token == vocabulary.end_turn:
-            turn, answered = turn + 1, False
+            turn, has_content = turn + 1, False
         elif token in vocabulary.text_tokens:
             if turn % 2 == 0:
-                users.append(place)
-            elif answered:
-                answers.append(place)
-            answered = True
+                user_positions.append(position)
+            elif has_content:
+                assistant_positions.append(position)
+            has_content = True
         elif token == vocabulary.begin_image:
-            answered = True
+            has_content = True
     excess = len(ids) - limit
-    cut = set([*users, *reversed(answers)][:excess])
-    if len(cut) < excess:
+    removed = set([*user_positions, *reversed(assistant_positions)][:excess])
+    if len(removed) < excess:
+        required = len(ids) - len(user_positions) - len(assistant_positions)
         raise DocumentTooLong(
-            f"{len(ids)} tokens, of which {len(ids) - len(users) - len(answers)} are pictures, "
-            f"marks and the least of answers: --max_length {limit} has no room for them"
+            f"The document has {len(ids)} tokens, and {required} of them cannot be truncated: "
+            "image tokens, special tokens and the first token of each answer (--max_length is "
+            f"{limit}). Increase --max_length or use --overflow drop."
         )
-    return [token for place, token in enumerate(ids) if place not in cut]
+    return [token for position, token in enumerate(ids) if position not in removed]

@@ -1,8 +1,8 @@
-"""Parquet shards of image codes: `partition_<k>_rank_<r>.parquet`.
+"""Parquet files of image codes: `partition_<k>_rank_<r>.parquet`.
 
-Partition k is a fixed range of the input, r the rank that wrote it. A file that exists is
-whole, and holds in its metadata the pictures of its range that failed, so that nothing has to
-be remembered anywhere else.
+Partition k is a fixed range of the input's rows, and r is the rank that wrote it. An existing file
+is complete. Its metadata lists the images of its range that failed, so no other state is needed to
+resume a run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medley.errors import UserError
-from medley.utils.arrow_cache import CACHE_KEY, cache_key, cache_place, numbers_of, open_mapped
+from medley.utils.arrow_cache import (
+    CACHE_KEY,
+    open_mapped,
+    read_cache_key,
+    to_numpy,
+    writable_cache_path,
+)
 from medley.utils.files import atomic_file
+from medley.utils.jsonl import write_jsonl
 
 _NAME = re.compile(r"partition_(\d+)_rank_(\d+)\.parquet")
-_FAILED = b"medley.failed"
+_FAILED = b"medley.failed"  # key in the metadata of a partition file
 
 
 @dataclass(frozen=True)
@@ -43,53 +50,65 @@ def partition_file(folder: Path, partition: int, rank: int) -> Path:
 
 
 def finished_partitions(folder: Path) -> dict[int, Path]:
-    """Partition number -> its file. Raises UserError for one that stands there twice."""
-    found: dict[int, Path] = {}
+    """Partition number -> its file. Raises UserError for a duplicate partition."""
+    files: dict[int, Path] = {}
     for path in sorted(folder.glob("partition_*.parquet")):
         match = _NAME.fullmatch(path.name)
         if match is None:
             continue
         number = int(match[1])
-        if number in found:
+        if number in files:
             raise UserError(
-                f"{folder}: partition {number} stands there twice ({found[number].name}, "
-                f"{path.name}): two runs wrote into one folder; remove one of the two"
+                f"{folder}: Duplicate partition {number} ({files[number].name}, {path.name}), "
+                "probably because two runs wrote into one folder. Remove one of the two files."
             )
-        found[number] = path
-    return found
+        files[number] = path
+    return files
+
+
+def assign_partitions(
+    rows: int, size: int, finished: Collection[int], rank: int, world_size: int
+) -> set[int]:
+    """The unfinished partitions of `rows` rows that a rank encodes."""
+    count = -(-rows // size)
+    unfinished = [number for number in range(count) if number not in finished]
+    return set(unfinished[rank::world_size])
 
 
 def write_partition(
     path: Path,
     paths: Sequence[str],
-    codes: np.ndarray[Any, np.dtype[Any]],
+    codes: NDArray[np.uint16],
     failures: Iterable[TokenizationFailure],
-    extra: dict[str, pa.Array] | None = None,
+    extra_columns: dict[str, pa.Array] | None = None,
 ) -> None:
-    """Writes paths (N) and codes uint16 (N, C), with columns of the input where asked for."""
+    """Writes paths (N), image codes (N, C), further columns of the input, and the failures.
+
+    Raises UserError if another rank has written the same partition.
+    """
     assert codes.dtype == np.uint16 and len(codes) == len(paths)
-    _refuse_second(path)
+    _check_unique(path)
     flat = pa.array(codes.reshape(-1), pa.uint16())
     columns: dict[str, pa.Array] = {
         "img_path": pa.array(paths, pa.string()),
         "img_tokens": pa.FixedSizeListArray.from_arrays(flat, codes.shape[1]),
-        **(extra or {}),
+        **(extra_columns or {}),
     }
     failed = json.dumps([[f.img_path, f.error] for f in failures], ensure_ascii=False)
     table = pa.table(columns).replace_schema_metadata({_FAILED: failed.encode()})
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary)
-        _refuse_second(path)  # looked for once more: encoding a partition takes its time
+        _check_unique(path)  # again, because encoding a partition takes time
 
 
-def _refuse_second(path: Path) -> None:
-    """Raises UserError where another rank's file of the same partition stands already."""
+def _check_unique(path: Path) -> None:
+    """Raises UserError if another rank's file of the same partition exists."""
     partition = path.name.rpartition("_rank_")[0]
     others = [p.name for p in path.parent.glob(f"{partition}_rank_*.parquet") if p != path]
     if others:
         raise UserError(
-            f"{path}: {others[0]} holds the same pictures already: another run is writing into "
-            "this folder; let one of the two end"
+            f"{path}: {others[0]} already contains the same images, so another run is writing into "
+            "this folder. Stop one of the two runs."
         )
 
 
@@ -99,9 +118,9 @@ def read_failures(path: Path) -> list[TokenizationFailure]:
 
 
 def write_error_lists(folder: Path) -> tuple[int, int]:
-    """Writes `errors_rank_<r>.jsonl` from what the partition files carry.
+    """Writes `errors_rank_<r>.jsonl` from the metadata of the partition files.
 
-    Gives how many pictures have codes, and how many failed.
+    Returns the number of images with codes and the number of failures.
     """
     encoded = 0
     by_rank: dict[int, list[TokenizationFailure]] = {}
@@ -114,102 +133,104 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
         old.unlink()
     for rank, failures in by_rank.items():
         if failures:
-            with atomic_file(folder / f"errors_rank_{rank}.jsonl") as temporary:
-                lines = [
-                    json.dumps({"img_path": f.img_path, "error": f.error}, ensure_ascii=False)
-                    for f in failures
-                ]
-                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_jsonl(folder / f"errors_rank_{rank}.jsonl", map(asdict, failures))
     return encoded, sum(map(len, by_rank.values()))
 
 
 class ImageTokenStore:
-    """Looks up the codes of a picture in a folder of shards, or in one Parquet file.
+    """Looks up the codes of an image in a folder of partition files, or in one Parquet file.
 
-    A picture is found by the path as it was written, then by its real path. The shards are
-    turned once into a file that is mapped into memory, with an index of hashes beside it:
-    nothing of them is held, so that millions of pictures cost no memory.
+    An image is identified by its path as written, then by its real path. On first use, all files
+    are converted to one memory-mapped Arrow file with an index of path hashes next to it. The
+    codes of millions of images therefore need no memory.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         files = sorted(self.folder.glob("*.parquet")) if self.folder.is_dir() else [self.folder]
         if not files or not files[0].exists():
-            raise UserError(f"{folder}: no Parquet files of image codes there")
-        inside = self.folder if self.folder.is_dir() else self.folder.parent
+            raise UserError(
+                f"{folder}: No Parquet files of image codes found. Create them with "
+                "`medley tokenize-images`."
+            )
+        parent = self.folder if self.folder.is_dir() else self.folder.parent
         name = "" if self.folder.is_dir() else f"{self.folder.name}."
-        place = cache_place(inside / f".{name}codes")
-        table, index = place.with_name(f"{place.name}.arrow"), place.with_name(f"{place.name}.npy")
+        cache = writable_cache_path(parent / f".{name}codes")
+        table, index = cache.with_name(f"{cache.name}.arrow"), cache.with_name(f"{cache.name}.npy")
         key = hashlib.sha256()
         for file in files:
             status = file.stat()
             key.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         self._open(table, index, files, key.hexdigest())
-        self._real: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+        self._real_paths: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
     def _open(self, table: Path, index: Path, files: list[Path], key: str) -> None:
-        if cache_key(table) != key or not index.exists():
-            _make_table(self.folder, files, table, index, key)
+        if read_cache_key(table) != key or not index.exists():
+            _build_cache(self.folder, files, table, index, key)
         mapped = open_mapped(table)
-        self._paths = mapped["img_path"]
-        self._path_chunks = self._paths.chunks
+        self._path_chunks = mapped["img_path"].chunks
         self.codes_per_image: int = mapped.schema.field("img_tokens").type.list_size
         self._codes = [
-            numbers_of(chunk.values, np.uint16).reshape(len(chunk), -1)
+            to_numpy(chunk.values, np.uint16).reshape(len(chunk), -1)
             for chunk in mapped["img_tokens"].chunks
         ]
         self._starts = list(accumulate(map(len, self._codes), initial=0))
         self._hashes, self._rows = np.load(index, mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return self._starts[-1]
 
     def __contains__(self, path: str) -> bool:
-        return self._row(path) is not None
+        return self._find_row(path) is not None
 
     def paths(self) -> Iterator[str]:
-        """Every picture's path as it was written, in the order of the shards."""
-        for chunk in self._paths.chunks:
+        """The paths of all images as written, in the order of the files."""
+        for chunk in self._path_chunks:
             yield from chunk.to_pylist()
 
     def get(self, path: str) -> NDArray[np.uint16] | None:
-        """Codes (C,) of a picture, in mapped memory, or None."""
-        row = self._row(path)
+        """Codes (C,) of an image in mapped memory, or None if the store does not contain it."""
+        row = self._find_row(path)
         if row is None:
             return None
-        chunk, place = self._find(row)
-        codes: NDArray[np.uint16] = self._codes[chunk][place]
+        chunk, offset = self._locate(row)
+        codes: NDArray[np.uint16] = self._codes[chunk][offset]
         return codes
 
-    def _find(self, row: int) -> tuple[int, int]:
+    def _locate(self, row: int) -> tuple[int, int]:
+        """The chunk of a row, and its offset in the chunk."""
         chunk = bisect_right(self._starts, row) - 1
         return chunk, row - self._starts[chunk]
 
     def _path(self, row: int) -> str:
-        chunk, place = self._find(row)
-        return str(self._path_chunks[chunk][place].as_py())
+        chunk, offset = self._locate(row)
+        return str(self._path_chunks[chunk][offset].as_py())
 
-    def _row(self, path: str) -> int | None:
-        for row in _with_hash(self._hashes, self._rows, _hash(path)):
+    def _find_row(self, path: str) -> int | None:
+        for row in _rows_with_hash(self._hashes, self._rows, _path_hash(path)):
             if self._path(row) == path:
                 return row
-        real = str(Path(path).resolve())
-        if self._real is None:  # made when it is first needed: it asks the disk for every path
-            hashes = np.array([_hash(str(Path(p).resolve())) for p in self.paths()], np.uint64)
+        real = _real_path(path)
+        if self._real_paths is None:  # built on first use: it resolves every path on disk
+            hashes = np.array([_path_hash(_real_path(p)) for p in self.paths()], np.uint64)
             order = np.argsort(hashes, kind="stable")
-            self._real = hashes[order], order
-        for row in _with_hash(*self._real, _hash(real)):
-            if str(Path(self._path(row)).resolve()) == real:
+            self._real_paths = hashes[order], order
+        for row in _rows_with_hash(*self._real_paths, _path_hash(real)):
+            if _real_path(self._path(row)) == real:
                 return row
         return None
 
 
-def _hash(path: str) -> int:
+def _real_path(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _path_hash(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "little")
 
 
-def _with_hash(hashes: NDArray[np.uint64], rows: NDArray[Any], wanted: int) -> Iterator[int]:
-    """Rows of a sorted table of hashes that have the wanted one."""
+def _rows_with_hash(hashes: NDArray[np.uint64], rows: NDArray[Any], wanted: int) -> Iterator[int]:
+    """The rows with a hash, from sorted hashes and their rows."""
     key = np.uint64(wanted)
     first = int(np.searchsorted(hashes, key))
     while first < len(hashes) and hashes[first] == key:
@@ -217,39 +238,42 @@ def _with_hash(hashes: NDArray[np.uint64], rows: NDArray[Any], wanted: int) -> I
         first += 1
 
 
-def _make_table(folder: Path, files: list[Path], table: Path, index: Path, key: str) -> None:
-    """Writes paths and codes as one Arrow file, and their hashes, sorted, with their rows."""
-    lists = pa.list_(pa.uint16(), _codes_per_image(files))
+def _build_cache(folder: Path, files: list[Path], table: Path, index: Path, key: str) -> None:
+    """Writes paths and codes as one Arrow file, and the sorted path hashes with their rows."""
+    list_type = pa.list_(pa.uint16(), _codes_per_image(files))
     schema = pa.schema(
-        [("img_path", pa.large_string()), ("img_tokens", lists)],
+        [("img_path", pa.large_string()), ("img_tokens", list_type)],
         metadata={CACHE_KEY: key.encode()},
     )
-    found: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
+    hash_chunks: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
     with atomic_file(table) as temporary:
         with pa.ipc.new_file(str(temporary), schema) as writer:
             for file, batch in ((f, b) for f in files for b in _batches(f)):
                 lengths = set(pc.unique(pc.list_value_length(batch["img_tokens"])).to_pylist())
-                if lengths - {lists.list_size}:
+                if lengths - {list_type.list_size}:
                     raise UserError(
-                        f"{file}: pictures with different numbers of codes: "
-                        f"{sorted(lengths | {lists.list_size})}"
+                        f"{file}: Images have different numbers of codes "
+                        f"({sorted(lengths | {list_type.list_size})}). Use codes of one VQGAN."
                     )
                 try:
-                    codes = batch["img_tokens"].cast(lists)
+                    codes = batch["img_tokens"].cast(list_type)
                 except pa.ArrowInvalid as error:
-                    raise UserError(f"{file}: a code that is none ({error})") from error
+                    raise UserError(
+                        f"{file}: img_tokens contains a value that is not a valid image code "
+                        f"({error})."
+                    ) from error
                 paths = batch["img_path"].cast(pa.large_string())
                 writer.write_table(pa.table([paths, codes], schema=schema))
-                found.append(np.array([_hash(path) for path in paths.to_pylist()], np.uint64))
-        hashes = np.concatenate(found)
+                hash_chunks.append(np.array([_path_hash(p) for p in paths.to_pylist()], np.uint64))
+        hashes = np.concatenate(hash_chunks)
         order = np.argsort(hashes, kind="stable")
-        _refuse_contradictions(folder, temporary, hashes[order], order)
-        with atomic_file(index) as numbers, open(numbers, "wb") as out:
+        _check_consistent(folder, temporary, hashes[order], order)
+        with atomic_file(index) as temporary_index, open(temporary_index, "wb") as out:
             np.save(out, np.stack([hashes[order], order.astype(np.uint64)]))
 
 
 def _codes_per_image(files: list[Path]) -> int:
-    """Codes of the first picture; 0 where every picture failed."""
+    """Number of codes of the first image; 0 if every image failed."""
     for file in files:
         for batch in _batches(file):
             if len(batch):
@@ -264,18 +288,21 @@ def _batches(file: Path) -> Iterator[pa.Table]:
                 raise KeyError("img_path or img_tokens is missing")
             yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise UserError(f"{file}: not a shard of image codes ({error})") from error
+        raise UserError(f"{file}: Not a Parquet file of image codes ({error}).") from error
 
 
-def _refuse_contradictions(
+def _check_consistent(
     folder: Path, table: Path, hashes: NDArray[np.uint64], rows: NDArray[np.int64]
 ) -> None:
-    """Raises UserError for a path that stands twice with different codes."""
-    twins = np.flatnonzero(hashes[1:] == hashes[:-1])
-    if not len(twins):
+    """Raises UserError for a duplicate path with different codes."""
+    duplicates = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if not len(duplicates):
         return
     mapped = open_mapped(table)
-    for place in twins:
-        one, other = (mapped.slice(int(row), 1).to_pylist()[0] for row in rows[place : place + 2])
-        if one["img_path"] == other["img_path"] and one["img_tokens"] != other["img_tokens"]:
-            raise UserError(f"{folder}: {one['img_path']} stands twice, with different image codes")
+    for i in duplicates:
+        first, second = (mapped.slice(int(row), 1).to_pylist()[0] for row in rows[i : i + 2])
+        same_path = first["img_path"] == second["img_path"]
+        if same_path and first["img_tokens"] != second["img_tokens"]:
+            raise UserError(
+                f"{folder}: Duplicate path {first['img_path']} with different image codes."
+            )

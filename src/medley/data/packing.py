@@ -1,6 +1,6 @@
-"""Sequences to rows: documents packed whole, positions restarting, labels by answer span.
+"""Packing: complete documents in sequences of limited length, with positions and labels.
 
-Shapes: B rows of a batch, S row length.
+Shapes: B packed sequences of a batch, S sequence length.
 """
 
 from __future__ import annotations
@@ -18,76 +18,78 @@ from medley.data.document import assistant_spans
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 
-TrainOn = Literal["answers", "everything", "pictures"]
-IGNORE_INDEX = -100  # the label that a loss passes over, as torch's cross_entropy has it
+TrainOn = Literal["assistant", "all", "images"]
+IGNORE_INDEX = -100  # a token with this label is excluded from the loss, as in torch
 
 
 class SequenceTooLong(UserError):
-    """A document that is longer than a row."""
+    """A document that is longer than a packed sequence."""
 
 
-def pack_balanced(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Places whole documents into rows: longest first, each into the emptiest row.
+def pack_balanced(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Assigns complete documents to packed sequences: longest first, to the emptiest sequence.
 
-    There are as many rows as the tokens need at the least, and another one whenever a document
-    finds no room. That is about as few as best fit makes, but best fit puts documents of like
-    lengths together, as batches that a model learns less from; here every row gets long ones
-    and short ones.
+    It starts with the fewest sequences that can hold all tokens and adds one whenever a document
+    fits nowhere. The result has about as many sequences as best-fit packing. Best fit groups
+    documents of similar length, and a model learns less from such batches. Here each sequence
+    gets long and short documents.
 
-    Gives lists of indices into `lengths`. Raises SequenceTooLong for a document that no row
-    holds.
+    Returns lists of indices into `lengths`. Raises SequenceTooLong for a document longer than
+    `max_length`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and lengths[order[0]] > row_length:
+    if order and lengths[order[0]] > max_length:
         raise SequenceTooLong(
-            f"document {order[0]} has {lengths[order[0]]} tokens, a row {row_length}: raise "
-            f"--max_length to {lengths[order[0]]} at least, or drop such documents when tokenizing "
-            "(--overflow)"
+            f"Document {order[0]} is too long (got {lengths[order[0]]} tokens, expected at most "
+            f"{max_length}). Increase --max_length to {lengths[order[0]]}, or drop long documents "
+            "with `medley tokenize --overflow drop`."
         )
-    rows: list[list[int]] = [[] for _ in range(-(-sum(lengths) // row_length))]
-    used = [(0, row) for row in range(len(rows))]  # a heap: (tokens, row)
+    packed: list[list[int]] = [[] for _ in range(-(-sum(lengths) // max_length))]
+    fill = [(0, number) for number in range(len(packed))]  # a heap of (tokens, sequence)
     for index in order:
-        if used[0][0] + lengths[index] > row_length:
-            heappush(used, (0, len(rows)))
-            rows.append([])
-        tokens, row = used[0]
-        heapreplace(used, (tokens + lengths[index], row))
-        rows[row].append(index)
-    return [sorted(row) for row in rows]
+        if fill[0][0] + lengths[index] > max_length:
+            heappush(fill, (0, len(packed)))
+            packed.append([])
+        tokens, number = fill[0]
+        heapreplace(fill, (tokens + lengths[index], number))
+        packed[number].append(index)
+    return [sorted(indices) for indices in packed]
 
 
 def build_labels(
-    ids: NDArray[np.int64], vocabulary: Vocabulary, learn: TrainOn = "answers"
+    ids: NDArray[np.int64], vocabulary: Vocabulary, train_on: TrainOn = "assistant"
 ) -> NDArray[np.int64]:
-    """Labels (S,) of one document, not shifted: learned ids stand, the rest is IGNORED.
+    """Labels (S,) of one document, not shifted: the id, or IGNORE_INDEX if not trained on.
 
-    Learned are the assistant's turns with their closing marks, or everything, or pictures
-    only (codes with both marks, wherever they stand).
+    `assistant` trains on the assistant turns with the tokens that end them, `all` on all tokens,
+    `images` on all image tokens with their begin and end tokens.
     """
-    learned = np.zeros(len(ids), bool)
-    if learn == "pictures":
+    trained = np.zeros(len(ids), bool)
+    if train_on == "images":
         begun = np.cumsum(ids == vocabulary.begin_image)
         ended = np.cumsum(ids == vocabulary.end_image)
-        learned = (begun > ended) | (ids == vocabulary.end_image)
-    elif learn == "everything":
-        learned[:] = True
+        trained = (begun > ended) | (ids == vocabulary.end_image)
+    elif train_on == "all":
+        trained[:] = True
     else:
         for start, end in assistant_spans(ids.tolist(), vocabulary):
-            learned[start:end] = True
-    learned[0] = False  # nothing predicts a document's first token
-    return np.where(learned, ids, IGNORE_INDEX)
+            trained[start:end] = True
+    trained[0] = False  # no token precedes the first one and predicts it
+    return np.where(trained, ids, IGNORE_INDEX)
 
 
 def build_sequence(
-    documents: Sequence[NDArray[np.int64]], vocabulary: Vocabulary, learn: TrainOn = "answers"
+    documents: Sequence[NDArray[np.int64]],
+    vocabulary: Vocabulary,
+    train_on: TrainOn = "assistant",
 ) -> dict[str, Tensor]:
-    """One row of documents: input_ids, position_ids and labels, each int64 (S,).
+    """Documents -> one packed sequence: input_ids, position_ids and labels, each int64 (S,).
 
-    Positions restart at every document, which is what keeps attention inside it.
+    Positions restart at 0 in every document, which confines attention to each document.
     """
     ids = np.concatenate(documents)
     positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
-    labels = np.concatenate([build_labels(d, vocabulary, learn) for d in documents])
+    labels = np.concatenate([build_labels(d, vocabulary, train_on) for d in documents])
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
@@ -95,18 +97,18 @@ def build_sequence(
     }
 
 
-def collate(rows: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Rows of any lengths -> tensors (B, S), padded on the right.
+def collate(sequences: Sequence[dict[str, Tensor]], vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """Packed sequences of any lengths -> tensors (B, S), padded on the right.
 
-    Padding is a "document" of its own, with positions that restart, and carries no label.
+    The padding has restarting positions, as a document of its own would, and no labels.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(len(sequence["input_ids"]) for sequence in sequences)
     padding = {"input_ids": vocabulary.pad, "labels": IGNORE_INDEX}
 
-    def pad(name: str, row: Tensor) -> Tensor:
-        rest = longest - len(row)
+    def pad(name: str, values: Tensor) -> Tensor:
+        missing = longest - len(values)
         if name == "position_ids":
-            return torch.cat([row, torch.arange(rest)])
-        return torch.cat([row, torch.full((rest,), padding[name], dtype=row.dtype)])
+            return torch.cat([values, torch.arange(missing)])
+        return torch.cat([values, torch.full((missing,), padding[name], dtype=values.dtype)])
 
-    return {name: torch.stack([pad(name, row[name]) for row in rows]) for name in rows[0]}
+    return {name: torch.stack([pad(name, s[name]) for s in sequences]) for name in sequences[0]}

@@ -1,15 +1,15 @@
-"""Token sequences on disk: JSONL or Parquet to exchange, an Arrow IPC cache to read.
+"""Token files: JSON Lines or Parquet for exchange, a memory-mapped Arrow cache for reading.
 
-JSONL lines are the document's line plus `tokens`, as MedMax writes them. The reader turns
-either format into one file of flat uint16 ids with offsets, once, and maps it into memory:
-any sequence is then at hand at once, whatever the size of the whole.
+A JSONL line is the document's line plus `tokens`, as MedMax writes it. The reader converts either
+format once to a file of flat uint16 ids with offsets. It maps that file into memory, so any
+sequence is read without loading the others.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 from operator import itemgetter
 from pathlib import Path
@@ -23,51 +23,49 @@ from numpy.typing import NDArray
 from medley.errors import UserError
 from medley.utils.arrow_cache import (
     CACHE_KEY,
-    array_of,
-    cache_key,
-    cache_place,
-    numbers_of,
     open_mapped,
-    strings_of,
+    read_cache_key,
+    to_arrow,
+    to_arrow_strings,
+    to_numpy,
+    writable_cache_path,
 )
 from medley.utils.files import atomic_file, partial_hash, read_json, write_json
 from medley.utils.jsonl import json_lines
 
-LARGEST_ID = np.iinfo(np.uint16).max
-_BATCH = 2000  # sequences of one record batch
-_ROW_GROUP = 400  # of Parquet: small enough that writing goes on while others are tokenized
+MAX_TOKEN_ID = np.iinfo(np.uint16).max
+_BATCH = 2000  # sequences in one record batch
+_ROW_GROUP = 400  # sequences; small, so that writing overlaps with tokenizing
+_DECIMAL = [str(number) for number in range(MAX_TOKEN_ID + 1)]
 
 
-_NUMBERS = [str(number) for number in range(LARGEST_ID + 1)]
+def fast_json(row: dict[str, Any], id_fields: Collection[str] = ()) -> str:
+    """Exactly `json.dumps(row)`, but faster for the fields in `id_fields`.
 
-
-def json_line(row: dict[str, Any], ids: Collection[str] = ()) -> str:
-    """`json.dumps(row)`, the very same text; faster for the fields named in `ids`.
-
-    Each of those holds a list of ids or codes, whole numbers from 0 to LARGEST_ID, or a list of
-    such lists; nobody checks that here.
+    Each of these fields has a list of integers from 0 to MAX_TOKEN_ID, or a list of such lists.
+    This is not checked.
     """
-    parts = [
-        f"{json.dumps(name)}: {_ids_text(value) if name in ids else json.dumps(value)}"
+    fields = [
+        f"{json.dumps(name)}: {_ids_json(value) if name in id_fields else json.dumps(value)}"
         for name, value in row.items()
     ]
-    return f"{{{', '.join(parts)}}}"
+    return f"{{{', '.join(fields)}}}"
 
 
-def _ids_text(values: Any) -> str:
+def _ids_json(values: Any) -> str:
     if not isinstance(values, list) or len(values) < 2:
         return json.dumps(values)
     if isinstance(values[0], list):
-        return f"[{', '.join(map(_ids_text, values))}]"
-    return f"[{', '.join(itemgetter(*values)(_NUMBERS))}]"
+        return f"[{', '.join(map(_ids_json, values))}]"
+    return f"[{', '.join(itemgetter(*values)(_DECIMAL))}]"
 
 
-def write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes lines with `tokens`, whole or not at all; gives their count."""
+def write_token_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows with `tokens` atomically and returns their number."""
     count = 0
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
         for row in rows:
-            handle.write(json_line(row, ("tokens",)) + "\n")
+            handle.write(fast_json(row, ("tokens",)) + "\n")
             count += 1
     return count
 
@@ -77,54 +75,57 @@ PARQUET_SCHEMA = pa.schema(
 )
 
 
-def parquet_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows with `tokens` as Parquet holds them: `tokens` (uint16), `source`, `task`."""
+def to_record_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
+    """Rows with `tokens` -> `tokens` (uint16), `source` and `task`; other keys are left out."""
     offsets = array("i", accumulate((len(row["tokens"]) for row in rows), initial=0))
     flat = array("H", chain.from_iterable(row["tokens"] for row in rows))
-    tokens = pa.ListArray.from_arrays(array_of(pa.int32(), offsets), array_of(pa.uint16(), flat))
-    texts = [strings_of([_text(row.get(n)) for row in rows]) for n in ("source", "task")]
+    tokens = pa.ListArray.from_arrays(to_arrow(pa.int32(), offsets), to_arrow(pa.uint16(), flat))
+    texts = [
+        to_arrow_strings([_optional_str(row.get(name)) for row in rows])
+        for name in ("source", "task")
+    ]
     return pa.record_batch([tokens, *texts], schema=PARQUET_SCHEMA)
 
 
-class ParquetOutput:
-    """Writes batches of any size in row groups of some hundred rows, each with its dictionary."""
+class TokenParquetWriter:
+    """Collects record batches of any size into row groups of some hundred rows."""
 
     def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(path, PARQUET_SCHEMA)
-        self._held: list[pa.RecordBatch] = []
+        self._pending: list[pa.RecordBatch] = []
 
-    def __enter__(self) -> ParquetOutput:
+    def __enter__(self) -> TokenParquetWriter:
         return self
 
-    def __call__(self, batch: pa.RecordBatch) -> None:
-        self._held.append(batch)
-        if sum(map(len, self._held)) >= _ROW_GROUP:
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._pending.append(batch)
+        if sum(map(len, self._pending)) >= _ROW_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_batches(self._held, PARQUET_SCHEMA))
-        self._held = []
+        self._writer.write_table(pa.Table.from_batches(self._pending, PARQUET_SCHEMA))
+        self._pending = []
 
     def __exit__(self, *_: object) -> None:
         self._flush()
         self._writer.close()
 
 
-def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes rows with `tokens`, whole or not at all; gives their count."""
+def write_token_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows with `tokens` atomically and returns their number."""
     count = 0
-    with atomic_file(path) as temporary, ParquetOutput(temporary) as write:
+    with atomic_file(path) as temporary, TokenParquetWriter(temporary) as writer:
         for batch in _batched(rows):
-            write(parquet_batch(batch))
+            writer.write(to_record_batch(batch))
             count += len(batch)
     return count
 
 
-def _text(value: Any) -> str | None:
+def _optional_str(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     batch: list[dict[str, Any]] = []
     for row in rows:
         batch.append(row)
@@ -135,18 +136,18 @@ def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a tokens file with the place of each (`FILE:LINE`), from JSONL or Parquet."""
+def read_token_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a token file with the location of each (`FILE:LINE`), from JSONL or Parquet."""
     if path.suffix == ".parquet":
         number = 0
         try:
             reader = pq.ParquetFile(path)
         except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file") from error
+            raise UserError(f"{path}: File not found.") from error
         except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a Parquet file ({error})") from error
-        wanted = [n for n in ("tokens", "source", "task") if n in reader.schema_arrow.names]
-        for batch in reader.iter_batches(_BATCH, columns=wanted):
+            raise UserError(f"{path}: Not a Parquet file ({error}).") from error
+        columns = [n for n in ("tokens", "source", "task") if n in reader.schema_arrow.names]
+        for batch in reader.iter_batches(_BATCH, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
@@ -155,84 +156,90 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from error
+            raise UserError(f"{path}:{number}: Invalid JSON ({error.msg}).") from error
         yield f"{path}:{number}", row
 
 
 class TokenDataset(Sequence[NDArray[np.int64]]):
-    """The sequences of one tokens file, memory-mapped.
+    """The sequences of one token file, memory-mapped.
 
-    `shards[i]` are the ids of sequence i, int64 (S,); `lengths` all lengths, int64 (N,);
-    `task(i)` its task. The cache, two bytes a token, stands beside the file as
-    `.NAME.cache.arrow` and is made again when the file changes.
+    `dataset[i]` are the ids of sequence i, int64 (S,); `lengths` are all lengths, int64 (N,);
+    `task(i)` is the task of sequence i. The cache `.NAME.cache.arrow` next to the file takes two
+    bytes per token and is rebuilt when the file changes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such tokens file; make it with tokenizer.tokenize_jsonl")
-        cache = cache_place(self.path.with_name(f".{self.path.name}.cache.arrow"))
-        names = cache.with_name(f"{cache.name}.tasks.json")
+            raise UserError(f"{path}: Token file not found. Create it with `medley tokenize`.")
+        cache = writable_cache_path(self.path.with_name(f".{self.path.name}.cache.arrow"))
+        task_names = cache.with_name(f"{cache.name}.tasks.json")
         key = f"{partial_hash(self.path)} {self.path.stat().st_mtime_ns}"
-        if cache_key(cache) != key or not names.exists():
-            _make_cache(self.path, cache, names, key)
+        if read_cache_key(cache) != key or not task_names.exists():
+            _build_cache(self.path, cache, task_names, key)
         table = open_mapped(cache)
-        self._parts = [
-            (numbers_of(chunk.values, np.uint16), numbers_of(chunk.offsets, np.int32))
+        self._chunks = [
+            (to_numpy(chunk.values, np.uint16), to_numpy(chunk.offsets, np.int32))
             for chunk in table["tokens"].chunks
         ]
-        self._task_names: list[str | None] = read_json(names)
-        self._tasks = [numbers_of(chunk, np.int16) for chunk in table["task"].chunks]
+        self._task_names: list[str | None] = read_json(task_names)
+        self._tasks = [to_numpy(chunk, np.int16) for chunk in table["task"].chunks]
         self.lengths: NDArray[np.int64] = np.concatenate(
-            [np.diff(offsets).astype(np.int64) for _, offsets in self._parts]
+            [np.diff(offsets).astype(np.int64) for _, offsets in self._chunks]
             or [np.zeros(0, np.int64)]
         )
-        counts = [len(offsets) - 1 for _, offsets in self._parts]
+        counts = [len(offsets) - 1 for _, offsets in self._chunks]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """The part that holds a sequence, and its place there."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The chunk of a sequence, and its offset in the chunk."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return part, index - int(self._starts[part])
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return chunk, index - int(self._starts[chunk])
 
     def __getitem__(self, index: Any) -> Any:
-        part, place = self._find(index)
-        values, offsets = self._parts[part]
-        return values[offsets[place] : offsets[place + 1]].astype(np.int64)
+        chunk, row = self._locate(index)
+        values, offsets = self._chunks[chunk]
+        return values[offsets[row] : offsets[row + 1]].astype(np.int64)
 
     def task(self, index: int) -> str | None:
-        part, place = self._find(index)
-        return self._task_names[int(self._tasks[part][place])]
+        chunk, row = self._locate(index)
+        return self._task_names[int(self._tasks[chunk][row])]
 
 
-def _make_cache(path: Path, cache: Path, names: Path, key: str) -> None:
+def _build_cache(path: Path, cache: Path, task_names: Path, key: str) -> None:
     schema = pa.schema(
         [("tokens", pa.list_(pa.uint16())), ("task", pa.int16())],
         metadata={CACHE_KEY: key.encode()},
     )
-    known: dict[str | None, int] = {}
+    max_tasks = np.iinfo(np.int16).max
+    task_ids: dict[str | None, int] = {}
     with atomic_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
-        for batch in _batched(_checked_rows(path)):
+        for batch in _batched(_validated_rows(path)):
             ids = pa.array([row["tokens"] for row in batch], pa.list_(pa.uint16()))
-            tasks = [known.setdefault(_text(row.get("task")), len(known)) for row in batch]
-            if len(known) > np.iinfo(np.int16).max:
-                raise UserError(f"{path}: more than {np.iinfo(np.int16).max} different tasks")
+            tasks = [
+                task_ids.setdefault(_optional_str(row.get("task")), len(task_ids)) for row in batch
+            ]
+            if len(task_ids) > max_tasks:
+                raise UserError(f"{path}: Too many different tasks (expected at most {max_tasks}).")
             writer.write_batch(pa.record_batch([ids, pa.array(tasks, pa.int16())], schema=schema))
-        write_json(names, list(known))  # before the cache has its name: it is useless without
+        write_json(task_names, list(task_ids))  # before the cache, which is unusable without it
 
 
-def _checked_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for place, row in read_rows(path):
+def _validated_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for where, row in read_token_rows(path):
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if not isinstance(tokens, list) or not tokens:
-            raise UserError(f"{place}: no 'tokens' there; make them with tokenizer.tokenize_jsonl")
+            raise UserError(f"{where}: 'tokens' is missing. Create it with `medley tokenize`.")
         if not all(type(token) is int for token in tokens):
-            raise UserError(f"{place}: 'tokens' holds something that is no whole number")
-        if min(tokens) < 0 or max(tokens) > LARGEST_ID:
-            raise UserError(f"{place}: a token id outside of 0 to {LARGEST_ID}")
+            raise UserError(f"{where}: 'tokens' contains a value that is not an integer.")
+        if min(tokens) < 0 or max(tokens) > MAX_TOKEN_ID:
+            bad = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise UserError(
+                f"{where}: A token id is out of range (got {bad}, expected 0 to {MAX_TOKEN_ID})."
+            )
         yield row

@@ -1,12 +1,16 @@
-"""The unified vocabulary: words, image codes and marks in one range of token ids.
+"""The unified vocabulary: text tokens, image tokens and special tokens share one range of ids.
 
-Everything is read from `text_tokenizer.json` by name. A mark that is missing, or a gap among
-the image codes, is an error at load: a model whose marks are guessed trains on nonsense.
+All ids are read by name from `text_tokenizer.json`. A missing special token or a gap among the
+image tokens is an error at load time, because a model trained with guessed ids learns nonsense.
+
+An image code is a VQGAN codebook index (0 to 8191 in Chameleon). An image token is the id of an
+image code in this vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,15 +34,16 @@ _LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 
 class VocabularyError(UserError):
-    """A tokenizer file that cannot serve as a unified vocabulary."""
+    """A tokenizer file that does not contain a valid unified vocabulary."""
 
 
-def code_name(code: int) -> str:
-    """`code_name(10)` is `IMGIMGBAZ`: the code's digits with A for 0 to J for 9."""
+def image_token_name(code: int) -> str:
+    """`image_token_name(10)` is `IMGIMGBAZ`: the digits of the image code, A for 0 to J for 9."""
     return _CODE_PREFIX + str(code).translate(_DIGITS) + _CODE_SUFFIX
 
 
-def _code_of(name: str) -> int | None:
+def _parse_image_token_name(name: str) -> int | None:
+    """Name of an image token -> image code; None for other tokens."""
     digits = name[len(_CODE_PREFIX) : -len(_CODE_SUFFIX)]
     if not (name.startswith(_CODE_PREFIX) and name.endswith(_CODE_SUFFIX) and digits):
         return None
@@ -48,11 +53,13 @@ def _code_of(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids of the marks and the range of image codes.
+    """Ids of the special tokens, the image tokens and the text tokens.
 
-    `image_codes` is the range of token ids of the codes 0, 1, 2, …; `size` is one more than
-    the largest id of the tokenizer; `text_tokens` holds the ids that are words or parts of
-    words, and nothing else.
+    Attributes:
+        image_placeholder: token at the position of an image in a text
+        image_codes: range of the image tokens; its item c is the token of image code c
+        size: largest id of the tokenizer plus 1
+        text_tokens: ids of the words and word pieces
     """
 
     bos: int
@@ -62,7 +69,7 @@ class Vocabulary:
     begin_image: int
     end_image: int
     end_turn: int
-    image: int
+    image_placeholder: int
     image_codes: range
     size: int
     text_tokens: frozenset[int]
@@ -75,133 +82,161 @@ class Vocabulary:
     def from_json(cls, parsed: Any, where: str) -> Vocabulary:
         """Reads the parsed content of `text_tokenizer.json`.
 
-        Raises VocabularyError that names the token that is missing or out of its range.
+        Raises VocabularyError that names the missing or misplaced token.
         """
         try:
             ids: dict[str, int] = dict(parsed["model"]["vocab"])
             added: dict[str, int] = {t["content"]: t["id"] for t in parsed["added_tokens"]}
         except (KeyError, TypeError) as error:
             raise VocabularyError(
-                f"{where}: not a tokenizer file with a BPE model, {error} is missing"
+                f"{where}: Not a tokenizer file with a BPE model ({error} is missing)."
             ) from error
         ids.update(added)
 
-        def mark(name: str) -> int:
+        def special(name: str) -> int:
             if name not in ids:
                 raise VocabularyError(
-                    f"{where}: the token {name!r} is missing; a unified vocabulary needs it"
+                    f"{where}: The special token {name!r} is missing. "
+                    "Use the text_tokenizer.json of a Chameleon checkpoint."
                 )
             return ids[name]
 
-        codes = {c: i for name, i in ids.items() if (c := _code_of(name)) is not None}
+        codes = {
+            c: i for name, i in ids.items() if (c := _parse_image_token_name(name)) is not None
+        }
         return cls(
-            bos=mark(BOS),
-            pad=mark(PAD),
-            eos=mark(EOS),
-            unk=mark(UNK),
-            begin_image=mark(BEGIN_IMAGE),
-            end_image=mark(END_IMAGE),
-            end_turn=mark(END_TURN),
-            image=ids[IMAGE] if IMAGE in ids else mark(IMAGE_IN_UNMODIFIED_FILE),
-            image_codes=_code_range(codes, where),
+            bos=special(BOS),
+            pad=special(PAD),
+            eos=special(EOS),
+            unk=special(UNK),
+            begin_image=special(BEGIN_IMAGE),
+            end_image=special(END_IMAGE),
+            end_turn=special(END_TURN),
+            image_placeholder=ids[IMAGE] if IMAGE in ids else special(IMAGE_IN_UNMODIFIED_FILE),
+            image_codes=_image_token_range(codes, where),
             size=max(ids.values()) + 1,
             text_tokens=frozenset(ids.values()) - set(added.values()) - set(codes.values()),
         )
 
+    @property
+    def image(self) -> int:
+        """Deprecated name of `image_placeholder`."""
+        warnings.warn(
+            "Vocabulary.image is deprecated, use Vocabulary.image_placeholder.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.image_placeholder
+
     def image_code_to_token(self, code: int) -> int:
-        """Image code -> token id. Raises UserError for a code that does not exist."""
+        """Image code -> image token. Raises UserError for a code outside of the codebook."""
         if not 0 <= code < len(self.image_codes):
-            raise UserError(f"image code {code} is out of range: 0 to {len(self.image_codes) - 1}")
+            raise UserError(
+                f"Image code {code} is out of range (expected 0 to {len(self.image_codes) - 1})."
+            )
         return self.image_codes[code]
 
     def token_to_image_code(self, token: int) -> int:
-        """Token id -> image code. Raises UserError for an id that is no image code."""
+        """Image token -> image code. Raises UserError for another kind of token."""
         if token not in self.image_codes:
-            raise UserError(f"token id {token} is no image code: {self.image_codes}")
+            first, last = self.image_codes[0], self.image_codes[-1]
+            raise UserError(f"Token {token} is not an image token (expected {first} to {last}).")
         return token - self.image_codes.start
 
     def image_token_ids(self, codes: Iterable[int]) -> list[int]:
-        """Codes of one picture in raster order -> begin mark, their ids, end mark."""
+        """Codes of one image in raster order -> its image tokens, with begin and end tokens."""
         codes = tuple(codes)
-        if len(codes) < 2 or min(codes) < 0:  # rare, and told one by one
+        if len(codes) < 2 or min(codes) < 0:  # rare; converted one by one
             return [self.begin_image, *map(self.image_code_to_token, codes), self.end_image]
         try:
             return [self.begin_image, *itemgetter(*codes)(self.image_codes), self.end_image]
-        except IndexError:
+        except IndexError:  # raises an error that names the code
             return [self.begin_image, *map(self.image_code_to_token, codes), self.end_image]
 
 
-def _code_range(codes: dict[int, int], where: str) -> range:
-    if not codes:
-        raise VocabularyError(f"{where}: no image codes ({code_name(0)} and so on)")
-    first = codes.get(0)
-    for code in range(max(codes) + 1):
-        if code not in codes:
+def _image_token_range(tokens: dict[int, int], where: str) -> range:
+    """Image code -> token id, for all codes, as a range of token ids."""
+    if not tokens:
+        raise VocabularyError(
+            f"{where}: No image tokens found (expected {image_token_name(0)} and so on)."
+        )
+    first = tokens.get(0)
+    for code in range(max(tokens) + 1):
+        if code not in tokens:
             raise VocabularyError(
-                f"{where}: a gap in the image codes, {code_name(code)} is missing"
+                f"{where}: The image token {image_token_name(code)} is missing. "
+                "Image codes must have no gaps."
             )
-        if first is None or codes[code] != first + code:
+        if first is None or tokens[code] != first + code:
             raise VocabularyError(
-                f"{where}: {code_name(code)} has id {codes[code]}, expected {(first or 0) + code}: "
-                "image codes must stand in one run"
+                f"{where}: {image_token_name(code)} has the wrong id (got {tokens[code]}, "
+                f"expected {(first or 0) + code}). Image tokens must be consecutive."
             )
     assert first is not None
-    return range(first, first + len(codes))
+    return range(first, first + len(tokens))
 
 
 def _read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
-        raise VocabularyError(f"{path}: no such tokenizer file") from error
+        raise VocabularyError(f"{path}: Tokenizer file not found.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VocabularyError(f"{path}: not JSON ({error})") from error
+        raise VocabularyError(f"{path}: Invalid JSON ({error}).") from error
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer file opened twice: once where marks are parsed, once where they are text.
+    """A tokenizer file in two variants: without and with parsing of special tokens.
 
-    `plain` knows no marks: what a person types is text and stays text. `marked` is the file
-    as it is, in which `<reserved08706>` typed in a text becomes the mark (MedMax's way).
+    Attributes:
+        vocabulary: ids by kind
+        plain: parses no special tokens, so that text typed by a user is always text
+        bpe: `plain` with a cache
+        parsed: content of the file
     """
 
     vocabulary: Vocabulary
     plain: Tokenizer
-    words: CachedBPE
-    parsed: dict[str, Any]  # the content of the file
+    bpe: CachedBPE
+    parsed: dict[str, Any]
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextTokenizer:
         parsed = _read_json(path)
         vocabulary = Vocabulary.from_json(parsed, str(path))
-        # Without its list of added tokens the same model sees plain text only: the names of
-        # the marks stay in its table, but no merge leads to them.
-        bare = {**parsed, "added_tokens": []}
-        plain = Tokenizer.from_str(json.dumps(bare))
-        return cls(vocabulary, plain, CachedBPE(plain, bare), parsed)
+        # Without added tokens, the same BPE model parses plain text only. The names of the special
+        # tokens remain in its vocabulary, but no merge produces them.
+        without_special = {**parsed, "added_tokens": []}
+        plain = Tokenizer.from_str(json.dumps(without_special))
+        return cls(vocabulary, plain, CachedBPE(plain, without_special), parsed)
 
     @cached_property
-    def marked(self) -> Tokenizer:
+    def raw_tokenizer(self) -> Tokenizer:
+        """The unmodified file, which parses `<reserved08706>` in a text as a special token.
+
+        MedMax tokenizes its documents this way.
+        """
         return Tokenizer.from_str(json.dumps(self.parsed))
 
     @cached_property
-    def longest_piece(self) -> int:
-        """Bytes of the longest text piece, and so the most characters that a token can be."""
+    def longest_token(self) -> int:
+        """Bytes of the longest text token, which bounds the characters of any token."""
         names = self.parsed["model"]["vocab"].items()
         return max(len(name) for name, id_ in names if id_ in self.vocabulary.text_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids, no marks parsed or added. Raises UserError for text that is no Unicode."""
+        """Text -> ids, without special tokens. Raises UserError for an unpaired surrogate."""
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"the text holds half of a character ({text[error.start]!a} at {error.start})"
+                    f"The text contains an unpaired surrogate ({text[error.start]!a} at "
+                    f"position {error.start})."
                 ) from error
-        return self.words.encode(text)
+        return self.bpe.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids of text pieces -> text; marks and codes among them are an error of the caller."""
+        """Ids of text tokens -> text. The caller must remove special tokens and image tokens."""
         return self.plain.decode(ids, skip_special_tokens=False)

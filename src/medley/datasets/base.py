@@ -1,4 +1,8 @@
-"""What all formats speak: a document with what else its record said, and what was asked for."""
+"""Types and helpers that all dataset formats share.
+
+A format module reads a record into a `Sample` (a document and the record's other fields) and
+writes a sample as a record.
+"""
 
 from __future__ import annotations
 
@@ -14,238 +18,298 @@ from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 
 SPLITS = ("train", "val", "test")
-CAPTION_PROMPT = "Please describe this picture."  # MedMax's question for a caption
+CAPTION_PROMPT = "Please describe this picture."  # MedMax's caption prompt  # alias
 
 
 class RecordError(UserError):
-    """A record that cannot be converted; the message says why.
+    """A record that cannot be converted; the message gives the reason.
 
-    `content` is what stands there, where it is no record; after a `torn` one nothing more of its
-    file can be read.
+    Attributes:
+        content: the raw value, for records that could not be parsed
+        truncated: whether the rest of the file cannot be read
     """
 
-    def __init__(self, reason: str, content: Any = None, torn: bool = False) -> None:
+    def __init__(self, reason: str, content: Any = None, truncated: bool = False) -> None:
         super().__init__(reason)
-        self.content, self.torn = content, torn
+        self.content, self.truncated = content, truncated
 
 
 class RestrictedRecord(RecordError):
-    """A record that is left out on purpose until its owner has the rights to its picture."""
+    """A record that is skipped because its image requires credentials."""
 
 
-@dataclass(frozen=True)
-class ConversionConfig:
-    """What a conversion was asked for; a format reads what concerns it.
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions:
+    """Options for reading the records of a dataset.
 
-    `image_folder` is where pictures are named from, and where embedded ones are written to.
+    Args:
+        image_folder: folder that image paths are relative to
+        split: published split to read; all for every split
+        language: language of SLAKE's questions
+        prompt_format: ScienceQA's prompt format, such as QCM-LEPA
+        prompt: prompt that is paired with captions
+        question_key: column with the questions
+        answer_key: column with the answers
+        image_key: column with the image paths
     """
 
-    path: Path
     image_folder: Path | None = None
-    prompt: str | None = None
     split: str = "all"
     language: Literal["all", "en", "zh"] = "all"
     prompt_format: str = "QCM-LEPA"
-    dataset: str | None = None
+    prompt: str | None = None
     question_key: str = "question"
     answer_key: str = "answer"
     image_key: str = "image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions(DatasetOptions):
+    """Options for converting the records of a dataset.
+
+    Args:
+        image_folder: folder that image paths are relative to; embedded images are saved there
+        caption_key: column with the captions
+        dataset: name of the dataset in dataset_info.json
+        image_codes: folder of image codes for MedMax's records that require credentials
+        id_key: field with the id of these records
+        compat: llava reproduces the swapped AL and AE prompt formats of LLaVA's converter
+    """
+
     caption_key: str = "caption"
+    dataset: str | None = None
     image_codes: Path | None = None
     id_key: str = "id"
     compat: Literal["none", "llava"] = "none"
 
 
 @dataclass(frozen=True)
+class ConversionConfig(ConversionOptions):
+    """The options of a conversion and the path of its input."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A document, the other values of its record (JSON), and remarks about how it was read."""
+    """A document, the other fields of its record (JSON values), and notes on how it was read."""
 
     document: Document
     fields: dict[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
-# Where a record stands (file and number), its published split ("" for none), and what stands
-# there: a RecordError where it could not even be read.
-Found = tuple[str, str, Any]
+# The location of a record (file and number), its published split ("" for none), and its JSON
+# value, or a RecordError if the record could not be parsed.
+RawRecord = tuple[str, str, Any]
 
 
 @dataclass(frozen=True)
 class FormatSpec:
-    """One data set format. `write` is None for one that is only read.
+    """One dataset format.
 
-    `records` yields what stands in the files; `read` makes one record a sample, `write` a sample
-    one record (for a layout of CSV: its `columns`); both raise RecordError, with the reason.
-    `beside` gives files, by name, to stand beside the written one.
+    `read` and `write` raise RecordError with the reason for a record that cannot be converted.
+
+    Attributes:
+        records: input -> raw records
+        read: raw record -> sample
+        write: sample -> raw record; None for a read-only format
+        layout: type of the written file
+        columns: columns of a written CSV file
+        sidecar_files: name of a written file -> files in the same folder that describe it
+        default_image_folder: input -> folder of the published images
+        has_splits: whether the dataset is published in several splits
     """
 
-    records: Callable[[ConversionConfig], Iterator[Found]]
+    records: Callable[[ConversionConfig], Iterator[RawRecord]]
     read: Callable[[Any, ConversionConfig], Sample]
     write: Callable[[Sample, ConversionConfig], dict[str, Any]] | None = None
     layout: Literal["json", "jsonl", "csv"] = "json"
     columns: Callable[[ConversionConfig], Sequence[str]] | None = None
-    beside: Callable[[str, ConversionConfig], dict[str, Any]] | None = None
-    images_in: Callable[[Path], Path] | None = None  # the usual folder of its pictures
-    splits: bool = False  # whether it is published in several, so that --split means something
+    sidecar_files: Callable[[str, ConversionConfig], dict[str, dict[str, Any]]] | None = None
+    default_image_folder: Callable[[Path], Path] | None = None
+    has_splits: bool = False
 
 
-# --- values of records --------------------------------------------------------------------
+# --- fields of records --------------------------------------------------------------------
 
 
-def text_of(record: Any, key: str, remarks: list[str]) -> str:
-    """A text, or a number, which is made one. Raises RecordError for what is neither."""
-    value = value_of(record, key)
+def get_text(record: Any, key: str, remarks: list[str]) -> str:
+    """The text of a field; a number is converted to text and noted in `remarks`.
+
+    Raises RecordError for any other value.
+    """
+    value = get_value(record, key)
     if type(value) is str:
         return value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise RecordError(f"{key!r} is {repr_short(value)}, expected text")
+        raise RecordError(f"{key!r} is not a string (got {repr_short(value)}).")
     remarks.append("numbers read as text")
     return str(value)
 
 
-def value_of(record: Any, key: str) -> Any:
+def get_value(record: Any, key: str) -> Any:
+    """The value of a field. Raises RecordError if it is missing."""
     if not isinstance(record, dict):
-        raise RecordError(f"{repr_short(record)}, expected an object")
+        raise RecordError(f"The record is not an object (got {repr_short(record)}).")
     if key not in record:
-        raise RecordError(f"{key!r} is missing")
+        raise RecordError(f"{key!r} is missing.")
     return record[key]
 
 
-def extra_fields(record: dict[str, Any], *taken: str) -> dict[str, Any]:
-    """The values that were not taken, to be kept."""
-    return {name: value for name, value in record.items() if name not in taken}
+def extra_fields(record: dict[str, Any], *used: str) -> dict[str, Any]:
+    """The fields of a record except for the used ones."""
+    return {name: value for name, value in record.items() if name not in used}
 
 
 def repr_short(value: Any) -> str:
-    """A value in an error: short, with its kind."""
+    """A value for an error message: its type and at most 60 characters."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-# --- pictures -----------------------------------------------------------------------------
+# --- image paths --------------------------------------------------------------------------
 
 
 def resolve_image_path(name: Any, folder: Path | None) -> str:
-    """A picture's place below a folder. Raises RecordError for one that leads out of it."""
+    """An image path of a record -> its path below a folder.
+
+    Raises RecordError for a path outside of the folder.
+    """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise RecordError(f"a picture is named {repr_short(name)}, expected a path")
+        raise RecordError(f"An image path is invalid (got {repr_short(name)}).")
     if folder is None:
         return name
-    own = name if name.startswith(os.sep) else f"{_text(folder)}{os.sep}{name}"
-    path = os.path.normpath(own)
+    joined = name if name.startswith(os.sep) else f"{_to_text(folder)}{os.sep}{name}"
+    path = os.path.normpath(joined)
     if not is_below(path, folder):
-        raise RecordError(f"the picture {name!r} lies outside of the folder {folder}")
+        raise RecordError(f"The image {name!r} is outside of the folder {folder}.")
     return path
 
 
 def is_below(path: str, folder: Path) -> bool:
-    """Whether a path lies below a folder, by their names: whoever made a link meant it."""
-    here, above = _above(folder)
-    whole = path if path.startswith(os.sep) else here + path
-    return (os.path.normpath(whole) if ".." in whole else whole).startswith(above)
+    """Lexical containment check. Symlinks are not resolved, so a link may point outside."""
+    working_folder, prefix = _absolute_prefix(folder)
+    absolute = path if path.startswith(os.sep) else working_folder + path
+    return (os.path.normpath(absolute) if ".." in absolute else absolute).startswith(prefix)
 
 
 @lru_cache(16)
-def _text(folder: Path) -> str:
+def _to_text(folder: Path) -> str:
     return os.fspath(folder)
 
 
 @lru_cache(16)
-def _above(folder: Path) -> tuple[str, str]:
-    """The working folder, and what the whole path of everything below a folder begins with."""
-    here = str(Path.cwd()).rstrip(os.sep) + os.sep
-    return here, os.path.normpath(Path(here) / folder).rstrip(os.sep) + os.sep
+def _absolute_prefix(folder: Path) -> tuple[str, str]:
+    """The working folder, and the prefix of all absolute paths below `folder`."""
+    working_folder = str(Path.cwd()).rstrip(os.sep) + os.sep
+    return working_folder, os.path.normpath(Path(working_folder) / folder).rstrip(os.sep) + os.sep
 
 
 def relative_image_name(path: str, folder: Path | None) -> str:
-    """The inverse of `resolve_image_path`. Raises RecordError for a path that is not below the folder."""
+    """Inverse of `resolve_image_path`. Raises RecordError for a path outside of the folder."""
     if folder is None:
         return path
     if not is_below(path, folder):
-        raise RecordError(f"the picture {path!r} lies outside of the folder {folder}")
+        raise RecordError(f"The image {path!r} is outside of the folder {folder}.")
     return os.path.relpath(path, folder)
 
 
 def resolve_image_paths(document: Document, folder: Path | None) -> Document:
-    """A document whose pictures are named from the folder, or lie below it already."""
+    """Resolves the image paths of a document that are not below the folder yet."""
     if folder is None:
         return document
 
-    def below(picture: ImagePart) -> ImagePart:
-        if picture.path is None or is_below(str(picture.path), folder):
-            return picture
-        return replace(picture, path=resolve_image_path(str(picture.path), folder))
+    def resolve(image_part: ImagePart) -> ImagePart:
+        if image_part.path is None or is_below(str(image_part.path), folder):
+            return image_part
+        return replace(image_part, path=resolve_image_path(str(image_part.path), folder))
 
-    return document.map_images(below)
-
-
-def require_path(picture: ImagePart) -> str:
-    if picture.path is None:
-        raise RecordError("a picture has codes and no path: this format has no place for them")
-    return str(picture.path)
+    return document.map_images(resolve)
 
 
-def single_image(pictures: Sequence[ImagePart]) -> ImagePart | None:
-    if len(pictures) > 1:
-        raise RecordError(f"{len(pictures)} pictures, this format holds one")
-    return pictures[0] if pictures else None
+def require_path(image_part: ImagePart) -> str:
+    """The path of an image. Raises RecordError for an image without a path."""
+    if image_part.path is None:
+        raise RecordError("An image has image codes but no path; this format requires a path.")
+    return str(image_part.path)
 
 
-# --- one question, one answer -------------------------------------------------------------
+def single_image(image_parts: Sequence[ImagePart]) -> ImagePart | None:
+    """The only image, or None. Raises RecordError for several images."""
+    if len(image_parts) > 1:
+        raise RecordError(
+            f"The record has too many images for this format (got {len(image_parts)}, expected at "
+            "most 1)."
+        )
+    return image_parts[0] if image_parts else None
 
 
-def question_and_answer(picture: str | None, question: str, answer: str) -> Document:
-    """The usual document of a visual question: the picture, then the question; the answer."""
-    parts: list[ContentPart] = [ImagePart(path=picture)] if picture is not None else []
-    return Document((Turn("user", (*parts, question)), Turn("assistant", (answer,))))
+# --- question-answer pairs and captions ---------------------------------------------------
+
+
+def from_qa(image_path: str | None, question: str, answer: str) -> Document:
+    """A document with one user turn (image and question) and one assistant turn (answer)."""
+    image: list[ContentPart] = [ImagePart(path=image_path)] if image_path is not None else []
+    return Document((Turn("user", (*image, question)), Turn("assistant", (answer,))))
 
 
 def to_qa(document: Document) -> tuple[str | None, str, str]:
-    """The inverse: path of the picture, question, answer.
+    """Inverse of `from_qa`: image path, question, answer.
 
-    Raises RecordError for a document that is more than one question and its answer.
+    Raises RecordError for a document that is not a single question and its answer.
     """
     if [turn.role for turn in document.turns] != ["user", "assistant"]:
-        raise RecordError(f"{len(document.turns)} turns, this format holds one question and answer")
-    asked, answered = document.turns
-    picture = single_image(document.pictures)
-    parts = asked.parts[1:] if picture is not None else asked.parts
-    if picture is not None and asked.parts[0] is not picture:
-        raise RecordError("the picture does not stand before the question, which this format needs")
-    path = None if picture is None else require_path(picture)
-    return path, join_text(parts), join_text(answered.parts)
+        raise RecordError(
+            f"The document has {len(document.turns)} turns; this format holds one question and one "
+            "answer."
+        )
+    question, answer = document.turns
+    image_part = single_image(document.images)
+    parts = question.parts[1:] if image_part is not None else question.parts
+    if image_part is not None and question.parts[0] is not image_part:
+        raise RecordError("The image is not before the question, as this format requires.")
+    path = None if image_part is None else require_path(image_part)
+    return path, join_text(parts), join_text(answer.parts)
 
 
-def from_caption(picture: str, caption: str, choices: ConversionConfig) -> Document:
-    """A question about a picture and its caption; without a question (`--prompt ""`) the caption
-    stands behind the picture, and both are learned."""
-    prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
-    if prompt:
-        return question_and_answer(picture, prompt, caption)
-    return Document((Turn("assistant", (ImagePart(path=picture), caption)),))
+def from_caption(image_path: str, caption: str, config: ConversionConfig) -> Document:
+    """A document with a caption prompt, an image and its caption.
 
-
-def to_caption(document: Document, choices: ConversionConfig) -> tuple[str, str]:
-    """The inverse: path of the picture, caption.
-
-    Raises RecordError for any other document, and for another question.
+    With an empty prompt (`--prompt ""`), one assistant turn holds the image and the caption, and
+    both are trained on.
     """
-    prompt = CAPTION_PROMPT if choices.prompt is None else choices.prompt
+    prompt = CAPTION_PROMPT if config.prompt is None else config.prompt
+    if prompt:
+        return from_qa(image_path, prompt, caption)
+    return Document((Turn("assistant", (ImagePart(path=image_path), caption)),))
+
+
+def to_caption(document: Document, config: ConversionConfig) -> tuple[str, str]:
+    """Inverse of `from_caption`: image path, caption.
+
+    Raises RecordError for a document that is not an image and its caption, or that has another
+    prompt.
+    """
+    prompt = CAPTION_PROMPT if config.prompt is None else config.prompt
     if prompt:
         path, question, caption = to_qa(document)
         if question != prompt:
             raise RecordError(
-                f"asks {repr_short(question)}, and this format holds captions (--prompt)"
+                f"The prompt is not the caption prompt (got {repr_short(question)}). Set --prompt "
+                "to it."
             )
     else:
         first, *rest = document.turns[0].parts or ("",)
         if len(document.turns) > 1 or document.turns[0].role != "assistant":
-            raise RecordError(f"{len(document.turns)} turns, this format holds captions")
+            raise RecordError(
+                f"The document has {len(document.turns)} turns; this format holds one caption."
+            )
         path, caption = None, ""
         if isinstance(first, ImagePart) and all(isinstance(part, str) for part in rest):
             path, caption = require_path(first), join_text(rest)
     if path is None:
-        raise RecordError("not a picture and its caption, which is what this format holds")
+        raise RecordError("The document is not an image and its caption, as this format requires.")
     return path, caption
 
 
@@ -254,10 +318,12 @@ def join_text(parts: Sequence[ContentPart]) -> str:
     return "".join(str(part) for part in parts)
 
 
-def split_at_placeholders(text: str, count: int) -> list[ContentPart | None]:
-    """Text cut at its `<image>` marks, with None for each; where a record has no pictures
-    (`count` 0), the mark is text that somebody typed."""
-    if not count:
+def split_at_placeholders(text: str, image_count: int) -> list[ContentPart | None]:
+    """Splits a text at its `<image>` placeholders and gives None for each of them.
+
+    In a record without images, `<image>` is ordinary text.
+    """
+    if not image_count:
         return [text] if text else []
     pieces: list[ContentPart | None] = []
     for number, piece in enumerate(text.split(IMAGE)):

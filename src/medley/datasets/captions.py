@@ -1,4 +1,4 @@
-"""Pictures and their captions as CSV."""
+"""Images and their captions, as CSV."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from medley.datasets.base import (
     Sample,
     extra_fields,
     from_caption,
+    get_text,
+    get_value,
     relative_image_name,
     resolve_image_path,
-    text_of,
     to_caption,
-    value_of,
 )
 from medley.datasets.readers import records_of
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
+def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
-    caption = text_of(record, choices.caption_key, remarks)
-    path = resolve_image_path(value_of(record, choices.image_key), choices.image_folder)
-    fields = {"task": "Image Captioning"} | extra_fields(
-        record, choices.caption_key, choices.image_key
-    )
-    return Sample(from_caption(path, caption, choices), fields, tuple(remarks))
+    caption = get_text(record, config.caption_key, remarks)
+    path = resolve_image_path(get_value(record, config.image_key), config.image_folder)
+    fields = {"task": "Image Captioning"}
+    fields |= extra_fields(record, config.caption_key, config.image_key)
+    return Sample(from_caption(path, caption, config), fields, tuple(remarks))
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    path, caption = to_caption(sample.document, choices)
-    name = relative_image_name(path, choices.image_folder)
-    return {choices.image_key: name, choices.caption_key: caption}
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    path, caption = to_caption(sample.document, config)
+    name = relative_image_name(path, config.image_folder)
+    return {config.image_key: name, config.caption_key: caption}
 
 
 FORMAT = FormatSpec(
-    lambda choices: records_of(choices.path), read, write, "csv",
-    columns=lambda c: (c.image_key, c.caption_key), images_in=lambda path: path.parent,
+    lambda config: records_of(config.path), read, write, "csv",
+    columns=lambda config: (config.image_key, config.caption_key),
+    default_image_folder=lambda path: path.parent,
 )  # fmt: skip

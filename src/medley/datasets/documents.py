@@ -1,4 +1,4 @@
-"""Our own documents, as JSON lines."""
+"""Medley's documents, as JSON Lines."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from medley.datasets.base import (
 )
 from medley.datasets.readers import records_of
 
-_OWN = ("text", "messages", "image_path", "image_tokens")
+_DOCUMENT_KEYS = ("text", "messages", "image_path", "image_tokens")
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
+def read(record: Any, config: ConversionConfig) -> Sample:
     try:
-        document = resolve_image_paths(Document.from_json(record), choices.image_folder)
-        return Sample(document, extra_fields(record, *_OWN))
+        document = resolve_image_paths(Document.from_json(record), config.image_folder)
+        return Sample(document, extra_fields(record, *_DOCUMENT_KEYS))
     except DocumentError as error:
         raise RecordError(str(error)) from error
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
     try:
-        return {**sample.document.to_json(), **extra_fields(sample.fields, *_OWN)}
+        return {**sample.document.to_json(), **extra_fields(sample.fields, *_DOCUMENT_KEYS)}
     except DocumentError as error:
         raise RecordError(str(error)) from error
 
 
-FORMAT = FormatSpec(lambda choices: records_of(choices.path), read, write, "jsonl")
+FORMAT = FormatSpec(lambda config: records_of(config.path), read, write, "jsonl")

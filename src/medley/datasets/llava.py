@@ -1,8 +1,9 @@
-"""LLaVA's and LLaVA-Med's records: instructions, alignment pairs, LLaVA 1.5's mix, questions.
+"""Records of LLaVA and LLaVA-Med: instructions, alignment pairs, LLaVA 1.5's mix, questions.
 
-A list of `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}`, with any other
-values beside. A line break between the picture's mark and the words of its turn belongs to the
-format: it is taken off in reading and put there in writing.
+The format is a list of
+`{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` with any other fields. The
+line break between the `<image>` placeholder and the text of its message belongs to the format:
+`read` removes it and `write` adds it.
 """
 
 from __future__ import annotations
@@ -17,47 +18,52 @@ from medley.datasets.base import (
     RecordError,
     Sample,
     extra_fields,
+    get_text,
+    get_value,
     relative_image_name,
     repr_short,
     require_path,
     resolve_image_path,
     single_image,
-    text_of,
-    value_of,
 )
 from medley.datasets.readers import records_of
 
-TURNS = ("conversations", "conversatons")  # the 500,000 alignment pairs spell it so
+# The 500,000 alignment pairs of LLaVA-Med have the second spelling.
+CONVERSATION_KEYS = ("conversations", "conversatons")
 ROLES = {"human": "user", "gpt": "assistant"}
-_NAMES = {role: name for name, role in ROLES.items()}
+_SENDERS = {role: sender for sender, role in ROLES.items()}
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
-    key = TURNS[1] if isinstance(record, dict) and TURNS[0] not in record else TURNS[0]
+def read(record: Any, config: ConversionConfig) -> Sample:
+    spelling, misspelling = CONVERSATION_KEYS
+    key = misspelling if isinstance(record, dict) and spelling not in record else spelling
     if isinstance(record, dict) and key not in record:
-        raise RecordError(f"{TURNS[0]!r} is missing")
-    messages = value_of(record, key)
+        raise RecordError(f"{spelling!r} is missing.")
+    messages = get_value(record, key)
     if "id" not in record:
-        raise RecordError("'id' is missing")
+        raise RecordError("'id' is missing.")
     if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{key!r} is {repr_short(messages)}, expected a list of messages")
+        raise RecordError(f"{key!r} is not a list of messages (got {repr_short(messages)}).")
     remarks: list[str] = []
-    picture = None
+    image_part = None
     if record.get("image") is not None:
-        picture = ImagePart(path=resolve_image_path(record["image"], choices.image_folder))
-    turns, places = [], 0
+        image_part = ImagePart(path=resolve_image_path(record["image"], config.image_folder))
+    turns, placeholders = [], 0
     for number, message in enumerate(messages):
-        said = value_of(message, "from")
-        if not isinstance(said, str) or ROLES.get(said) != ("user", "assistant")[number % 2]:
+        sender = get_value(message, "from")
+        if not isinstance(sender, str) or ROLES.get(sender) != ("user", "assistant")[number % 2]:
             raise RecordError(
-                f"message {number} is from {repr_short(said)}, expected "
-                f"{'human' if number % 2 == 0 else 'gpt'}"
+                f"Message {number} has an invalid sender (got {repr_short(sender)}, expected "
+                f"{'human' if number % 2 == 0 else 'gpt'})."
             )
-        text = text_of(message, "value", remarks)
-        places += text.count(IMAGE) if picture is not None else 0
-        turns.append(Turn(ROLES[said], tuple(_parts(text, picture))))
-    if picture is not None and places != 1:
-        raise RecordError(f"{places} {IMAGE} for one picture")
+        text = get_text(message, "value", remarks)
+        placeholders += text.count(IMAGE) if image_part is not None else 0
+        turns.append(Turn(ROLES[sender], tuple(_parse_parts(text, image_part))))
+    if image_part is not None and placeholders != 1:
+        raise RecordError(
+            f"The number of {IMAGE} placeholders is invalid (got {placeholders}, expected 1 for "
+            "the record's image)."
+        )
     try:
         document = Document(tuple(turns))
     except DocumentError as error:
@@ -65,62 +71,63 @@ def read(record: Any, choices: ConversionConfig) -> Sample:
     return Sample(document, extra_fields(record, key, "image"), tuple(remarks))
 
 
-def _parts(text: str, picture: ImagePart | None) -> list[ContentPart]:
-    if picture is None or IMAGE not in text:
+def _parse_parts(text: str, image_part: ImagePart | None) -> list[ContentPart]:
+    if image_part is None or IMAGE not in text:
         return [text]
     before, _, after = text.partition(IMAGE)
     if not before:
         after = after.removeprefix("\n")
     elif not after:
         before = before.removesuffix("\n")
-    return [part for part in (before, picture, after) if part != ""]
+    return [part for part in (before, image_part, after) if part != ""]
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
     document = sample.document
-    picture = single_image(document.pictures)
+    image_part = single_image(document.images)
     turns = list(document.turns)
-    if turns[0].role == "assistant":  # a caption or a text, learned whole
-        turns = asked(turns[0], picture, choices)
+    if turns[0].role == "assistant":  # a caption or a text without a question
+        turns = add_prompt(turns[0], image_part, config)
     record: dict[str, Any] = {"id": sample.fields.get("id")}
     if record["id"] is None:
-        raise RecordError("no 'id', which this format needs")
-    if picture is not None:
-        record["image"] = relative_image_name(require_path(picture), choices.image_folder)
+        raise RecordError("'id' is missing; this format requires it.")
+    if image_part is not None:
+        record["image"] = relative_image_name(require_path(image_part), config.image_folder)
     record["conversations"] = [
-        {"from": _NAMES[turn.role], "value": _value(turn, picture)} for turn in turns
+        {"from": _SENDERS[turn.role], "value": _format_parts(turn, image_part)} for turn in turns
     ]
-    return {**record, **extra_fields(sample.fields, *record, "image", *TURNS)}
+    return {**record, **extra_fields(sample.fields, *record, "image", *CONVERSATION_KEYS)}
 
 
-def asked(turn: Turn, picture: ImagePart | None, choices: ConversionConfig) -> list[Turn]:
-    """An assistant's turn alone, with --prompt as the question before it."""
-    if choices.prompt is None:
+def add_prompt(turn: Turn, image_part: ImagePart | None, config: ConversionConfig) -> list[Turn]:
+    """A single assistant turn -> a user turn (the image and --prompt) and the assistant turn."""
+    if config.prompt is None:
         raise RecordError(
-            "begins with an answer, and here questions come first: name one by --prompt"
+            "The document begins with an assistant turn; this format requires a question before "
+            "it. Set --prompt."
         )
-    if picture is not None and turn.parts[0] is not picture:
-        raise RecordError("a picture behind words: this format has no pictures in answers")
-    own: tuple[ContentPart, ...] = () if picture is None else (picture,)
-    rest = turn.parts[len(own) :]
-    return [Turn("user", (*own, choices.prompt)), Turn("assistant", rest)]
+    if image_part is not None and turn.parts[0] is not image_part:
+        raise RecordError("An image follows text; this format cannot represent images in answers.")
+    image: tuple[ContentPart, ...] = () if image_part is None else (image_part,)
+    rest = turn.parts[len(image) :]
+    return [Turn("user", (*image, config.prompt)), Turn("assistant", rest)]
 
 
-def _value(turn: Turn, picture: ImagePart | None) -> str:
-    words = [part for part in turn.parts if isinstance(part, str)]
-    if picture is not None and any(IMAGE in part for part in words):
-        raise RecordError(f"the words hold {IMAGE}, which this format would take for a picture")
-    place = next((i for i, part in enumerate(turn.parts) if not isinstance(part, str)), None)
-    if place is None:
-        return "".join(words)
-    before = "".join(str(part) for part in turn.parts[:place])
-    after = "".join(str(part) for part in turn.parts[place + 1 :])
+def _format_parts(turn: Turn, image_part: ImagePart | None) -> str:
+    texts = [part for part in turn.parts if isinstance(part, str)]
+    if image_part is not None and any(IMAGE in text for text in texts):
+        raise RecordError(f"The text contains {IMAGE}, which this format reads as an image.")
+    position = next((i for i, part in enumerate(turn.parts) if not isinstance(part, str)), None)
+    if position is None:
+        return "".join(texts)
+    before = "".join(str(part) for part in turn.parts[:position])
+    after = "".join(str(part) for part in turn.parts[position + 1 :])
     if not before:
         return f"{IMAGE}\n{after}" if after else IMAGE
     return f"{before}{IMAGE}{after}" if after else f"{before}\n{IMAGE}"
 
 
 FORMAT = FormatSpec(
-    lambda choices: records_of(choices.path), read, write,
-    images_in=lambda path: path.parent,
+    lambda config: records_of(config.path), read, write,
+    default_image_folder=lambda path: path.parent,
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""MedMax's rows: a documents line with `credential`.
+"""MedMax's records: documents with a `credential` field.
 
-Rows that need credentials come without picture and tokens; they are left out, and listed, until
-their pictures are there as image codes.
+Records that require credentials are published without image and tokens. They are skipped and
+listed, unless `--image_codes` supplies the image codes.
 """
 
 from __future__ import annotations
@@ -21,70 +21,75 @@ from medley.datasets.base import (
     RestrictedRecord,
     Sample,
     extra_fields,
+    get_value,
     repr_short,
     resolve_image_paths,
-    value_of,
 )
 from medley.datasets.readers import records_of
 from medley.errors import UserError
 
 CREDENTIAL = "credential"
-_OWN = ("text", "image_path", "image_tokens")
+_DOCUMENT_KEYS = ("text", "image_path", "image_tokens")
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
-    text = value_of(record, "text")
+def read(record: Any, config: ConversionConfig) -> Sample:
+    text = get_value(record, "text")
     if record.get(CREDENTIAL) not in (None, "yes", "no"):
-        raise RecordError(f"{CREDENTIAL} is {repr_short(record[CREDENTIAL])}, expected yes or no")
-    row = {name: record[name] for name in _OWN if record.get(name) not in (None, [], "")}
-    lacks = (
+        raise RecordError(
+            f"{CREDENTIAL} is invalid (got {repr_short(record[CREDENTIAL])}, expected yes or no)."
+        )
+    row = {name: record[name] for name in _DOCUMENT_KEYS if record.get(name) not in (None, [], "")}
+    lacks_images = (
         isinstance(text, str) and IMAGE in text and not {"image_path", "image_tokens"} & set(row)
     )
-    if choices.image_codes is not None and lacks:
-        row["image_tokens"] = codes_by_id(choices.image_codes).get_all(
-            value_of(record, choices.id_key), text.count(IMAGE)
+    if config.image_codes is not None and lacks_images:
+        row["image_tokens"] = _open_codes(config.image_codes).get_all(
+            get_value(record, config.id_key), text.count(IMAGE)
         )
-    elif lacks and record.get(CREDENTIAL) == "yes":
-        raise RestrictedRecord("needs credentials, and its picture is not there")
+    elif lacks_images and record.get(CREDENTIAL) == "yes":
+        raise RestrictedRecord("The image requires credentials and is missing.")
     try:
-        document = resolve_image_paths(Document.from_json(row), choices.image_folder)
-        return Sample(document, extra_fields(record, *_OWN))
+        document = resolve_image_paths(Document.from_json(row), config.image_folder)
+        return Sample(document, extra_fields(record, *_DOCUMENT_KEYS))
     except DocumentError as error:
         raise RecordError(str(error)) from error
 
 
-class _ById:
-    """Image codes by the name of their picture without folder and suffix."""
+class _ImageCodesById:
+    """Image codes by id: the name of the image file without its folder and suffix."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._shards = folder, ImageTokenStore(folder)
+        self.folder, self._store = folder, ImageTokenStore(folder)
         self._paths: dict[str, str] = {}
-        for path in self._shards.paths():
+        for path in self._store.paths():
             if self._paths.setdefault(Path(path).stem, path) != path:
-                raise UserError(f"{folder}: two pictures are called {Path(path).stem}")
+                raise UserError(f"{folder}: Duplicate image name {Path(path).stem}.")
 
     def get_all(self, identifier: Any, count: int) -> list[list[int]]:
-        """The codes of a record's pictures: `ID`, or `ID_0`, `ID_1` where it has several."""
+        """The codes of a record's images: `ID`, or `ID_0`, `ID_1`, ... for several images."""
         names = [str(identifier)] if count == 1 else [f"{identifier}_{i}" for i in range(count)]
-        found = []
+        result = []
         for name in names:
-            codes = self._shards.get(self._paths[name]) if name in self._paths else None
+            codes = self._store.get(self._paths[name]) if name in self._paths else None
             if codes is None:
-                raise RecordError(f"{self.folder} has no codes of a picture called {name}")
-            found.append(codes.tolist())
-        return found
+                raise RecordError(f"{self.folder} contains no image codes for {name}.")
+            result.append(codes.tolist())
+        return result
 
 
 @lru_cache(1)
-def codes_by_id(folder: Path) -> _ById:
-    return _ById(folder)
+def _open_codes(folder: Path) -> _ImageCodesById:
+    return _ImageCodesById(folder)
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    row = documents.write(sample, choices)
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    row = documents.write(sample, config)
     if "text" not in row:
-        raise RecordError("its words hold marks, or nobody answers: MedMax's text cannot say so")
+        raise RecordError(
+            "MedMax's text format cannot represent this record: the text contains special tokens, "
+            "or there is no assistant turn."
+        )
     return {**row, CREDENTIAL: sample.fields.get(CREDENTIAL, "no")}
 
 
-FORMAT = FormatSpec(lambda choices: records_of(choices.path), read, write, "jsonl")
+FORMAT = FormatSpec(lambda config: records_of(config.path), read, write, "jsonl")

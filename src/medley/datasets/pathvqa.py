@@ -1,5 +1,7 @@
-"""PathVQA (He et al. 2020): pickled lists of questions beside a folder of pictures, or Parquet with
-the pictures inside. Only read: nobody should be given a pickle."""
+"""PathVQA (He et al. 2020): pickled lists of questions and an image folder, or Parquet with images.
+
+The format is read-only, because pickle files are unsafe to distribute.
+"""
 
 from __future__ import annotations
 
@@ -9,89 +11,94 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medley.datasets.base import (
+    SPLITS,
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
-    question_and_answer,
+    from_qa,
+    get_text,
+    get_value,
     repr_short,
     resolve_image_path,
-    text_of,
-    value_of,
 )
-from medley.datasets.medtrinity import kept_picture
+from medley.datasets.embedded_images import save_embedded_image
 from medley.datasets.readers import records_of, split_files
 from medley.errors import UserError
 
 FILES = {
     split: (f"qas/{split}/{split}_qa.pkl", f"qas/{split}_qa.pkl", f"{split}_qa.pkl")
-    for split in ("train", "val", "test")
+    for split in SPLITS
 }
-_LARGEST = 1 << 28  # bytes of a pickle: it is read whole
+_MAX_PICKLE = 1 << 28  # bytes; a pickle is read into memory
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dictionaries, texts and numbers only: nothing that a pickle could have called."""
+    """Reads lists, dictionaries, texts and numbers; refuses everything that would call code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
 
 
 def read_pickle(path: Path) -> Any:
-    """What a pickle of plain values holds. Raises UserError for one that asks for more."""
-    if path.stat().st_size > _LARGEST:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, the limit is {_LARGEST}")
+    """The content of a pickle of plain values. Raises UserError for any other pickle."""
+    if path.stat().st_size > _MAX_PICKLE:
+        raise UserError(
+            f"{path}: The file is too large (got {path.stat().st_size} bytes, limit {_MAX_PICKLE})."
+        )
     try:
         with open(path, "rb") as file:
             return _PlainUnpickler(file).load()
-    except Exception as error:  # a broken pickle raises whatever its bytes lead to
-        raise UserError(f"{path}: not a pickle of plain values ({error})") from error
+    except Exception as error:  # an invalid pickle can raise any exception
+        raise UserError(f"{path}: The file is not a pickle of plain values ({error}).") from error
 
 
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    alone = choices.path.suffix.lower() == ".parquet"
-    if alone or (choices.path.is_dir() and not (choices.path / "qas").is_dir()):
-        parquet = [choices.path] if alone else sorted(choices.path.glob("**/*.parquet"))
-        wanted = {"val": "validation"}.get(choices.split, choices.split)
-        for path in [p for p in parquet if choices.split == "all" or p.name.startswith(wanted)]:
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    is_parquet = config.path.suffix.lower() == ".parquet"
+    if is_parquet or (config.path.is_dir() and not (config.path / "qas").is_dir()):
+        files = [config.path] if is_parquet else sorted(config.path.glob("**/*.parquet"))
+        prefix = {"val": "validation"}.get(config.split, config.split)
+        for path in [p for p in files if config.split == "all" or p.name.startswith(prefix)]:
             split = path.name.partition("-")[0]
-            for place, _, record in records_of(path):
-                name = f"{path.stem}-{place.rpartition(' ')[2]}"  # these records have no id
-                yield place, {"validation": "val"}.get(split, split), {**record, "id": name}
-        if parquet:
+            for where, _, record in records_of(path):
+                name = f"{path.stem}-{where.rpartition(' ')[2]}"  # the records have no id
+                yield where, {"validation": "val"}.get(split, split), {**record, "id": name}
+        if files:
             return
-    for split, path in split_files(choices, FILES, "PathVQA"):
-        found = read_pickle(path)
-        if not isinstance(found, list):
-            raise UserError(f"{path}: holds {repr_short(found)}, expected a list of questions")
-        for number, record in enumerate(found):
+    for split, path in split_files(config, FILES, "PathVQA"):
+        questions = read_pickle(path)
+        if not isinstance(questions, list):
+            raise UserError(
+                f"{path}: The pickle is not a list of questions (got {repr_short(questions)})."
+            )
+        for number, record in enumerate(questions):
             if isinstance(record, dict) and isinstance(record.get("image"), str):
                 record = {"id": f"{split}_{number}", **record, "split": split}
             yield f"{path}: record {number}", split, record
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
+def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
-    question = text_of(record, "question", remarks).strip()
-    answer = text_of(record, "answer", remarks).strip()
-    image = value_of(record, "image")
+    question = get_text(record, "question", remarks).strip()
+    answer = get_text(record, "answer", remarks).strip()
+    image = get_value(record, "image")
     if isinstance(image, dict):
-        path = kept_picture(image, str(value_of(record, "id")), choices)
+        path = save_embedded_image(image, str(get_value(record, "id")), config)
     elif isinstance(image, str):
         name = image if image.endswith(".jpg") else f"{image}.jpg"
-        path = resolve_image_path(f"{record.get('split', '')}/{name}", choices.image_folder)
+        path = resolve_image_path(f"{record.get('split', '')}/{name}", config.image_folder)
     else:
-        raise RecordError(f"'image' is {repr_short(image)}, expected a name")
-    closed = answer.lower() in ("yes", "no")  # the paper's own division
+        raise RecordError(f"'image' is not a name (got {repr_short(image)}).")
+    closed = answer.lower() in ("yes", "no")  # the definition in the paper
     fields = {"source": "pathvqa", "task": "VQA", "answer_type": "CLOSED" if closed else "OPEN"}
     fields |= extra_fields(record, "question", "answer", "image", "split")
-    return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
+    return Sample(from_qa(path, question, answer), fields, tuple(remarks))
 
 
 def image_folder(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "images"
 
 
-FORMAT = FormatSpec(records, read, splits=True, images_in=image_folder)
+FORMAT = FormatSpec(records, read, has_splits=True, default_image_folder=image_folder)

@@ -1,4 +1,4 @@
-"""PMC-VQA (Zhang et al. 2023): questions with four choices each, as CSV."""
+"""PMC-VQA (Zhang et al. 2023): multiple-choice questions with four choices, as CSV."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
-    question_and_answer,
+    from_qa,
+    get_text,
     relative_image_name,
     repr_short,
     resolve_image_path,
-    text_of,
     to_qa,
 )
 from medley.datasets.readers import records_of, split_files
@@ -34,50 +34,52 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    for split, path in split_files(choices, FILES, "PMC-VQA"):
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    for split, path in split_files(config, FILES, "PMC-VQA"):
         yield from records_of(path, split)
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
-    """The choices follow the question, a line each; the answer is the letter of the right one."""
+def read(record: Any, config: ConversionConfig) -> Sample:
+    """The choices follow the question, one per line; the answer is the letter of the right one."""
     remarks: list[str] = []
-    offered = [_LABEL.sub("", text_of(record, f"Choice {x}", remarks)).strip() for x in LETTERS]
-    label = _label(record, offered)
-    question = "\n".join(
-        [text_of(record, "Question", remarks).strip()]
-        + [f"{letter}: {text}" for letter, text in zip(LETTERS, offered, strict=True)]
-    )
-    path = resolve_image_path(text_of(record, "Figure_path", remarks).strip(), choices.image_folder)
+    choices = [_LABEL.sub("", get_text(record, f"Choice {x}", remarks)).strip() for x in LETTERS]
+    letter = _answer_letter(record, choices)
+    question = "\n".join([get_text(record, "Question", remarks).strip(), *_choice_lines(choices)])
+    path = resolve_image_path(get_text(record, "Figure_path", remarks).strip(), config.image_folder)
     fields = {
-        "source": "pmc_vqa", "task": "VQA", "answer_type": "CLOSED", "choices": offered,
+        "source": "pmc_vqa", "task": "VQA", "answer_type": "CLOSED", "choices": choices,
     }  # fmt: skip
     fields |= extra_fields(record, *COLUMNS, "split")
-    return Sample(question_and_answer(path, question, label), fields, tuple(remarks))
+    return Sample(from_qa(path, question, letter), fields, tuple(remarks))
 
 
-def _label(record: dict[str, Any], offered: Sequence[str]) -> str:
+def _choice_lines(choices: Sequence[str]) -> list[str]:
+    return [f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
+
+
+def _answer_letter(record: dict[str, Any], choices: Sequence[str]) -> str:
     for key in ("Answer_label", "Answer"):
         if str(record.get(key, "")).strip() in LETTERS:
             return str(record[key]).strip()
     answer = _LABEL.sub("", str(record.get("Answer", ""))).strip()
-    if answer not in offered:
-        raise RecordError(f"the answer {repr_short(answer)} is none of its choices")
-    return LETTERS[offered.index(answer)]
+    if answer not in choices:
+        raise RecordError(f"The answer is not one of the choices (got {repr_short(answer)}).")
+    return LETTERS[choices.index(answer)]
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    path, asked, label = to_qa(sample.document)
-    offered = sample.fields.get("choices")
-    if not isinstance(offered, list) or len(offered) != len(LETTERS) or label not in LETTERS:
-        raise RecordError("not a question with four 'choices' and a letter for its answer")
-    lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, offered, strict=True)]
-    question = asked.removesuffix("\n" + "\n".join(lines))
-    if path is None or question == asked:
-        raise RecordError("no picture, or its choices do not follow its question")
-    cells = [f" {letter}:{text} " for letter, text in zip(LETTERS, offered, strict=True)]
-    answer = offered[LETTERS.index(label)]
-    values = [relative_image_name(path, choices.image_folder), question, answer, *cells, label]
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    path, text, letter = to_qa(sample.document)
+    choices = sample.fields.get("choices")
+    if not isinstance(choices, list) or len(choices) != len(LETTERS) or letter not in LETTERS:
+        raise RecordError(
+            "The record is not a question with four 'choices' and a letter as its answer."
+        )
+    question = text.removesuffix("\n" + "\n".join(_choice_lines(choices)))
+    if path is None or question == text:
+        raise RecordError("The image is missing, or the choices do not follow the question.")
+    cells = [f" {x}:{choice} " for x, choice in zip(LETTERS, choices, strict=True)]
+    answer = choices[LETTERS.index(letter)]
+    values = [relative_image_name(path, config.image_folder), question, answer, *cells, letter]
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -88,6 +90,6 @@ def image_folder(path: Path) -> Path:
 
 
 FORMAT = FormatSpec(
-    records, read, write, "csv", columns=lambda choices: COLUMNS, images_in=image_folder,
-    splits=True,
+    records, read, write, "csv", columns=lambda config: COLUMNS,
+    default_image_folder=image_folder, has_splits=True,
 )  # fmt: skip

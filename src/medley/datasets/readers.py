@@ -1,4 +1,4 @@
-"""Records of JSON, JSON lines, CSV, Parquet and Arrow files, one at a time; and their writers."""
+"""Readers that stream the records of JSON, JSON Lines, CSV, Parquet and Arrow files; writers."""
 
 from __future__ import annotations
 
@@ -17,123 +17,126 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medley.datasets.base import ConversionConfig, FormatSpec, Found, RecordError
+from medley.datasets.base import ConversionConfig, FormatSpec, RawRecord, RecordError
 from medley.errors import UserError
 
-_LONGEST_CELL = 1 << 24  # characters of a CSV cell
-_PIECE = 1 << 20  # bytes that are read at once
-_LARGEST_RECORD = 1 << 26  # characters
+_MAX_CELL = 1 << 24  # characters of a CSV cell
+_CHUNK = 1 << 20  # bytes per read
+_MAX_RECORD = 1 << 26  # characters
+_BATCH = 256  # table rows that are converted to Python values at once
 _DECODER = json.JSONDecoder()
-_TORN = "the file ends in the middle of it"
-_UNREAD = "; nothing behind it can be read"
+_TRUNCATED = "The file ends in the middle of this record."
+_REST_UNREADABLE = " The rest of the file cannot be read."
 
-csv.field_size_limit(_LONGEST_CELL)
+csv.field_size_limit(_MAX_CELL)
 _encode = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False
-).encode  # made once: json.dumps makes one each time
+).encode  # json.dumps would create an encoder for each record
 
 
-def records_of(path: Path, split: str = "") -> Iterator[Found]:
-    """Where it stands, and each record of a file, whatever its kind.
+def records_of(path: Path, split: str = "") -> Iterator[RawRecord]:
+    """The records of a file of any supported type, with their locations.
 
-    What cannot be read comes as a RecordError in a record's place: a bad line of JSON lines, the
-    point where a JSON list breaks off. Raises UserError for a file that is not there.
+    A part that cannot be parsed becomes a RecordError in place of a record: an invalid line of JSON
+    Lines, or the position where a JSON list breaks off. Raises UserError for a missing file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".arrow": _arrow}
-    reader = readers.get(path.suffix.lower(), _json)
-    for place, record in reader(path):
-        yield f"{path}:{place}", split, record
+        raise UserError(f"{path}: No such file.")
+    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv,
+               ".arrow": _read_arrow}  # fmt: skip
+    reader = readers.get(path.suffix.lower(), _read_json)
+    for location, record in reader(path):
+        yield f"{path}:{location}", split, record
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-    if start == "[":
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+    if first == "[":
         with open(path, "rb") as binary:
-            yield from _json_list(binary)
-    elif start:
-        yield from _json_lines(path)
+            yield from _read_json_list(binary)
+    elif first:
+        yield from _read_json_lines(path)
 
 
-class _Window:
-    """The part of a text file that is being read: from a place on, as much as was asked for."""
+class _TextWindow:
+    """A part of a text file in memory, and a position in it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
-        self.text, self.place, self.ended = "", 0, False
+        self.text, self.position, self.at_end = "", 0, False
 
-    def more(self) -> bool:
-        """Reads on, as much again as there is; False at the end. Raises UnicodeDecodeError."""
-        if self.ended:
+    def read_more(self) -> bool:
+        """Doubles the text. Returns False at the end of the file. Raises UnicodeDecodeError."""
+        if self.at_end:
             return False
-        self.text, self.place = self.text[self.place :], 0
-        data = self.file.read(max(_PIECE, len(self.text)))
-        self.ended = not data
-        self.text += self.decoder.decode(data, final=self.ended)
+        self.text, self.position = self.text[self.position :], 0
+        data = self.file.read(max(_CHUNK, len(self.text)))
+        self.at_end = not data
+        self.text += self.decoder.decode(data, final=self.at_end)
         return True
 
-    def next_mark(self) -> str:
-        """The next character that is no blank, without taking it; nothing at the end."""
+    def peek(self) -> str:
+        """Skips whitespace and returns the next character, "" at the end of the file."""
         while True:
-            while self.place < len(self.text) and self.text[self.place] in " \t\r\n":
-                self.place += 1
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self.more():
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.read_more():
                 return ""
 
 
-def _json_list(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """The members of a list, one after another: no more than one of them is held."""
-    window, number = _Window(file), 0
+def _read_json_list(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Streams the elements of a list; holds one element at a time."""
+    window, number = _TextWindow(file), 0
     try:
-        window.next_mark()
-        window.place += 1  # the bracket
-        while (mark := window.next_mark()) != "]":
+        window.peek()
+        window.position += 1  # the opening bracket
+        while (character := window.peek()) != "]":
             if number:
-                if mark != ",":
-                    raise RecordError(_TORN if not mark else "not JSON (no comma before it)")
-                window.place += 1
-                window.next_mark()
+                if character != ",":
+                    raise RecordError("Invalid JSON (missing comma)." if character else _TRUNCATED)
+                window.position += 1
+                window.peek()
             yield f" record {number}", _next_value(window)
             number += 1
-        window.place += 1
-        if window.next_mark():
-            raise RecordError("not JSON (something stands behind the list)")
+        window.position += 1
+        if window.peek():
+            raise RecordError("Invalid JSON (extra data after the list).")
     except UnicodeDecodeError as error:
-        yield f" record {number}", RecordError(f"not UTF-8 ({error.reason}){_UNREAD}", torn=True)
+        reason = f"Invalid UTF-8 ({error.reason}).{_REST_UNREADABLE}"
+        yield f" record {number}", RecordError(reason, truncated=True)
     except RecordError as error:
-        yield f" record {number}", RecordError(f"{error}{_UNREAD}", torn=True)
+        yield f" record {number}", RecordError(f"{error}{_REST_UNREADABLE}", truncated=True)
 
 
-def _next_value(window: _Window) -> Any:
-    """Raises RecordError for what is no JSON, or too much of it."""
+def _next_value(window: _TextWindow) -> Any:
+    """Parses one value. Raises RecordError for invalid JSON, and for a value that is too large."""
     while True:
         try:
-            value, end = _DECODER.raw_decode(window.text, window.place)
+            value, end = _DECODER.raw_decode(window.text, window.position)
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated") or error.pos >= len(window.text) - 16
-            if not cut:
-                raise RecordError(f"not JSON ({error.msg})") from error
-            if len(window.text) - window.place > _LARGEST_RECORD:
-                raise RecordError(f"no JSON within {_LARGEST_RECORD} characters") from error
-            if not window.more():
-                after_comma = window.text[window.place : window.place + 1] == "]"
-                said = "not JSON (a comma before the end of the list)" if after_comma else _TORN
-                raise RecordError(said) from error
+            incomplete = error.msg.startswith("Unterminated") or error.pos >= len(window.text) - 16
+            if not incomplete:
+                raise RecordError(f"Invalid JSON ({error.msg}).") from error
+            if len(window.text) - window.position > _MAX_RECORD:
+                raise RecordError(f"No JSON value within {_MAX_RECORD} characters.") from error
+            if not window.read_more():
+                after_comma = window.text[window.position : window.position + 1] == "]"
+                reason = "Invalid JSON (trailing comma in the list)." if after_comma else _TRUNCATED
+                raise RecordError(reason) from error
         except (RecursionError, ValueError) as error:
-            raise RecordError(f"too deep, or too long a number ({error})") from error
+            raise RecordError(f"The nesting is too deep or a number too long ({error}).") from error
         else:
-            if end < len(window.text) or not window.more():
-                window.place = end
+            if end < len(window.text) or not window.read_more():
+                window.position = end
                 return value
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1:
@@ -144,74 +147,76 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 content = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
-                yield f"{number}", RecordError(f"not JSON ({error})", content=content)
+                yield f"{number}", RecordError(f"Invalid JSON ({error}).", content=content)
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows as dictionaries of text, by the names in the first line."""
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows as dictionaries of text; the first line has the names of the columns."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not CSV ({error})") from error
+            raise UserError(f"{path}: Invalid CSV ({error}).") from error
         if len(set(names)) < len(names):
-            raise UserError(f"{path}: two columns have the same name, of {', '.join(names)}")
+            raise UserError(f"{path}: Duplicate column name (got {', '.join(names)}).")
         for number in count():
-            place = f" record {number}"
+            location = f" record {number}"
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                yield place, RecordError(f"not UTF-8 ({error.reason}){_UNREAD}", torn=True)
+                reason = f"Invalid UTF-8 ({error.reason}).{_REST_UNREADABLE}"
+                yield location, RecordError(reason, truncated=True)
                 return
-            except csv.Error as error:  # of this row alone, unless a quote goes on to the end
-                torn = "end of data" in str(error)
-                reason = f"not CSV ({error}){_UNREAD if torn else ''}"
-                yield place, RecordError(reason, torn=torn)
+            except csv.Error as error:
+                # Only this row is invalid, unless an open quote extends to the end of the file.
+                truncated = "end of data" in str(error)
+                reason = f"Invalid CSV ({error}).{_REST_UNREADABLE if truncated else ''}"
+                yield location, RecordError(reason, truncated=truncated)
                 continue
             if len(row) == len(names):
-                yield place, dict(zip(names, row, strict=True))
+                yield location, dict(zip(names, row, strict=True))
             elif row:
-                reason = f"{len(row)} cells, the first line names {len(names)}"
-                yield place, RecordError(reason, content=row)
+                reason = f"The number of cells is invalid (got {len(row)}, expected {len(names)})."
+                yield location, RecordError(reason, content=row)
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from error
+        raise UserError(f"{path}: The file is not a Parquet file ({error}).") from error
     with file:
         number = 0
-        for batch in file.iter_batches(256):
+        for batch in file.iter_batches(_BATCH):
             for record in batch.to_pylist():
-                yield f" record {number}", _plain(record)
+                yield f" record {number}", _to_json_value(record)
                 number += 1
 
 
-def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
-    """Arrow streams, as the `datasets` library keeps them on disk, mapped into memory."""
+def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
+    """Memory-maps an Arrow stream, the file format of the `datasets` library."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             number = 0
             for batch in stream:
-                for start in range(0, len(batch), 256):
-                    for record in batch.slice(start, 256).to_pylist():
-                        yield f" record {number}", _plain(record)
+                for start in range(0, len(batch), _BATCH):
+                    for record in batch.slice(start, _BATCH).to_pylist():
+                        yield f" record {number}", _to_json_value(record)
                         number += 1
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not an Arrow stream ({error})") from error
+        raise UserError(f"{path}: The file is not an Arrow stream ({error}).") from error
 
 
-def _plain(value: Any) -> Any:
-    """A value of a table without what JSON has no place for: dates as text, no-numbers as null."""
+def _to_json_value(value: Any) -> Any:
+    """Converts a table value: dates and decimals to text, NaN and infinity to null."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _to_json_value(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_to_json_value(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
@@ -220,85 +225,88 @@ def _plain(value: Any) -> Any:
 
 
 def split_files(
-    choices: ConversionConfig, names: Mapping[str, Sequence[str]], what: str
+    config: ConversionConfig, names: Mapping[str, Sequence[str]], dataset: str
 ) -> list[tuple[str, Path]]:
-    """(split, file) of the splits that were asked for.
+    """(split, file) for each selected split of a dataset.
 
-    `names` gives the usual file names of each split, below the input; an input that is a file
-    itself is read as it is. Raises UserError where none of them is there.
+    Args:
+        config: gives the input, a folder or a single file, and the selected split
+        names: published file names of each split, relative to the folder
+        dataset: name of the dataset in errors
+
+    Raises:
+        UserError: there is no file of a selected split.
     """
-    path = choices.path
+    path = config.path
     if path.is_file():
-        own = [
-            split for split, usual in names.items() if path.name in {Path(n).name for n in usual}
-        ]
-        if choices.split not in ("all", *own[:1]):
-            raise UserError(
-                f"--split {choices.split}: {path} is {own[0] if own else 'of no split'}"
-            )
-        return [(own[0] if own else "", path)]
-    wanted = list(names) if choices.split == "all" else [choices.split]
-    if unknown := [split for split in wanted if split not in names]:
-        raise UserError(f"--split {unknown[0]}: {what} has {', '.join(names)}")
-    found = []
-    for split in wanted:
-        there = [path / name for name in names[split] if (path / name).is_file()]
-        found += [(split, there[0])] if there else []
-    if not found:
-        usual = ", ".join(name for split in wanted for name in names[split])
-        raise UserError(f"{path}: none of {usual} is there, expected {what}")
-    return found
+        splits = [s for s, files in names.items() if path.name in {Path(f).name for f in files}]
+        if config.split not in ("all", *splits[:1]):
+            own_split = splits[0] if splits else "of an unknown split"
+            raise UserError(f"--split {config.split}: {path} is {own_split}.")
+        return [(splits[0] if splits else "", path)]
+    selected = list(names) if config.split == "all" else [config.split]
+    if unknown := [split for split in selected if split not in names]:
+        raise UserError(
+            f"--split {unknown[0]}: {dataset} has no such split (expected one of "
+            f"{', '.join(names)})."
+        )
+    files = []
+    for split in selected:
+        existing = [path / name for name in names[split] if (path / name).is_file()]
+        files += [(split, existing[0])] if existing else []
+    if not files:
+        expected = ", ".join(name for split in selected for name in names[split])
+        raise UserError(f"{path}: No file of {dataset} found (expected one of {expected}).")
+    return files
 
 
 # --- writers ------------------------------------------------------------------------------
 
+RecordWriter = Callable[[dict[str, Any]], None]
+
 
 @contextmanager
-def writer(
-    path: Path, form: FormatSpec, choices: ConversionConfig
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Gives what adds one record to a new file in the layout of a format.
+def open_writer(path: Path, spec: FormatSpec, config: ConversionConfig) -> Iterator[RecordWriter]:
+    """Opens a new file in a format's layout and gives a function that adds a record.
 
-    Adding raises RecordError for what no file can hold: half of a surrogate pair, a value that is
-    none of JSON's.
+    The function raises RecordError for text with an unpaired surrogate and for values that JSON
+    cannot represent.
     """
-    if form.layout == "csv":
-        assert form.columns is not None
+    if spec.layout == "csv":
+        assert spec.columns is not None
         with open(path, "w", encoding="utf-8", newline="") as file:
-            rows = csv.DictWriter(file, form.columns(choices))
+            rows = csv.DictWriter(file, spec.columns(config))
             rows.writeheader()
 
             def add_row(record: dict[str, Any]) -> None:
-                _bytes_of("".join(map(str, record.values())))
+                _to_utf8("".join(map(str, record.values())))  # checks the text
                 rows.writerow(record)
 
             yield add_row
         return
-    many = form.layout == "json"
+    is_list = spec.layout == "json"
     written = 0
     with open(path, "wb") as binary:
 
         def add(record: dict[str, Any]) -> None:
             nonlocal written
             try:
-                data = _bytes_of(_encode(record))
-            except (TypeError, RecursionError) as error:
-                raise RecordError(f"a value that JSON cannot hold ({error})") from error
-            except ValueError as error:
-                if isinstance(error, RecordError):
-                    raise
-                raise RecordError(f"a value that JSON cannot hold ({error})") from error
-            binary.write((b",\n" if written else b"[\n") if many else b"")
-            binary.write(data if many else data + b"\n")
+                data = _to_utf8(_encode(record))
+            except RecordError:
+                raise
+            except (TypeError, RecursionError, ValueError) as error:
+                raise RecordError(f"JSON cannot represent a value ({error}).") from error
+            binary.write((b",\n" if written else b"[\n") if is_list else b"")
+            binary.write(data if is_list else data + b"\n")
             written += 1
 
         yield add
-        if many:
+        if is_list:
             binary.write(b"\n]\n" if written else b"[]\n")
 
 
-def _bytes_of(text: str) -> bytes:
+def _to_utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(f"a text is no Unicode ({error.reason}): it cannot be written") from error
+        raise RecordError(f"A string is not valid Unicode ({error.reason}).") from error

@@ -1,6 +1,8 @@
-"""Data sets of the field <-> documents: one module a format, reading and writing side by side."""
+"""The supported dataset formats: one module each, with its reader and its writer."""
 
-from typing import Literal
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
 
 from medley.datasets import (
     captions,
@@ -16,13 +18,19 @@ from medley.datasets import (
     text_qa,
     vqa_rad,
 )
-from medley.datasets.base import ConversionConfig, FormatSpec, RecordError, Sample
+from medley.datasets.base import (
+    ConversionConfig,
+    ConversionOptions,
+    DatasetOptions,
+    FormatSpec,
+)
+from medley.errors import UserError
 
-Name = Literal[
+FormatName = Literal[
     "documents", "llava", "sharegpt", "medmax", "medtrinity", "vqa_rad", "slake", "pathvqa",
     "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions",
 ]  # fmt: skip
-FORMATS: dict[Name, FormatSpec] = {
+FORMATS: dict[FormatName, FormatSpec] = {
     "documents": documents.FORMAT,
     "llava": llava.FORMAT,
     "sharegpt": sharegpt.FORMAT,
@@ -34,8 +42,26 @@ FORMATS: dict[Name, FormatSpec] = {
     "pmc_vqa": pmc_vqa.FORMAT,
     "science_qa": science_qa.FORMAT,
     "text_qa": text_qa.FORMAT,
-    "text_qa_csv": text_qa.CSV,
+    "text_qa_csv": text_qa.CSV_FORMAT,
     "captions": captions.FORMAT,
 }
 
-__all__ = ["FORMATS", "ConversionConfig", "FormatSpec", "Name", "RecordError", "Sample"]
+
+def make_config(
+    name: FormatName, path: Path, options: DatasetOptions, find_images: bool = True
+) -> ConversionConfig:
+    """The configuration for reading `path` in a format.
+
+    `find_images` uses the format's published image folder if `options` has no image folder.
+
+    Raises:
+        UserError: `options` selects a split of a format without splits.
+    """
+    spec = FORMATS[name]
+    if options.split != "all" and not spec.has_splits:
+        raise UserError(f"--split {options.split}: {name} is published without splits.")
+    kind = ConversionOptions if isinstance(options, ConversionOptions) else DatasetOptions
+    values: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(kind)}
+    if find_images and options.image_folder is None and spec.default_image_folder is not None:
+        values["image_folder"] = spec.default_image_folder(path)
+    return ConversionConfig(path, **values)

@@ -1,8 +1,9 @@
-"""LLaMA-Factory's data sets: `dataset_info.json`, and files in its sharegpt and alpaca forms."""
+"""LLaMA-Factory's datasets: `dataset_info.json`, and files in its sharegpt and alpaca formats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,35 @@ from medley.datasets.base import (
     SPLITS,
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
+    get_text,
+    get_value,
     relative_image_name,
     repr_short,
     require_path,
     resolve_image_path,
     split_at_placeholders,
-    text_of,
-    value_of,
 )
-from medley.datasets.llava import asked
+from medley.datasets.llava import add_prompt
 from medley.datasets.readers import records_of
 from medley.errors import UserError
 from medley.utils.files import read_json
 
 INFO = "dataset_info.json"
-# What a data set has where its entry says nothing. An entry that lists columns (or tags) has those
-# alone: LLaMA-Factory takes what it leaves out for absent.
-COLUMNS: dict[str, str | None] = {
+# LLaMA-Factory's defaults. In an entry that lists columns (or tags), unlisted ones are absent.
+DEFAULT_COLUMNS: dict[str, str | None] = {
     "messages": "conversations", "prompt": "instruction", "query": "input", "response": "output",
     "images": None, "system": None, "history": None,
 }  # fmt: skip
-TAGS: dict[str, str | None] = {
+DEFAULT_TAGS: dict[str, str | None] = {
     "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
     "system_tag": "system",
 }  # fmt: skip
-_NEEDED = ("role_tag", "content_tag", "user_tag", "assistant_tag")
-WRITTEN = {
+_REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
+_WRITTEN_LAYOUT = {
     "columns": {"messages": "messages", "images": "images"},
     "tags": {
         "role_tag": "role", "content_tag": "content", "user_tag": "user",
@@ -51,176 +51,205 @@ WRITTEN = {
 }  # fmt: skip
 
 
-def layout_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of dataset_info.json, with what it leaves out filled in as LLaMA-Factory does."""
+@dataclass(frozen=True)
+class Layout:
+    """An entry of dataset_info.json: format, names of the columns, and tags of the messages."""
+
+    formatting: str
+    columns: Mapping[str, str | None]
+    tags: Mapping[str, str | None]
+
+
+def parse_layout(entry: dict[str, Any]) -> Layout:
+    """The layout of an entry, with LLaMA-Factory's defaults."""
     columns, tags = entry.get("columns"), entry.get("tags")
-    for given in (columns, tags):
-        texts = isinstance(given, dict) and all(isinstance(n, str) for n in given.values())
-        if given is not None and not texts:
+    for names in (columns, tags):
+        is_valid = isinstance(names, dict) and all(isinstance(n, str) for n in names.values())
+        if names is not None and not is_valid:
             raise UserError(
-                f"{INFO}: columns and tags are objects of names, not {repr_short(given)}"
+                f"{INFO}: columns or tags are not an object of names (got {repr_short(names)})."
             )
-    return {
-        "formatting": entry.get("formatting", "alpaca"),
-        "columns": COLUMNS if columns is None else {n: columns.get(n) for n in COLUMNS},
-        "tags": TAGS if tags is None else {n: tags.get(n) for n in TAGS},
-    }
+    return Layout(
+        entry.get("formatting", "alpaca"),
+        DEFAULT_COLUMNS if columns is None else {n: columns.get(n) for n in DEFAULT_COLUMNS},
+        DEFAULT_TAGS if tags is None else {n: tags.get(n) for n in DEFAULT_TAGS},
+    )
 
 
 @lru_cache(4)
-def _entry(choices: ConversionConfig) -> tuple[Path, dict[str, Any]]:
-    """The data file, and its layout. Raises UserError for a data set that is not described."""
-    folder = choices.path if choices.path.is_dir() else choices.path.parent
-    if choices.path.is_file() and choices.path.name != INFO:
-        entries = _entries(folder) if (folder / INFO).is_file() else {}
-        own = [e for e in entries.values() if e.get("file_name") == choices.path.name]
-        return choices.path, layout_of(own[0] if own else {"formatting": "sharegpt"})
-    entries = _entries(folder)
-    name = choices.dataset or (next(iter(entries)) if len(entries) == 1 else None)
+def _find_dataset(config: ConversionConfig) -> tuple[Path, Layout]:
+    """The data file and its layout. Raises UserError for a dataset without an entry."""
+    folder = config.path if config.path.is_dir() else config.path.parent
+    if config.path.is_file() and config.path.name != INFO:
+        entries = _read_entries(folder) if (folder / INFO).is_file() else {}
+        matching = [e for e in entries.values() if e.get("file_name") == config.path.name]
+        return config.path, parse_layout(matching[0] if matching else {"formatting": "sharegpt"})
+    entries = _read_entries(folder)
+    name = config.dataset or (next(iter(entries)) if len(entries) == 1 else None)
     if name is None or name not in entries:
-        raise UserError(
-            f"{folder / INFO}: --dataset {name or 'is needed'}; it has {', '.join(entries)}"
-        )
+        problem = "--dataset is missing" if name is None else f"There is no dataset {name}"
+        raise UserError(f"{folder / INFO}: {problem} (expected one of {', '.join(entries)}).")
     file = entries[name].get("file_name")
     if not isinstance(file, str):
-        raise UserError(f"{folder / INFO}: {name} has no file_name (hubs and scripts are not read)")
-    return Path(resolve_image_path(file, folder)), layout_of(entries[name])
-
-
-def _entries(folder: Path) -> dict[str, dict[str, Any]]:
-    found = read_json(folder / INFO)
-    if not isinstance(found, dict) or not all(isinstance(e, dict) for e in found.values()):
-        raise UserError(f"{folder / INFO}: expected an object with an entry for each data set")
-    return found
-
-
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    path, layout = _entry(choices)
-    if layout["formatting"] not in ("sharegpt", "alpaca"):
-        raise UserError(f"{path}: formatting {layout['formatting']!r}, expected sharegpt or alpaca")
-    missing = [n for n in _NEEDED if layout["tags"][n] is None]
-    if layout["formatting"] == "sharegpt" and (missing or not layout["columns"]["messages"]):
         raise UserError(
-            f"{path}: {INFO} lists columns or tags without {', '.join(missing) or 'messages'}; "
-            "what it does not list is absent for LLaMA-Factory"
+            f"{folder / INFO}: {name} has no file_name. Datasets on a hub and loading scripts are "
+            "unsupported."
+        )
+    return Path(resolve_image_path(file, folder)), parse_layout(entries[name])
+
+
+def _read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    entries = read_json(folder / INFO)
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise UserError(f"{folder / INFO}: Expected an object with one entry per dataset.")
+    return entries
+
+
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    path, layout = _find_dataset(config)
+    if layout.formatting not in ("sharegpt", "alpaca"):
+        raise UserError(
+            f"{path}: The formatting is unsupported (got {layout.formatting!r}, expected sharegpt "
+            "or alpaca)."
+        )
+    missing = [n for n in _REQUIRED_TAGS if layout.tags[n] is None]
+    if layout.formatting == "sharegpt" and (missing or not layout.columns["messages"]):
+        raise UserError(
+            f"{path}: {INFO} lists columns or tags without {', '.join(missing) or 'messages'}. "
+            "LLaMA-Factory treats unlisted ones as absent."
         )
     yield from records_of(path)
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
-    layout = _entry(choices)[1]
-    columns, remarks = layout["columns"], list[str]()
+def read(record: Any, config: ConversionConfig) -> Sample:
+    layout = _find_dataset(config)[1]
+    columns, remarks = layout.columns, list[str]()
     images = (
         record.get(columns["images"]) if isinstance(record, dict) and columns["images"] else None
     )
     names = [images] if isinstance(images, str) else images or []
     if not isinstance(names, list):
-        raise RecordError(f"{columns['images']!r} is {repr_short(names)}, expected a list of paths")
-    pictures = [ImagePart(path=resolve_image_path(name, choices.image_folder)) for name in names]
-    sharegpt = layout["formatting"] == "sharegpt"
-    said = (_messages if sharegpt else _alpaca)(record, layout, remarks)
-    pieces = [(role, split_at_placeholders(text, len(pictures))) for role, text in said]
-    places = sum(piece is None for _, parts in pieces for piece in parts)
-    if places != len(pictures):
-        raise RecordError(f"{places} {IMAGE} for {len(pictures)} pictures")
-    supply = iter(pictures)
+        raise RecordError(
+            f"{columns['images']!r} is not a list of image paths (got {repr_short(names)})."
+        )
+    image_parts = [ImagePart(path=resolve_image_path(name, config.image_folder)) for name in names]
+    is_sharegpt = layout.formatting == "sharegpt"
+    messages = (_sharegpt_messages if is_sharegpt else _alpaca_messages)(record, layout, remarks)
+    pieces = [(role, split_at_placeholders(text, len(image_parts))) for role, text in messages]
+    placeholders = sum(piece is None for _, parts in pieces for piece in parts)
+    if placeholders != len(image_parts):
+        raise RecordError(
+            f"The number of {IMAGE} placeholders differs from the number of images (got "
+            f"{placeholders}, expected {len(image_parts)})."
+        )
+    remaining = iter(image_parts)
     turns = [
-        Turn(role, tuple(next(supply) if piece is None else piece for piece in parts))
+        Turn(role, tuple(next(remaining) if piece is None else piece for piece in parts))
         for role, parts in pieces
     ]
     try:
         document = Document(tuple(turns))
     except DocumentError as error:
         raise RecordError(str(error)) from error
-    own = ("messages", "images", "system")
-    names_used = own if sharegpt else ("prompt", "query", "response", "images", "system", "history")
-    used = {columns[name] for name in names_used if columns[name]}
-    return Sample(document, extra_fields(record, *used), tuple(remarks))
+    used = ["messages", "images", "system"]
+    if not is_sharegpt:
+        used = ["prompt", "query", "response", "images", "system", "history"]
+    used_columns = {name for key in used if (name := columns[key])}
+    return Sample(document, extra_fields(record, *used_columns), tuple(remarks))
 
 
-def _messages(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tuple[str, str]]:
-    columns, tags = layout["columns"], layout["tags"]
-    messages = value_of(record, columns["messages"])
+def _sharegpt_messages(record: Any, layout: Layout, remarks: list[str]) -> list[tuple[str, str]]:
+    """(role, text) of each message; a system text is prepended to the first user message."""
+    columns, tags = layout.columns, layout.tags
+    messages = get_value(record, _required(columns["messages"]))
     if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{columns['messages']!r} is {repr_short(messages)}, expected messages")
+        raise RecordError(
+            f"{columns['messages']!r} is not a list of messages (got {repr_short(messages)})."
+        )
+    role_key, text_key = _required(tags["role_tag"]), _required(tags["content_tag"])
     roles = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant"}
-    said = [
-        (value_of(m, tags["role_tag"]), text_of(m, tags["content_tag"], remarks)) for m in messages
-    ]
+    texts = [(get_value(m, role_key), get_text(m, text_key, remarks)) for m in messages]
     system = record.get(columns["system"]) if columns["system"] else None
-    if tags["system_tag"] is not None and said[0][0] == tags["system_tag"]:
-        system = said.pop(0)[1]
-    if len(said) % 2 or not said:
-        raise RecordError(f"{len(said)} messages, expected pairs of a question and its answer")
-    for number, (role, _) in enumerate(said):
+    if tags["system_tag"] is not None and texts[0][0] == tags["system_tag"]:
+        system = texts.pop(0)[1]
+    if len(texts) % 2 or not texts:
+        raise RecordError(
+            f"The messages are not pairs of a question and its answer (got {len(texts)} messages)."
+        )
+    for number, (role, _) in enumerate(texts):
         if not isinstance(role, str) or roles.get(role) != ("user", "assistant")[number % 2]:
-            wanted = tags["user_tag" if number % 2 == 0 else "assistant_tag"]
-            raise RecordError(f"message {number} is from {repr_short(role)}, expected {wanted}")
-    turns = [(roles[role], text) for role, text in said]
+            expected = tags["user_tag" if number % 2 == 0 else "assistant_tag"]
+            raise RecordError(
+                f"Message {number} has an invalid role (got {repr_short(role)}, expected "
+                f"{expected})."
+            )
+    turns = [(roles[role], text) for role, text in texts]
     return [(turns[0][0], f"{system}\n{turns[0][1]}"), *turns[1:]] if system else turns
 
 
-def _alpaca(record: Any, layout: dict[str, Any], remarks: list[str]) -> list[tuple[str, str]]:
-    columns = layout["columns"]
-    if not columns["prompt"] or not columns["response"]:
-        raise RecordError("the data set's columns name no prompt or no response")
-    asked_for = [text_of(record, columns["prompt"], remarks)]
+def _required(name: str | None) -> str:
+    if name is None:
+        raise RecordError(f"{INFO} lists columns or tags without one that messages require.")
+    return name
+
+
+def _alpaca_messages(record: Any, layout: Layout, remarks: list[str]) -> list[tuple[str, str]]:
+    """(role, text) of the history, the prompt and the response."""
+    columns = layout.columns
+    prompt, response = columns["prompt"], columns["response"]
+    if not prompt or not response:
+        raise RecordError(f"The columns in {INFO} contain no prompt or no response.")
+    prompt_texts = [get_text(record, prompt, remarks)]
     if columns["query"] and record.get(columns["query"]):
-        asked_for.append(text_of(record, columns["query"], remarks))
+        prompt_texts.append(get_text(record, columns["query"], remarks))
     turns: list[tuple[str, str]] = []
     history = (record.get(columns["history"]) or []) if columns["history"] else []
     if not isinstance(history, list):
-        raise RecordError(f"its history is {repr_short(history)}, expected a list")
+        raise RecordError(f"The history is not a list (got {repr_short(history)}).")
     for pair in history:
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(t, str) for t in pair)
-        ):
-            raise RecordError(f"an entry of its history is {repr_short(pair)}, expected two texts")
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise RecordError(
+                f"An entry of the history is not a pair of strings (got {repr_short(pair)})."
+            )
         turns += [("user", pair[0]), ("assistant", pair[1])]
     turns += [
-        ("user", "\n".join(asked_for)), ("assistant", text_of(record, columns["response"], remarks))
+        ("user", "\n".join(prompt_texts)), ("assistant", get_text(record, response, remarks)),
     ]  # fmt: skip
     if columns["system"] and record.get(columns["system"]):
         turns[0] = ("user", f"{record[columns['system']]}\n{turns[0][1]}")
     return turns
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
     turns = list(sample.document.turns)
-    pictures = sample.document.pictures
+    image_parts = sample.document.images
     if turns[0].role == "assistant":
-        turns = asked(turns[0], pictures[0] if pictures else None, choices)
+        turns = add_prompt(turns[0], image_parts[0] if image_parts else None, config)
     if len(turns) % 2:
-        raise RecordError("ends with a question, this format with its answer")
-    names = [
-        relative_image_name(require_path(picture), choices.image_folder) for picture in pictures
-    ]
-    messages = [{"role": t.role, "content": _content(t.parts, bool(names))} for t in turns]
-    return {
-        "messages": messages,
-        "images": names,
-        **extra_fields(sample.fields, "messages", "images"),
-    }
+        raise RecordError("The document ends with a question; this format requires an answer.")
+    names = [relative_image_name(require_path(i), config.image_folder) for i in image_parts]
+    messages = [{"role": t.role, "content": _format_parts(t.parts, bool(names))} for t in turns]
+    record: dict[str, Any] = {"messages": messages, "images": names}
+    return {**record, **extra_fields(sample.fields, *record)}
 
 
-def _content(parts: tuple[ContentPart, ...], pictures: bool) -> str:
-    if pictures and any(isinstance(part, str) and IMAGE in part for part in parts):
-        raise RecordError(f"the words hold {IMAGE}, which this format would take for a picture")
+def _format_parts(parts: tuple[ContentPart, ...], has_images: bool) -> str:
+    if has_images and any(isinstance(part, str) and IMAGE in part for part in parts):
+        raise RecordError(f"The text contains {IMAGE}, which this format reads as an image.")
     return "".join(part if isinstance(part, str) else IMAGE for part in parts)
 
 
-def beside(name: str, choices: ConversionConfig) -> dict[str, Any]:
-    """dataset_info.json for a written file: its entry is called as the file, without its suffix."""
-    entry = {"file_name": name, "formatting": "sharegpt", **WRITTEN}
+def sidecar_files(name: str, config: ConversionConfig) -> dict[str, dict[str, Any]]:
+    """dataset_info.json for a written file; its entry is named after the file or --dataset."""
+    entry = {"file_name": name, "formatting": "sharegpt", **_WRITTEN_LAYOUT}
     stem = Path(name).stem
-    of_split = choices.dataset and stem in ("all", *SPLITS)
-    called = f"{choices.dataset}_{stem}" if of_split else choices.dataset or stem
-    return {INFO: {called: entry}}
+    is_split = config.dataset and stem in ("all", *SPLITS)
+    entry_name = f"{config.dataset}_{stem}" if is_split else config.dataset or stem
+    return {INFO: {entry_name: entry}}
 
 
 FORMAT = FormatSpec(
-    records, read, write, beside=beside,
-    images_in=lambda path: path if path.is_dir() else path.parent,
+    records, read, write, sidecar_files=sidecar_files,
+    default_image_folder=lambda path: path if path.is_dir() else path.parent,
 )  # fmt: skip

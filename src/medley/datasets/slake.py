@@ -1,4 +1,4 @@
-"""SLAKE (Liu et al. 2021): bilingual questions about 642 pictures, in three JSON lists."""
+"""SLAKE (Liu et al. 2021): English and Chinese questions about 642 images, in three JSON lists."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from medley.datasets import vqa_rad
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
+    get_value,
     repr_short,
-    value_of,
 )
 from medley.datasets.readers import records_of, split_files
 
@@ -25,31 +25,28 @@ FILES = {
 LANGUAGES = ("en", "zh")
 
 
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    """Those of the language that was asked for."""
-    for split, path in split_files(choices, FILES, "SLAKE"):
-        for found in records_of(path, split):
-            record = found[2]
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    """The records in the configured language; an invalid language is left for `read` to report."""
+    for split, path in split_files(config, FILES, "SLAKE"):
+        for where, _, record in records_of(path, split):
             language = record.get("q_lang") if isinstance(record, dict) else None
-            if (
-                choices.language == "all"
-                or language not in LANGUAGES
-                or language == choices.language
-            ):
-                yield found
+            if config.language == "all" or language not in LANGUAGES or language == config.language:
+                yield where, split, record
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
-    if value_of(record, "q_lang") not in LANGUAGES:
-        raise RecordError(f"q_lang is {repr_short(record['q_lang'])}, expected en or zh")
-    sample = vqa_rad.read({**record, "image_name": value_of(record, "img_name")}, choices)
+def read(record: Any, config: ConversionConfig) -> Sample:
+    if get_value(record, "q_lang") not in LANGUAGES:
+        raise RecordError(
+            f"q_lang is invalid (got {repr_short(record['q_lang'])}, expected en or zh)."
+        )
+    sample = vqa_rad.read({**record, "image_name": get_value(record, "img_name")}, config)
     fields = {**extra_fields(sample.fields, "img_name"), "source": "slake"}
     return Sample(sample.document, fields, sample.remarks)
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    row = vqa_rad.write(sample, choices)
-    language = value_of(sample.fields, "q_lang")
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    row = vqa_rad.write(sample, config)
+    language = get_value(sample.fields, "q_lang")
     return {"img_name": row["image_name"], "q_lang": language, **extra_fields(row, "image_name")}
 
 
@@ -57,4 +54,4 @@ def image_folder(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / "imgs"
 
 
-FORMAT = FormatSpec(records, read, write, splits=True, images_in=image_folder)
+FORMAT = FormatSpec(records, read, write, has_splits=True, default_image_folder=image_folder)

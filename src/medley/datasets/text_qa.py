@@ -1,4 +1,4 @@
-"""Questions and answers in words alone: CSV, JSON lines, a JSON list, a JSON object of records."""
+"""Questions and answers without images: CSV, JSON Lines, a JSON list, a JSON object of records."""
 
 from __future__ import annotations
 
@@ -11,64 +11,65 @@ from typing import Any
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
-    question_and_answer,
-    text_of,
+    from_qa,
+    get_text,
     to_qa,
 )
 from medley.datasets.readers import records_of
 from medley.utils.files import read_json
 
 
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    path = choices.path
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    path = config.path
     if path.suffix == ".json" and path.is_file() and _is_object(path):
-        whole = read_json(path)
-        if not all(isinstance(record, dict) for record in whole.values()):
-            yield f"{path}: record 0", "", whole  # one record alone
+        content = read_json(path)
+        if not all(isinstance(record, dict) for record in content.values()):
+            yield f"{path}: record 0", "", content  # the object is a single record
             return
-        for name, record in whole.items():  # as PubMedQA has it: records by their id
+        for name, record in content.items():  # PubMedQA's layout: id -> record
             yield f"{path}: record {name}", "", {"id": name, **record}
     else:
         yield from records_of(path)
 
 
 def _is_object(path: Path) -> bool:
-    """Whether a JSON file holds one object; an object in each line is JSON lines."""
+    """Whether a JSON file is a single object; one object per line is JSON Lines."""
     with open(path, "rb") as file:
         first = file.readline().removeprefix(codecs.BOM_UTF8)
-        more = any(line.strip() for line in file)
+        has_more_lines = any(line.strip() for line in file)
     try:
-        return isinstance(json.loads(first), dict) and not more
+        return isinstance(json.loads(first), dict) and not has_more_lines
     except (json.JSONDecodeError, UnicodeDecodeError):
         return first.lstrip().startswith(b"{")
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
+def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
-    question = text_of(record, choices.question_key, remarks)
-    answer = text_of(record, choices.answer_key, remarks)
-    fields = extra_fields(record, choices.question_key, choices.answer_key)
-    return Sample(question_and_answer(None, question, answer), fields, tuple(remarks))
+    question = get_text(record, config.question_key, remarks)
+    answer = get_text(record, config.answer_key, remarks)
+    fields = extra_fields(record, config.question_key, config.answer_key)
+    return Sample(from_qa(None, question, answer), fields, tuple(remarks))
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    picture, question, answer = to_qa(sample.document)
-    if picture is not None:
-        raise RecordError("a picture, which this format has no place for")
-    keys = (choices.question_key, choices.answer_key)
-    return {keys[0]: question, keys[1]: answer, **extra_fields(sample.fields, *keys)}
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    image_path, question, answer = to_qa(sample.document)
+    if image_path is not None:
+        raise RecordError("The record has an image; this format cannot represent it.")
+    record = {config.question_key: question, config.answer_key: answer}
+    return {**record, **extra_fields(sample.fields, config.question_key, config.answer_key)}
 
 
-def write_cells(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
-    row = write(sample, choices)
-    return {name: row[name] for name in (choices.question_key, choices.answer_key)}
+def write_csv_row(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
+    row = write(sample, config)
+    return {name: row[name] for name in (config.question_key, config.answer_key)}
 
 
 FORMAT = FormatSpec(records, read, write)
-CSV = FormatSpec(
-    records, read, write_cells, "csv", columns=lambda c: (c.question_key, c.answer_key)
+CSV_FORMAT = FormatSpec(
+    records, read, write_csv_row, "csv",
+    columns=lambda config: (config.question_key, config.answer_key),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""VQA-RAD as published (Lau et al. 2018): JSON lists of questions, and a folder of pictures."""
+"""VQA-RAD (Lau et al. 2018) as published: JSON lists of questions, and an image folder."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
-    Found,
+    RawRecord,
     RecordError,
     Sample,
     extra_fields,
-    question_and_answer,
+    from_qa,
+    get_text,
+    get_value,
     relative_image_name,
     repr_short,
     resolve_image_path,
-    text_of,
     to_qa,
-    value_of,
 )
 from medley.datasets.readers import records_of, split_files
 
 FILES = {"train": ("trainset.json",), "test": ("testset.json",)}
-KINDS = ("OPEN", "CLOSED")
+ANSWER_TYPES = ("OPEN", "CLOSED")
 
 
 def image_folder(path: Path) -> Path:
@@ -33,46 +33,51 @@ def image_folder(path: Path) -> Path:
     return next((folder / n for n in names if (folder / n).is_dir()), folder / names[0])
 
 
-def records(choices: ConversionConfig) -> Iterator[Found]:
-    for split, path in split_files(choices, FILES, "VQA-RAD"):
+def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    for split, path in split_files(config, FILES, "VQA-RAD"):
         yield from records_of(path, split)
 
 
-def answer_type(value: Any) -> str:
-    """OPEN or CLOSED. Raises RecordError for anything else."""
-    kind = str(value).strip().upper()  # two rows of VQA-RAD say "CLOSED "
-    if kind not in KINDS:
-        raise RecordError(f"answer_type is {repr_short(value)}, expected OPEN or CLOSED")
-    return kind
+def parse_answer_type(value: Any) -> str:
+    """OPEN or CLOSED. Raises RecordError for any other value."""
+    answer_type = str(value).strip().upper()  # two records of VQA-RAD have "CLOSED "
+    if answer_type not in ANSWER_TYPES:
+        raise RecordError(
+            f"answer_type is invalid (got {repr_short(value)}, expected OPEN or CLOSED)."
+        )
+    return answer_type
 
 
-def read(record: Any, choices: ConversionConfig) -> Sample:
+def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
-    question = text_of(record, "question", remarks).strip()
-    answer = text_of(record, "answer", remarks).strip()
-    path = resolve_image_path(value_of(record, "image_name"), choices.image_folder)
+    question = get_text(record, "question", remarks).strip()
+    answer = get_text(record, "answer", remarks).strip()
+    path = resolve_image_path(get_value(record, "image_name"), config.image_folder)
     fields = {
-        "id": value_of(record, "qid"), "source": "vqa_rad", "task": "VQA",
-        "answer_type": answer_type(value_of(record, "answer_type")),
+        "id": get_value(record, "qid"), "source": "vqa_rad", "task": "VQA",
+        "answer_type": parse_answer_type(get_value(record, "answer_type")),
     }  # fmt: skip
     fields |= extra_fields(record, "qid", "image_name", "question", "answer", *fields)
-    return Sample(question_and_answer(path, question, answer), fields, tuple(remarks))
+    return Sample(from_qa(path, question, answer), fields, tuple(remarks))
 
 
-def write(sample: Sample, choices: ConversionConfig) -> dict[str, Any]:
+def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
     path, question, answer = to_qa(sample.document)
     if path is None:
-        raise RecordError("no picture, and this format asks about pictures")
+        raise RecordError("The record has no image; this format requires one.")
     if question.strip() != question or answer.strip() != answer:
-        raise RecordError("blanks around the words, which this format does not keep")
+        raise RecordError(
+            "The question or the answer begins or ends with whitespace; this format cannot "
+            "represent it."
+        )
     return {
-        "qid": value_of(sample.fields, "id"),
-        "image_name": relative_image_name(path, choices.image_folder),
+        "qid": get_value(sample.fields, "id"),
+        "image_name": relative_image_name(path, config.image_folder),
         "question": question,
         "answer": answer,
-        "answer_type": answer_type(value_of(sample.fields, "answer_type")),
+        "answer_type": parse_answer_type(get_value(sample.fields, "answer_type")),
         **extra_fields(sample.fields, "id", "answer_type", "source", "task"),
     }
 
 
-FORMAT = FormatSpec(records, read, write, splits=True, images_in=image_folder)
+FORMAT = FormatSpec(records, read, write, has_splits=True, default_image_folder=image_folder)

@@ -1,1 +1,1 @@
-"""Answers to scores: LLaVA-Med's published ones bug for bug, and our own."""
+"""Scores for answers: our own metrics, and the published ones of LLaVA, LLaVA-Med and MedMax."""

@@ -1,4 +1,4 @@
-"""Asking a judge: what it will cost is said before, every reply is kept, none vanishes."""
+"""LLM judge: the cost is estimated first, and every reply is cached on disk."""
 
 from __future__ import annotations
 
@@ -6,194 +6,211 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import yaml
 from tqdm import tqdm
 
 from medley.errors import PartialFailure, UserError
-from medley.utils.chat_client import ChatClient, Message, RequestFailed, ResponseCache, complete_all
+from medley.utils.chat_client import (
+    ChatClient,
+    ChatClientOptions,
+    Message,
+    RequestFailed,
+    ResponseCache,
+    complete_all,
+)
+from medley.utils.cli_options import Alias
+from medley.utils.extras import require_extra
 
 Name = TypeVar("Name")
-_CHARACTERS = 4  # of a token, about
+_CHARACTERS_PER_TOKEN = 4  # approximately, in ASCII text
 PROMPTS = Path(__file__).parent / "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
-    """A judge, and what it may cost.
+class JudgeOptions(ChatClientOptions):
+    """An LLM judge and the limit of its cost.
 
     Args:
-        endpoint: address of an OpenAI-compatible server, or of an Azure resource
-        judge: the judging model's name there (Azure, the deployment's)
-        key_variable: environment variable that holds the key
-        api_version: version of Azure's protocol; makes the endpoint an Azure one
-        judge_temperature: temperature of the judge
-        judge_max_tokens: longest reply
-        at_once: questions under way at the same time
-        tries: how often a question is asked that fails
-        timeout: seconds to wait for a reply
-        price_in: price of a million tokens that the judge reads
-        price_out: price of a million tokens that it writes
-        max_cost: ask nothing if the estimate is above this
-        dry_run: estimate, and ask nothing
-        ask_again: ask again where a kept reply cannot be read
+        judge: name of the judging model on the server (on Azure, of the deployment)
+        judge_temperature: sampling temperature of the judge
+        judge_max_tokens: maximum length of the judge's reply
+        input_price: price of a million input tokens
+        output_price: price of a million output tokens
+        max_cost: send no requests if the estimated cost is higher
+        dry_run: print the estimate without sending requests
+        ask_again: repeat requests whose cached reply cannot be parsed
     """
 
-    endpoint: str | None = None
+    aliases: ClassVar = {"price_in": Alias("input_price"), "price_out": Alias("output_price")}
     judge: str | None = None
-    key_variable: str = ChatClient.key_variable
-    api_version: str | None = None
     judge_temperature: float = 0.2
     judge_max_tokens: int = 1024
-    at_once: int = 8
-    tries: int = ChatClient.tries
-    timeout: float = ChatClient.timeout
-    price_in: float | None = None
-    price_out: float | None = None
+    input_price: float | None = None
+    output_price: float | None = None
     max_cost: float | None = None
     dry_run: bool = False
     ask_again: bool = False
 
     def check_judge(self) -> None:
-        if min(self.at_once, self.tries, self.judge_max_tokens) < 1 or self.timeout <= 0:
-            raise UserError(
-                "--at_once, --tries and --judge_max_tokens start at 1, --timeout above 0"
-            )
-        if any(value is not None and value < 0 for value in (self.price_in, self.price_out)):
-            raise UserError("--price_in and --price_out start at 0")
+        """Raises UserError for invalid options, and if the openai package is missing."""
+        if self.judge_max_tokens < 1:
+            raise UserError(f"--judge_max_tokens {self.judge_max_tokens}: Expected 1 or more.")
+        for name in ("input_price", "output_price"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise UserError(f"--{name} {value}: Expected 0 or more.")
         if self.dry_run and self.endpoint is None:
-            raise UserError("--dry_run estimates what a judge costs: --endpoint and --judge")
+            raise UserError("--dry_run estimates the cost of a judge. Set --endpoint and --judge.")
         if (self.endpoint is None) != (self.judge is None):
-            raise UserError("a judge needs both --endpoint and --judge")
-        if self.max_cost is not None and None in (self.price_in, self.price_out):
-            raise UserError("--max_cost needs --price_in and --price_out, of a million tokens")
+            raise UserError("A judge needs both --endpoint and --judge.")
+        if self.max_cost is not None and None in (self.input_price, self.output_price):
+            raise UserError("--max_cost needs --input_price and --output_price.")
         if self.endpoint is not None:
-            self.asked_of()  # before anything is printed: an address may hold a secret
+            # Before the options are printed, since an invalid URL may contain a password.
+            self.judge_client()
+            if not self.dry_run:
+                require_extra("openai", "evaluate", "--judge")
 
-    def asked_of(self) -> ChatClient:
+    def judge_client(self) -> ChatClient:
         if self.endpoint is None or self.judge is None:
-            raise UserError("a judge is needed: --endpoint and --judge")
-        return ChatClient(
-            self.endpoint, self.judge, self.key_variable, self.api_version,
-            self.judge_temperature, self.judge_max_tokens, self.tries, self.timeout, True,
-        )  # fmt: skip
+            raise UserError("A judge is required. Set --endpoint and --judge.")
+        return self.chat_client(
+            self.judge, self.judge_temperature, self.judge_max_tokens, keep_truncated=True
+        )
 
 
 class DryRun(Exception):
-    """The estimate is printed, and no more was asked for."""
+    """Raised after the estimate of a dry run."""
 
 
 def ask_judge(
     options: JudgeOptions,
-    questions: Mapping[Name, Sequence[Message]],
-    kept: Path,
-    readable: Callable[[Name, str], bool],
+    requests: Mapping[Name, Sequence[Message]],
+    cache_file: Path,
+    is_parsable: Callable[[Name, str], bool],
 ) -> dict[Name, str | RequestFailed]:
-    """Replies by the questions' names. They are kept in a file as they come: the same command goes
-    on where it was stopped, and pays for nothing twice.
+    """The judge's replies by the names of the requests.
 
-    Raises DryRun where only the estimate was asked for, UserError where it is above the limit.
+    Replies are cached in a file on arrival, so that an interrupted run resumes without paying for
+    a request twice.
+
+    Raises:
+        DryRun: after the estimate, if `options` asks only for it
+        UserError: the estimated cost is above the limit
     """
-    endpoint, replies = options.asked_of(), ResponseCache(kept)
-    known: dict[Name, str] = {}
-    for name, messages in questions.items():
-        reply = replies.get(endpoint.cache_key(messages))
-        if reply is not None and (readable(name, reply) or not options.ask_again):
-            known[name] = reply
+    client, cache = options.judge_client(), ResponseCache(cache_file)
+    replies: dict[Name, str | RequestFailed] = {}
+    for name, messages in requests.items():
+        reply = cache.get(client.cache_key(messages))
+        if reply is not None and (is_parsable(name, reply) or not options.ask_again):
+            replies[name] = reply
         elif reply is not None:
-            replies.forget(endpoint.cache_key(messages))
-    left = {name: messages for name, messages in questions.items() if name not in known}
-    print(f"{len(known)} replies are there already; {_estimate(options, list(left.values()))}")
+            cache.discard(client.cache_key(messages))
+    remaining = {name: messages for name, messages in requests.items() if name not in replies}
+    print(f"Judge: {len(replies)} cached replies, {_estimate(options, list(remaining.values()))}")
     if options.dry_run:
         raise DryRun
-    found: dict[Name, str | RequestFailed] = dict(known)
-    if left:
-        asked = complete_all(endpoint, left, left.__getitem__, replies, options.at_once)
-        found |= dict(tqdm(asked, total=len(left), desc="asking the judge", unit=" replies"))
-    return {name: found[name] for name in questions}
+    if remaining:
+        completed = complete_all(
+            client, remaining, remaining.__getitem__, cache, options.concurrency
+        )
+        replies |= dict(tqdm(completed, total=len(remaining), desc="judging", unit=" replies"))
+    return {name: replies[name] for name in requests}
 
 
-def _estimate(options: JudgeOptions, questions: Sequence[Sequence[Message]]) -> str:
-    """What is left to ask, in words. Raises UserError where it is above the limit."""
-    said = "".join(message["content"] for messages in questions for message in messages)
-    ascii_ones = sum(character.isascii() for character in said)
-    # A letter beyond ASCII may take a token of its own.
-    read = ascii_ones / _CHARACTERS + len(said) - ascii_ones
-    written = len(questions) * options.judge_max_tokens
-    told = f"{len(questions)} to ask, about {read:,.0f} tokens, and at most {written:,} in reply"
-    if options.price_in is None or options.price_out is None:
-        return told
-    cost = (read * options.price_in + written * options.price_out) / 1e6
+def _estimate(options: JudgeOptions, requests: Sequence[Sequence[Message]]) -> str:
+    """The remaining requests and their cost. Raises UserError if it is above the limit."""
+    text = "".join(message["content"] for messages in requests for message in messages)
+    ascii_characters = sum(character.isascii() for character in text)
+    # Other characters may take one token each.
+    input_tokens = ascii_characters / _CHARACTERS_PER_TOKEN + len(text) - ascii_characters
+    output_tokens = len(requests) * options.judge_max_tokens
+    amount = (
+        f"{len(requests)} requests with about {input_tokens:,.0f} input tokens and at most "
+        f"{output_tokens:,} output tokens"
+    )
+    if options.input_price is None or options.output_price is None:
+        return amount
+    cost = (input_tokens * options.input_price + output_tokens * options.output_price) / 1e6
     if options.max_cost is not None and cost > options.max_cost:
-        raise UserError(f"{told}: up to about {cost:.2f}, --max_cost is {options.max_cost}")
-    return f"{told}: up to about {cost:.2f}"
+        raise UserError(
+            f"--max_cost {options.max_cost}: The estimated cost is higher (up to about {cost:.2f} "
+            f"for {amount})."
+        )
+    return f"{amount}: up to about {cost:.2f}"
 
 
 @dataclass(frozen=True)
 class JudgeStats:
-    """What became of a judge's replies."""
+    """The number of requests and their outcomes."""
 
-    asked: int
-    read: int
-    unread: int
+    requests: int
+    parsed: int
+    unparsed: int
     failed: int
-    first_failed: str = ""
+    first_failure: str = ""
 
     @classmethod
-    def of(
-        cls, replies: Mapping[Name, str | RequestFailed], read: Mapping[Name, bool]
+    def from_replies(
+        cls, replies: Mapping[Name, str | RequestFailed], is_parsed: Mapping[Name, bool]
     ) -> JudgeStats:
-        """`read` says which replies could be read."""
-        failed = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
-        good = sum(read[name] for name in replies)
-        first = failed[0].reason if failed else ""
-        return cls(len(replies), good, len(replies) - good - len(failed), len(failed), first)
+        failures = [reply for reply in replies.values() if isinstance(reply, RequestFailed)]
+        parsed = sum(is_parsed[name] for name in replies)
+        first = failures[0].reason if failures else ""
+        unparsed = len(replies) - parsed - len(failures)
+        return cls(len(replies), parsed, unparsed, len(failures), first)
 
-    def line(self) -> str:
+    def summary(self) -> str:
         return (
-            f"{self.read} of {self.asked} replies were read; {self.unread} cannot be read, "
-            f"{self.failed} questions got none"
+            f"{self.parsed} of {self.requests} replies of the judge were parsed; {self.unparsed} "
+            f"could not be parsed, {self.failed} requests failed"
         )
 
-    def values(self) -> dict[str, int]:
-        return {"asked": self.asked, "read": self.read, "unread": self.unread,
+    def to_json(self) -> dict[str, int]:
+        return {"requests": self.requests, "parsed": self.parsed, "unparsed": self.unparsed,
                 "failed": self.failed}  # fmt: skip
 
     def check(self) -> None:
-        """Raises DataLost where a question got no reply, once all else is written."""
+        """Raises PartialFailure if a request failed. Call it after all outputs are written."""
         if self.failed:
             raise PartialFailure(
-                f"{self.failed} of {self.asked} questions got no reply from the judge, the first: "
-                f"{self.first_failed}; the same command asks them again"
+                f"{self.failed} of {self.requests} requests to the judge failed. Run the same "
+                f"command again to repeat them. First failure: {self.first_failure}"
             )
 
 
-def note_of(reply: str | RequestFailed, is_read: bool) -> str:
-    """Why an answer has no score; nothing where it has one."""
+def failure_note(reply: str | RequestFailed, is_parsed: bool) -> str:
+    """The reason why a judge's reply gave no score; empty if it gave one."""
     if isinstance(reply, RequestFailed):
-        return f"the judge gave no reply: {reply.reason}"
-    return "" if is_read else f"the judge's reply cannot be read: {reply[:200]}"
+        return f"The judge gave no reply: {reply.reason}"
+    return "" if is_parsed else f"The judge's reply cannot be parsed: {reply[:200]}"
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
-    """A text with its `{names}` replaced, once: what a value holds is left as it is."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """Replaces each `{name}` once; braces in the values are not replaced."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
-def read_prompts(path: Path, **names: tuple[str, ...]) -> dict[str, str]:
-    """Texts of a YAML file by name, each with the `{places}` that it has to have. Raises UserError
-    for one that is missing."""
+def read_templates(path: Path, **placeholders: tuple[str, ...]) -> dict[str, str]:
+    """The templates of a YAML file by name.
+
+    `placeholders` names the templates and the `{placeholders}` that each must contain. Raises
+    UserError for a missing template or placeholder.
+    """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        texts = {name: found[name] for name in names}
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        templates = {name: content[name] for name in placeholders}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise UserError(f"{path}: File not found.") from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected {', '.join(names)} ({error})") from error
-    for name, text in texts.items():
-        lacks = [place for place in names[name] if f"{{{place}}}" not in str(text)]
-        if not isinstance(text, str) or lacks:
-            places = ", ".join(f"{{{place}}}" for place in names[name])
-            raise UserError(f"{path}: {name} is no text with {places or 'words'}")
-    return texts
+        raise UserError(
+            f"{path}: Expected the keys {', '.join(placeholders)} ({error})."
+        ) from error
+    for name, template in templates.items():
+        if not isinstance(template, str):
+            raise UserError(f"{path}: {name} must be a string (got {template!r}).")
+        missing = [f"{{{key}}}" for key in placeholders[name] if f"{{{key}}}" not in template]
+        if missing:
+            raise UserError(f"{path}: {name} lacks the placeholders {', '.join(missing)}.")
+    return templates

@@ -1,5 +1,4 @@
-"""MedMax's scores: of words, of judges' replies, of likeness; by task, as its result files have
-them."""
+"""MedMax's scores: of texts, of a judge's replies and of similarities, in its result format."""
 
 from __future__ import annotations
 
@@ -12,66 +11,66 @@ from typing import Any
 import numpy as np
 
 from medley.errors import UserError
-from medley.evaluation.judge import note_of
-from medley.evaluation.judge_scores import Pair, by_group, parse_pair, parse_pair_as_llava_med
-from medley.evaluation.matching import is_yes_or_no, yes_or_no
+from medley.evaluation.examples import Example, ScoredExample
+from medley.evaluation.judge import failure_note
+from medley.evaluation.judge_scores import (
+    Pair,
+    parse_pair,
+    parse_pair_as_llava_med,
+    summarize_groups,
+)
+from medley.evaluation.matching import find_yes_no, gold_yes_no
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     CHAT,
     GENERATION,
     MIXED,
     SOURCES,
-    Row,
+    MedmaxRecord,
     chat_reference,
-)  # fmt: skip
-from medley.evaluation.science_qa import parsed_letter
+    gold_text,
+)
+from medley.evaluation.science_qa import parse_letter
 from medley.utils.chat_client import RequestFailed
 
 JUDGED = ("open", MIXED, CHAT)
-LIKENESS, RELATIVE = "similarity of pictures", "relative to the reference (judge)"
+IMAGE_SIMILARITY, RELATIVE = "image similarity", "relative to the reference (judge)"
 _VERDICT = re.compile(r"correctness\W*([01])(?!\d|\.\d*[1-9])", re.IGNORECASE)
 
 
-def closed_is_right(gold: str, given: str, as_published: bool) -> bool:
-    """Published: the gold answer, letter for letter, somewhere in the given one, the other one
-    nowhere ("normal" is a no). Ours: as a word."""
+def is_closed_correct(gold: str, answer: str, as_published: bool) -> bool:
+    """Our own: the same yes or no as a word.
+
+    Published: the answer contains the gold answer as a substring and not the other one, so
+    "normal" counts as no.
+    """
     if not as_published:
-        wanted = is_yes_or_no(gold)
-        return wanted is not None and yes_or_no(given) == wanted
-    said = given.lower()
+        gold_choice = gold_yes_no(gold)
+        return gold_choice is not None and find_yes_no(answer) == gold_choice
     if gold not in ("yes", "no"):
         return False
+    text = answer.lower()
     other = "no" if gold == "yes" else "yes"
-    return gold in said and other not in said
+    return gold in text and other not in text
 
 
-def choice_is_right(gold: str, given: str, as_published: bool) -> bool:
-    """Published: the whole answer, its case aside, is the gold letter. Ours: the letter that it
-    names."""
+def is_choice_correct(gold: str, answer: str, as_published: bool) -> bool:
+    """Our own: the letter of the answer. Published: the complete answer is the gold letter."""
     if as_published:
-        return given.upper().strip() == gold
-    return parsed_letter(given) == gold.strip().upper()
+        return answer.upper().strip() == gold
+    return parse_letter(answer) == gold.strip().upper()
 
 
-def verdict(reply: str, as_published: bool) -> float | None:
-    """1 or 0 as a judge says it; None where it says neither, or (not as published) both."""
+def parse_verdict(reply: str, as_published: bool) -> float | None:
+    """A judge's verdict, 1 or 0; None without one, or (not as published) with both."""
     if as_published:
-        said = [number for number in (1, 0) if f"Correctness: {number}" in reply]
-        return float(said[0]) if said else None
-    found = set(_VERDICT.findall(reply))
-    return float(found.pop()) if len(found) == 1 else None
+        published = [number for number in (1, 0) if f"Correctness: {number}" in reply]
+        return float(published[0]) if published else None
+    verdicts = set(_VERDICT.findall(reply))
+    return float(verdicts.pop()) if len(verdicts) == 1 else None
 
 
-def accuracy(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard error, std(ddof=1) / sqrt(n): nan for too few."""
-    n = len(values)
-    if not n:
-        return {"accuracy": math.nan, "std_err": math.nan}
-    spread = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return {"accuracy": float(np.mean(values)), "std_err": spread}
-
-
-def pair_of(reply: str, as_published: bool) -> Pair | None:
+def parse_judge_pair(reply: str, as_published: bool) -> Pair | None:
     if not as_published:
         return parse_pair(reply)
     try:
@@ -80,156 +79,189 @@ def pair_of(reply: str, as_published: bool) -> Pair | None:
         return None
 
 
+def mean_and_stderr(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard error, std(ddof=1) / sqrt(n); NaN for too few values."""
+    n = len(values)
+    if not n:
+        return {"accuracy": math.nan, "std_err": math.nan}
+    stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return {"accuracy": float(np.mean(values)), "std_err": stderr}
+
+
 # --- a run ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """An answer: its words, the files of its pictures, or why there is none."""
+class GeneratedAnswer:
+    """A model's answer: its text and the files of its images, or the error that prevented it."""
 
     text: str
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     error: str = ""
 
     @property
-    def drawn(self) -> str | None:
-        return self.pictures[0] if self.pictures else None
+    def image(self) -> str | None:
+        """The first image, which is the one that is scored."""
+        return self.images[0] if self.images else None
 
 
-class Scores:
-    """Scores of rows by their numbers, with a note where one is missing."""
+class MedmaxScores:
+    """The scores of records by their numbers, and notes about missing scores."""
 
     def __init__(
-        self, rows: Sequence[Row], given: dict[int, Prediction], as_published: bool = False
+        self,
+        records: Sequence[MedmaxRecord],
+        answers: dict[int, GeneratedAnswer],
+        as_published: bool = False,
     ) -> None:
-        self.rows, self.given, self.as_published = rows, given, as_published
-        self.by_row: dict[int, dict[str, float]] = {row.number: {} for row in rows}
-        self.notes = {row.number: given[row.number].error for row in rows}
+        self.records, self.answers, self.as_published = records, answers, as_published
+        self.by_number: dict[int, dict[str, float]] = {r.number: {} for r in records}
+        self.notes = {r.number: answers[r.number].error for r in records}
         self.pairs: dict[int, Pair] = {}
-        self._groups = {row.number: row.group for row in rows}
+        self._groups = {r.number: r.group for r in records}
         rules: dict[str, Callable[[str, str, bool], bool]] = {
-            "closed": closed_is_right, "mcq": choice_is_right,
+            "closed": is_closed_correct, "mcq": is_choice_correct,
         }  # fmt: skip
-        for row in self.answered(*rules):
-            right = float(rules[row.group](row.answer, given[row.number].text, as_published))
-            self.by_row[row.number] |= {"right": right, "accuracy": right}
+        for record in self.answered(*rules):
+            rule, answer = rules[record.group], answers[record.number].text
+            correct = float(rule(record.answer, answer, as_published))
+            self.by_number[record.number] |= {"correct": correct, "accuracy": correct}
 
-    def answered(self, *groups: str) -> list[Row]:
-        """Rows of these tasks that have an answer."""
-        return [r for r in self.rows if r.group in groups and not self.given[r.number].error]
+    def answered(self, *groups: str) -> list[MedmaxRecord]:
+        """The records of some groups that have an answer."""
+        return [r for r in self.records if r.group in groups and not self.answers[r.number].error]
 
-    def with_pictures(self) -> list[Row]:
-        """Rows with pictures to compare. One that should have drawn and did not gets a note;
-        MedMax leaves it out of the mean, and so do we, where the note shows it."""
-        found = []
-        for row in self.answered(CAPTIONING, GENERATION, MIXED):
-            if row.task != CAPTIONING and self.given[row.number].drawn is None:
-                self.notes[row.number] = self.notes[row.number] or "no picture was drawn"
-            elif row.task != MIXED or row.image is not None:
-                found.append(row)
-        return found
+    def with_images(self) -> list[MedmaxRecord]:
+        """The records whose images are compared.
 
-    def readable(self, number: int, reply: str) -> bool:
-        """Whether a reply says what is asked of its row."""
+        A record whose answer lacks the required image gets a note. As in MedMax, it is left out
+        of the mean.
+        """
+        compared = []
+        for record in self.answered(CAPTIONING, GENERATION, MIXED):
+            number = record.number
+            if record.task != CAPTIONING and self.answers[number].image is None:
+                self.notes[number] = self.notes[number] or "No image was generated."
+            elif record.task != MIXED or record.image is not None:
+                compared.append(record)
+        return compared
+
+    def is_parsable(self, number: int, reply: str) -> bool:
+        """Whether a judge's reply has the score that its record needs."""
         if self._groups[number] == "open":
-            return verdict(reply, self.as_published) is not None
-        return pair_of(reply, self.as_published) is not None
+            return parse_verdict(reply, self.as_published) is not None
+        return parse_judge_pair(reply, self.as_published) is not None
 
-    def take_reply(self, number: int, reply: str | RequestFailed) -> bool:
-        """Keeps what a judge says of a row; whether it could be read."""
-        is_read = isinstance(reply, str) and self._read(number, reply)
-        self.notes[number] = note_of(reply, is_read) or self.notes[number]
-        return is_read
+    def add_reply(self, number: int, reply: str | RequestFailed) -> bool:
+        """Adds a judge's reply; returns whether it was parsed."""
+        is_parsed = isinstance(reply, str) and self._parse_reply(number, reply)
+        self.notes[number] = failure_note(reply, is_parsed) or self.notes[number]
+        return is_parsed
 
-    def _read(self, number: int, reply: str) -> bool:
+    def _parse_reply(self, number: int, reply: str) -> bool:
         if self._groups[number] == "open":
-            said = verdict(reply, self.as_published)
-            if said is not None:
-                self.by_row[number] |= {"right": said, "accuracy (judge)": said}
-            return said is not None
-        pair = pair_of(reply, self.as_published)
+            verdict = parse_verdict(reply, self.as_published)
+            if verdict is not None:
+                self.by_number[number] |= {"correct": verdict, "accuracy (judge)": verdict}
+            return verdict is not None
+        pair = parse_judge_pair(reply, self.as_published)
         if pair is not None:
             self.pairs[number] = pair
             if pair[0]:
-                self.by_row[number][RELATIVE] = pair[1] / pair[0]
+                self.by_number[number][RELATIVE] = pair[1] / pair[0]
         return pair is not None
 
-    # As MedMax's files have them.
+    def to_examples(self) -> list[ScoredExample]:
+        """The records with their scores, for a report."""
+        return [self._to_example(record) for record in self.records]
+
+    def _to_example(self, record: MedmaxRecord) -> ScoredExample:
+        answer = self.answers[record.number]
+        is_vqa = record.group == record.kind
+        kind = record.name if is_vqa else f"{record.task}: {record.kind}"
+        example = Example(
+            record.number, record.prompt, gold_text(record), answer.text, kind, record.prompt_image
+        )
+        scores, note = self.by_number[record.number], self.notes[record.number]
+        return ScoredExample(example, scores, note, answer.image)
+
+    # MedMax's files
 
     def results(self) -> dict[str, Any]:
-        """By task; one that nothing was scored of is left out."""
-        found = {}
-        for name, rows in self._by_name().items():
-            build = {CAPTIONING: self._similar, GENERATION: self._similar, MIXED: self._mixed,
-                     CHAT: self._chat}.get(rows[0].group, self._questions)  # fmt: skip
-            if own := build(rows):
-                found[name] = own
-        return found
+        """The result file by task, without tasks that have no score."""
+        results = {}
+        for name, records in self._by_name().items():
+            build = {CAPTIONING: self._similarity_result, GENERATION: self._similarity_result,
+                     MIXED: self._mixed_result, CHAT: self._chat_result,
+                     }.get(records[0].group, self._vqa_result)  # fmt: skip
+            if result := build(records):
+                results[name] = result
+        return results
 
     def logs(self) -> dict[str, list[dict[str, Any]]]:
-        """By task, every row that was answered."""
+        """The log file by task, with every record that has an answer."""
         return {
-            name: [self._log(row) for row in rows if not self.given[row.number].error]
-            for name, rows in self._by_name().items()
+            name: [self._log(record) for record in records if not self.answers[record.number].error]
+            for name, records in self._by_name().items()
         }
 
-    def _by_name(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.name, []).append(row)
-        return found
+    def _by_name(self) -> dict[str, list[MedmaxRecord]]:
+        by_name: dict[str, list[MedmaxRecord]] = {}
+        for record in self.records:
+            by_name.setdefault(record.name, []).append(record)
+        return by_name
 
-    def _values(self, rows: Sequence[Row], begins: str) -> list[float]:
+    def _values(self, records: Sequence[MedmaxRecord], prefix: str) -> list[float]:
         return [
-            value for row in rows for name, value in self.by_row[row.number].items()
-            if name.startswith(begins)
+            value for record in records for name, value in self.by_number[record.number].items()
+            if name.startswith(prefix)
         ]  # fmt: skip
 
-    def _questions(self, rows: Sequence[Row]) -> dict[str, Any]:
-        right = self._values(rows, "right")
-        return accuracy(right) if right else {}
+    def _vqa_result(self, records: Sequence[MedmaxRecord]) -> dict[str, Any]:
+        correct = self._values(records, "correct")
+        return mean_and_stderr(correct) if correct else {}
 
-    def _similar(self, rows: Sequence[Row]) -> dict[str, Any]:
-        short = "captioning" if rows[0].task == CAPTIONING else "generation"
-        found = {}
+    def _similarity_result(self, records: Sequence[MedmaxRecord]) -> dict[str, Any]:
+        prefix = "captioning" if records[0].task == CAPTIONING else "generation"
+        result = {}
         for source in SOURCES:
-            values = self._values([row for row in rows if row.kind == source], LIKENESS)
+            values = self._values([r for r in records if r.kind == source], IMAGE_SIMILARITY)
             if values:
-                mean = accuracy(values)
-                found[source] = {f"{short}_similarity": mean["accuracy"],
-                                 f"{short}_stderr": mean["std_err"]}  # fmt: skip
-        return found
+                mean = mean_and_stderr(values)
+                result[source] = {f"{prefix}_similarity": mean["accuracy"],
+                                  f"{prefix}_stderr": mean["std_err"]}  # fmt: skip
+        return result
 
-    def _mixed(self, rows: Sequence[Row]) -> dict[str, Any]:
-        words, pictures = self._values(rows, RELATIVE), self._values(rows, LIKENESS)
-        if not words and not pictures:
+    def _mixed_result(self, records: Sequence[MedmaxRecord]) -> dict[str, Any]:
+        texts = self._values(records, RELATIVE)
+        images = self._values(records, IMAGE_SIMILARITY)
+        if not texts and not images:
             return {}
         return {
-            "text_score": 100 * accuracy(words)["accuracy"], "num_text": len(words),
-            "image_score": accuracy(pictures)["accuracy"] if pictures else 0,
-            "num_images": len(pictures),
+            "text_score": 100 * mean_and_stderr(texts)["accuracy"], "num_text": len(texts),
+            "image_score": mean_and_stderr(images)["accuracy"] if images else 0,
+            "num_images": len(images),
         }  # fmt: skip
 
-    def _chat(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def _chat_result(self, records: Sequence[MedmaxRecord]) -> dict[str, Any]:
         pairs = [
-            ({**chat_reference(row.answer), "type": row.kind}, self.pairs[row.number])
-            for row in rows if row.number in self.pairs
+            ({**chat_reference(record.answer), "type": record.kind}, self.pairs[record.number])
+            for record in records if record.number in self.pairs
         ]  # fmt: skip
-        return {name: s.published() for name, s in by_group(pairs, "overall").items()}
+        groups = summarize_groups(pairs, "overall")
+        return {name: summary.to_llava_med() for name, summary in groups.items()}
 
-    def _log(self, row: Row) -> dict[str, Any]:
-        given = self.given[row.number]
-        common = {"question": row.prompt, "image_path": row.image, "answer": row.answer,
-                  "generated_text": given.text}  # fmt: skip
-        if row.group == row.kind:
-            right = self.by_row[row.number].get("right")
-            return common | {"is_correct": None if right is None else right == 1}
-        return common | {"images": list(given.pictures), "scores": self.by_row[row.number]}
+    def _log(self, record: MedmaxRecord) -> dict[str, Any]:
+        answer = self.answers[record.number]
+        common = {"question": record.prompt, "image_path": record.image, "answer": record.answer,
+                  "generated_text": answer.text}  # fmt: skip
+        scores = self.by_number[record.number]
+        if record.group == record.kind:
+            correct = scores.get("correct")
+            return common | {"is_correct": None if correct is None else correct == 1}
+        return common | {"images": list(answer.images), "scores": scores}
 
 
-# --- result files -----------------------------------------------------------------------------
-
-
-def merged(before: Any, new: dict[str, Any]) -> dict[str, Any]:
-    """A result file's content with other tasks' results kept."""
+def merge_results(before: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """The content of a result file, with the earlier results of other tasks."""
     return {**(before if isinstance(before, dict) else {}), **new}

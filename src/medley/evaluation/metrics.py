@@ -1,4 +1,4 @@
-"""How well words agree: measures of one answer, of texts that are normalised."""
+"""Word-overlap metrics of one answer. The texts are normalized already."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from medley.errors import UserError
-from medley.evaluation.vqa_normalize import counted
+from medley.evaluation.vqa_normalize import count_words
+from medley.utils.extras import require_extra
 
 
 def exact_match(answer: str, gold: str) -> float:
-    """Distinct words of the gold answer that were given, over all words that were: the published
-    "exact match", which is a precision. 0 for an empty answer."""
-    said = counted(answer)
-    return sum(1 for word in counted(gold) if word in said) / said.total() if said else 0.0
+    """The published "exact match", which is a precision; 0 for an empty answer.
+
+    It is the number of distinct gold words in the answer over the number of words in the answer.
+    """
+    words = count_words(answer)
+    return sum(1 for word in count_words(gold) if word in words) / words.total() if words else 0.0
 
 
 def f1(answer: str, gold: str) -> tuple[float, float, float]:
-    """F1, precision and recall over words; counts of the answer are right where the gold answer has
-    the word at all. All are 0 where nothing agrees."""
-    said, wanted = counted(answer), counted(gold)
-    right = sum(count for word, count in said.items() if word in wanted)
-    wrong = said.total() - right
-    missed = sum(count for word, count in wanted.items() if word not in said)
-    if not right:
+    """F1, precision and recall over words; all are 0 without a common word.
+
+    Every occurrence in the answer of a word that the gold answer has counts as correct.
+    """
+    words, gold_words = count_words(answer), count_words(gold)
+    correct = sum(count for word, count in words.items() if word in gold_words)
+    wrong = words.total() - correct
+    missed = sum(count for word, count in gold_words.items() if word not in words)
+    if not correct:
         return 0.0, 0.0, 0.0
-    precision, recall = right / (right + wrong), right / (right + missed)
+    precision, recall = correct / (correct + wrong), correct / (correct + missed)
     return 2 * precision * recall / (precision + recall), precision, recall
 
 
 def word_recall(answer: str, candidate: str) -> float:
-    """Share of a candidate's distinct words that were given."""
-    own = set(candidate.split())
-    return len(own.intersection(answer.split())) / len(own) if own else 0.0
+    """The fraction of a candidate's distinct words that the answer has."""
+    words = set(candidate.split())
+    return len(words.intersection(answer.split())) / len(words) if words else 0.0
 
 
 def bleu(answer: str, gold: str, weights: tuple[float, ...]) -> float:
-    """BLEU of one sentence by nltk, unsmoothed."""
-    score = _nltk()
+    """nltk's sentence BLEU without smoothing."""
+    sentence_bleu = _import_sentence_bleu()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that n-grams without a match give nearly nothing
-        return float(score([gold.split()], answer.split(), weights=weights))
+        warnings.simplefilter("ignore")  # nltk warns if an n-gram order has no match.
+        return float(sentence_bleu([gold.split()], answer.split(), weights=weights))
 
 
 @cache
-def _nltk() -> Callable[..., Any]:
-    try:
-        from nltk.translate.bleu_score import (  # type: ignore[import-untyped]  # has none
-            sentence_bleu,
-        )
-    except ImportError as error:
-        raise UserError("BLEU needs nltk: pip install 'medley-mm[evaluate]'") from error
-    found: Callable[..., Any] = sentence_bleu
-    return found
+def _import_sentence_bleu() -> Callable[..., Any]:
+    require_extra("nltk", "evaluate", "BLEU")
+    from nltk.translate.bleu_score import sentence_bleu  # type: ignore[import-untyped]
+
+    function: Callable[..., Any] = sentence_bleu
+    return function

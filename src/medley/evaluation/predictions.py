@@ -1,150 +1,193 @@
-"""Questions with right answers, and an answer file: put together by id and place, not one lost."""
+"""Answer files matched to questions with gold answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import RecordError
-from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.evaluation.cases import Example
-from medley.evaluation.matching import is_yes_or_no
+from medley.evaluation.examples import Example
+from medley.evaluation.matching import gold_yes_no
 from medley.evaluation.questions import CLOSED, OPEN, Question
-from medley.utils.files import check_unicode, read_json
-
-
-def paired(
-    questions: Sequence[Question], answers: Path, skip_missing: bool = False
-) -> tuple[list[Example], int]:
-    """Cases in the order of the questions, and how many of them have no answer.
-
-    Those count as answered with nothing, unless they are skipped. Questions that share an id are
-    told apart by the answers' prompts, or else by their order. Raises UserError for a question
-    without its right answer, an answer to no question, two answers to one, and where equal ids
-    cannot be told apart.
-    """
-    given = answers_by(answers)
-    asked: dict[str, list[Question]] = {}
-    for question in questions:
-        asked.setdefault(_key(question.identifier), []).append(question)
-    left = [key for key, own in given.items() if len(own) > len(asked.get(key, []))]
-    if left:
-        raise UserError(
-            f"{answers}: {len(left)} ids have more answers than there are questions, the first is "
-            f"{left[0]!r}: is it the answer file of another data set, or split?"
-        )
-    texts: dict[int, str] = {}  # by the question's place in memory: equal ones are told apart
-    for key, own in asked.items():
-        found = _told_apart(answers, key, own, given.get(key, []))
-        texts |= {id(q): text for q, text in zip(own, found, strict=True) if text is not None}
-    missing = sum(id(question) not in texts for question in questions)
-    cases = [
-        case_of(question, texts.get(id(question), ""))
-        for question in questions if id(question) in texts or not skip_missing
-    ]  # fmt: skip
-    if not cases:
-        raise UserError(f"{answers}: no question has an answer in it")
-    return cases, missing
-
-
-def _told_apart(
-    answers: Path, key: str, questions: Sequence[Question], given: Sequence[Prediction]
-) -> list[str | None]:
-    """The text of each of the questions that share an id; None for one without."""
-    if len(questions) == 1:
-        return [given[0].text if given else None]
-    rest = list(given)
-    found: list[str | None] = []
-    for question in questions:
-        fitting = next((one for one in rest if one.prompt == _bare(question.asked)), None)
-        found.append(None if fitting is None else fitting.text)
-        if fitting is not None:
-            rest.remove(fitting)
-    if not rest:
-        return found
-    if len(given) == len(questions):
-        return [one.text for one in given]
-    raise UserError(
-        f"{answers}: {len(questions)} questions have the id {key!r}, and {len(given)} answers, "
-        "whose prompts do not say to which they belong"
-    )
+from medley.evaluation.records import read_objects
+from medley.utils.files import read_json
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer, and the question as its file has it, without marks of pictures."""
+    """A row of an answer file: the answer, and its question without `<image>`."""
 
     text: str
     prompt: str
 
 
-def _bare(prompt: str) -> str:
-    return prompt.replace(IMAGE, "").strip()
+def read_predictions(path: Path) -> dict[str, list[Prediction]]:
+    """The answers of a file by question id, in the file's order."""
+    predictions: dict[str, list[Prediction]] = {}
+    for where, row in read_objects(path):
+        _check_answer(where, row)
+        prediction = Prediction(row["text"], _without_placeholder(str(row.get("prompt", ""))))
+        predictions.setdefault(_normalize_id(row["question_id"]), []).append(prediction)
+    return predictions
 
 
-def answers_by(path: Path) -> dict[str, list[Prediction]]:
-    """The answers of a file by id, in their order."""
-    given: dict[str, list[Prediction]] = {}
-    for place, row in _rows(path):
-        _check(place, row)
-        one = Prediction(row["text"], _bare(str(row.get("prompt", ""))))
-        given.setdefault(_key(row["question_id"]), []).append(one)
-    return given
+def read_unique_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an answer file by question id. Raises UserError for a repeated id."""
+    answers: dict[str, dict[str, Any]] = {}
+    for where, row in read_objects(path):
+        _check_answer(where, row)
+        if answers.setdefault(_normalize_id(row["question_id"]), row) is not row:
+            raise UserError(f"{where}: Duplicate answer to question {row['question_id']!r}.")
+    return answers
 
 
-def case_of(question: Question, answer: str) -> Example:
-    """Without an answer_type, yes and no are closed and the rest is open. Raises UserError for a
-    question without its right answer."""
+def missing_ids(wanted: Iterable[str], answers: Collection[str]) -> list[str]:
+    return [identifier for identifier in wanted if identifier not in answers]
+
+
+def match_predictions(
+    questions: Sequence[Question], path: Path, skip_missing: bool = False
+) -> tuple[list[Example], int]:
+    """Examples in the order of the questions, and the number of questions without an answer.
+
+    A missing answer counts as an empty one, unless `skip_missing` leaves its question out.
+    Questions that share an id are matched by the prompts in the answer file, else by their order.
+
+    Raises:
+        UserError: a question has no gold answer, an answer has no question, a question has two
+            answers, or the answers to questions with the same id are ambiguous
+    """
+    predictions = read_predictions(path)
+    questions_by_id: dict[str, list[Question]] = {}
+    for question in questions:
+        questions_by_id.setdefault(_normalize_id(question.identifier), []).append(question)
+    surplus = [
+        key for key, own in predictions.items() if len(own) > len(questions_by_id.get(key, []))
+    ]
+    if surplus:
+        raise UserError(
+            f"{path}: {len(surplus)} ids have more answers than questions; the first is "
+            f"{surplus[0]!r}. Check that the answers belong to this dataset and split."
+        )
+    texts: dict[int, str] = {}  # by object identity, since two questions may be equal
+    for key, own in questions_by_id.items():
+        matched = _match_by_prompt(path, key, own, predictions.get(key, []))
+        texts |= {id(q): text for q, text in zip(own, matched, strict=True) if text is not None}
+    missing = sum(id(question) not in texts for question in questions)
+    examples = [
+        to_example(question, texts.get(id(question), ""))
+        for question in questions if id(question) in texts or not skip_missing
+    ]  # fmt: skip
+    if not examples:
+        raise UserError(f"{path}: The file answers none of the questions.")
+    return examples, missing
+
+
+def _match_by_prompt(
+    path: Path, key: str, questions: Sequence[Question], predictions: Sequence[Prediction]
+) -> list[str | None]:
+    """The answer to each question of one id; None if it is missing."""
+    if len(questions) == 1:
+        return [predictions[0].text if predictions else None]
+    rest = list(predictions)
+    texts: list[str | None] = []
+    for question in questions:
+        prompt = _without_placeholder(question.raw_text)
+        match = next((prediction for prediction in rest if prediction.prompt == prompt), None)
+        texts.append(None if match is None else match.text)
+        if match is not None:
+            rest.remove(match)
+    if not rest:
+        return texts
+    if len(predictions) == len(questions):
+        return [prediction.text for prediction in predictions]
+    raise UserError(
+        f"{path}: {len(questions)} questions share the id {key!r}, and the prompts of its "
+        f"{len(predictions)} answers do not determine which questions they belong to."
+    )
+
+
+def to_example(question: Question, answer: str) -> Example:
+    """An example; without an answer_type, gold answers yes and no are closed, all others open.
+
+    Raises UserError for a question without a gold answer.
+    """
     if question.gold is None:
-        raise UserError(f"question {question.identifier}: the file has no right answer to it")
-    kind = question.kind or (OPEN if is_yes_or_no(question.gold) is None else CLOSED)
+        raise UserError(f"Question {question.identifier}: The gold answer is missing.")
+    kind = question.kind or (OPEN if gold_yes_no(question.gold) is None else CLOSED)
     return Example(
         question.identifier, question.text, question.gold, answer, kind, question.image,
         question.fields,
     )  # fmt: skip
 
 
-def _key(identifier: Any) -> str:
-    return str(identifier)  # some tools make texts of numbers
+def _without_placeholder(prompt: str) -> str:
+    return prompt.replace(IMAGE, "").strip()
 
 
-def _check(place: str, row: Any) -> None:
-    if not isinstance(row, dict) or "question_id" not in row or "text" not in row:
-        raise UserError(f"{place}: expected question_id and text")
+def _normalize_id(identifier: Any) -> str:
+    return str(identifier)  # Some tools convert numbers to strings.
+
+
+def _check_answer(where: str, row: dict[str, Any]) -> None:
+    if "question_id" not in row or "text" not in row:
+        raise UserError(f"{where}: Expected question_id and text.")
     if not isinstance(row["text"], str):
-        raise UserError(f"{place}: its text is {row['text']!r}, expected text")
-    check_unicode(place, row)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for place, _, row in records_of(path):
-        if isinstance(row, RecordError):
-            raise UserError(f"{place}: {row}")
-        yield place, row
+        raise UserError(f"{where}: text must be a string (got {row['text']!r}).")
 
 
 def read_candidates(path: Path) -> list[Any]:
-    """Open answers of the train set: a list, or LLaVA-Med's object with one under "0"."""
-    found = read_json(path)
-    values = found.get("0") if isinstance(found, dict) else found
+    """Open answers of a training set: a list, or LLaVA-Med's object with a list under "0"."""
+    content = read_json(path)
+    values = content.get("0") if isinstance(content, dict) else content
     if not isinstance(values, list):
-        raise UserError(f"{path}: expected a list of answers, or one under the key 0")
+        raise UserError(f'{path}: Expected a list of answers, or an object with a list under "0".')
     return values
 
 
-def by_identifier(path: Path) -> dict[str, Any]:
-    """An answer file by id. Raises UserError where an id has two answers."""
-    found: dict[str, Any] = {}
-    for place, row in _rows(path):
-        _check(place, row)
-        if found.setdefault(_key(row["question_id"]), row) is not row:
-            raise UserError(f"{place}: a second answer to {row['question_id']!r}")
-    return found
+# --- several answer files ---------------------------------------------------------------------
 
 
-def missing_ids(wanted: Iterable[str], answers: dict[str, Any]) -> list[str]:
-    return [identifier for identifier in wanted if identifier not in answers]
+def find_question_files(path: Path) -> dict[str, Path]:
+    """Dataset name -> question file: `path` itself, or NAME.json and NAME/test.json below it."""
+    if path.is_file():
+        return {path.parent.resolve().name if path.stem == "test" else path.stem: path}
+    files = {file.parent.name: file for file in sorted(path.glob("*/test.json"))}
+    files |= {file.stem: file for file in sorted(path.glob("*.json"))}
+    if not files:
+        raise UserError(
+            f"{path}: Expected a file, or a folder with NAME.json or NAME/test.json files."
+        )
+    return files
+
+
+def dataset_of(answer_file: Path, datasets: Mapping[str, Path]) -> str:
+    """The dataset whose name is a whole word in an answer file's relative path.
+
+    The file name is searched first, then its folders. A single dataset matches every file. Raises
+    UserError if no dataset or several match.
+    """
+    if len(datasets) == 1:
+        return next(iter(datasets))
+    matches: list[str] = []
+    for part in (answer_file.name, *reversed(answer_file.parent.parts)):
+        found = [name for name in datasets if _has_word(part, name)]
+        # vqa_rad contains the word of a dataset named rad: the longer name wins.
+        matches = [n for n in found if not any(n != m and _has_word(m, n) for m in found)]
+        if matches:
+            break
+    if len(matches) != 1:
+        raise UserError(
+            f"{answer_file}: The path must contain the name of one dataset (got "
+            f"{', '.join(matches) or 'none'}, expected one of {', '.join(datasets)})."
+        )
+    return matches[0]
+
+
+def _has_word(text: str, word: str) -> bool:
+    pattern = rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])"
+    return re.search(pattern, text, re.IGNORECASE) is not None

@@ -1,4 +1,4 @@
-"""Questions about pictures, with their right answers where the file has them, of any format."""
+"""Questions about images in any dataset format, with their gold answers if the file has them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,35 @@ from typing import Any
 
 from medley.data.document import Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import resolve_image_path
-from medley.datasets.conversion import read_record
-from medley.datasets.llava import TURNS
+from medley.datasets.base import ConversionConfig, RecordError, resolve_image_path
+from medley.datasets.llava import CONVERSATION_KEYS
 from medley.datasets.readers import records_of
-from medley.datasets.registry import FORMATS, ConversionConfig, Name, RecordError
+from medley.datasets.registry import FORMATS, FormatName
+from medley.datasets.samples import read_record
 from medley.errors import UserError
 from medley.utils.files import check_unicode
 
 OPEN, CLOSED = "OPEN", "CLOSED"
+_KINDS = {
+    OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Question:
-    """`asked` is the text as it stands in the file, with its `<image>`; `prompt` what a model is
-    asked. `kind` is OPEN, CLOSED, or None where the record does not say; `fields` is the rest of
-    the record."""
+    """A question.
+
+    Attributes:
+        identifier: id of the record, or its number
+        raw_text: the text in the file, with its `<image>`
+        prompt: the prompt of a model
+        gold: the gold answer
+        kind: OPEN, CLOSED, or None if the record does not contain it
+        fields: the other fields of the record
+    """
 
     identifier: str | int
-    asked: str
+    raw_text: str
     prompt: Document
     gold: str | None = None
     kind: str | None = None
@@ -40,121 +50,120 @@ class Question:
 
     @property
     def image(self) -> str | None:
-        found = self.prompt.pictures
-        return str(found[0].path) if found and found[0].path is not None else None
+        """The path of the first image."""
+        images = self.prompt.images
+        return str(images[0].path) if images and images[0].path is not None else None
 
 
-def read_questions(path: Path, form: Name, choices: ConversionConfig) -> list[Question]:
-    """Questions in their order. Raises UserError with the place of a bad one.
+def read_questions(path: Path, name: FormatName, config: ConversionConfig) -> list[Question]:
+    """The questions in their order. Raises UserError with the location of an invalid one.
 
-    `llava` takes LLaVA's question files (JSONL of question_id, image, text) and its lists (id,
-    image, conversations). Records of any other format are read as the converter reads them.
+    `llava` covers LLaVA's question files (JSONL with question_id, image and text) and its lists
+    (id, image, conversations). Other formats are read as `medley convert` reads them.
     """
-    found = []
-    records = records_of(path) if form == "llava" else FORMATS[form].records(choices)
-    for place, _, record in records:
+    questions = []
+    records = records_of(path) if name == "llava" else FORMATS[name].records(config)
+    for where, _, record in records:
         if isinstance(record, RecordError):
-            raise UserError(f"{place}: {record}")
+            raise UserError(f"{where}: {record}")
         try:
-            check_unicode(place, record)
-            if form == "llava":
-                found.append(_of_llava(record, choices.image_folder))
+            check_unicode(where, record)
+            if name == "llava":
+                questions.append(_from_llava(record, config.image_folder))
             else:
-                found.append(_of_sample(record, form, choices, len(found)))
+                questions.append(_from_record(record, name, config, len(questions)))
         except RecordError as error:
-            raise UserError(f"{place}: {error}") from error
-    if not found:
-        raise UserError(f"{path}: no questions in it")
-    return found
+            raise UserError(f"{where}: {error}") from error
+    if not questions:
+        raise UserError(f"{path}: The file contains no questions.")
+    return questions
 
 
-def _of_llava(record: Any, folder: Path | None) -> Question:
+def _from_llava(record: Any, folder: Path | None) -> Question:
     if not isinstance(record, dict):
-        raise RecordError("expected an object")
+        raise RecordError("Expected an object.")
     key = next((name for name in ("question_id", "id") if name in record), None)
-    turns = next((record[name] for name in TURNS if name in record), None)
+    turns = next((record[name] for name in CONVERSATION_KEYS if name in record), None)
     if key is None or ("text" not in record and turns is None):
-        raise RecordError("expected question_id and text, or id and conversations")
-    said = list(_said(record, turns))
-    if len(said) > 2:
+        raise RecordError("Expected question_id and text, or id and conversations.")
+    texts = list(_turn_texts(record, turns))
+    if len(texts) > 2:
         raise RecordError(
-            f"{len(said)} turns, expected a question and its answer: answers have one for each "
-            "record, so give each question its own"
+            f"Too many turns (got {len(texts)}, expected a question and its answer). Make one "
+            "record of each question."
         )
-    asked, gold = said[0], said[1] if len(said) > 1 else None
+    text, gold = texts[0], texts[1] if len(texts) > 1 else None
     identifier, image = record[key], record.get("image")
-    if not isinstance(asked, str):
-        raise RecordError("the question is no text")
+    if not isinstance(text, str):
+        raise RecordError("The question must be a string.")
     if isinstance(gold, bool | list | dict):
-        raise RecordError("the answer is no text")
+        raise RecordError("The answer must be a string.")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise RecordError(f"{key} is {identifier!r}, expected text or a number")
+        raise RecordError(f"{key} must be a string or a number (got {identifier!r}).")
     if not isinstance(image, str | None):
-        raise RecordError(f"image is {image!r}, expected a path")
-    # The picture's place in LLaVA's files is before or behind the words; here it comes first.
-    words = asked.replace(IMAGE, "").strip()
-    picture = [ImagePart(path=resolve_image_path(image, folder))] if image else []
-    fields = {n: v for n, v in record.items() if n not in (*TURNS, "text", key, "image")}
+        raise RecordError(f"image must be a path (got {image!r}).")
+    # In LLaVA's files <image> is before or after the text. In the prompt the image comes first.
+    prompt_text = text.replace(IMAGE, "").strip()
+    image_parts = [ImagePart(path=resolve_image_path(image, folder))] if image else []
+    used = (*CONVERSATION_KEYS, "text", key, "image")
+    fields = {name: value for name, value in record.items() if name not in used}
     return Question(
-        identifier, asked, Document((Turn("user", (*picture, words)),)),
-        None if gold is None else str(gold), _kind(record.get("answer_type")), fields,
+        identifier, text, Document((Turn("user", (*image_parts, prompt_text)),)),
+        None if gold is None else str(gold), _parse_kind(record.get("answer_type")), fields,
     )  # fmt: skip
 
 
-def _said(record: dict[str, Any], turns: Any) -> Iterator[Any]:
-    """The question, and its answer where there is one."""
+def _turn_texts(record: dict[str, Any], turns: Any) -> Iterator[Any]:
+    """The question, and the answer if the record has it."""
     if "text" in record:
         yield record["text"]
         return
     if not isinstance(turns, list) or not turns:
-        raise RecordError(f"conversations is {turns!r}, expected a list of turns")
+        raise RecordError(f"conversations must be a list of turns (got {turns!r}).")
     for number, turn in enumerate(turns):
         expected = ("human", "gpt")[number % 2]
         if not isinstance(turn, dict) or "value" not in turn:
-            raise RecordError(f"turn {number} has no value")
+            raise RecordError(f"Turn {number} has no value.")
         if turn.get("from", expected) != expected:
-            raise RecordError(f"turn {number} is from {turn['from']!r}, expected {expected}")
+            raise RecordError(f"Turn {number} must be from {expected} (got {turn['from']!r}).")
         yield turn["value"]
 
 
-def _of_sample(record: Any, form: Name, choices: ConversionConfig, number: int) -> Question:
-    sample = read_record(FORMATS[form], record, choices)
+def _from_record(record: Any, name: FormatName, config: ConversionConfig, number: int) -> Question:
+    sample = read_record(FORMATS[name], record, config)
     turns = sample.document.turns
     if turns[0].role != "user" or len(turns) > 2:
         raise RecordError(
-            f"{len(turns)} turns, the first of the {turns[0].role}: expected a question and its "
-            "answer"
+            f"Expected a question and its answer (got {len(turns)} turns that start with the "
+            f"{turns[0].role})."
         )
-    asked = "\n".join(part if isinstance(part, str) else IMAGE for part in turns[0].parts)
+    text = "\n".join(part if isinstance(part, str) else IMAGE for part in turns[0].parts)
     gold = None
     if len(turns) == 2:
         if any(isinstance(part, ImagePart) for part in turns[1].parts):
-            raise RecordError("a picture in the answer: only words are compared")
+            raise RecordError("The answer contains an image, but only text can be scored.")
         gold = "".join(str(part) for part in turns[1].parts)
-    if form == "science_qa":  # the letter alone is right, whatever a prompt format adds to it
+    if name == "science_qa":  # The gold answer is the letter, whatever the prompt format adds.
         gold = ascii_uppercase[sample.fields["answer"]]
     identifier = sample.fields.get("id", number)
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise RecordError(f"id is {identifier!r}, expected text or a number")
+        raise RecordError(f"id must be a string or a number (got {identifier!r}).")
     fields = {n: v for n, v in sample.fields.items() if n != "id"}
-    return Question(
-        identifier, asked, Document(turns[:1]), gold, _kind(fields.get("answer_type")), fields
-    )
+    kind = _parse_kind(fields.get("answer_type"))
+    return Question(identifier, text, Document(turns[:1]), gold, kind, fields)
 
 
-_KINDS = {
-    OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN,
-}  # fmt: skip
+def _parse_kind(value: Any) -> str | None:
+    """OPEN or CLOSED, also from PathVQA's names; None without a value.
 
-
-def _kind(value: Any) -> str | None:
-    """OPEN or CLOSED, also by PathVQA's names; None where nothing is said. Raises RecordError for
-    anything else."""
+    Raises RecordError for any other value.
+    """
     if value is None:
         return None
     kind = _KINDS.get(str(value).strip().upper())
     if kind is None:
         raise RecordError(
-            f"answer_type is {value!r}, expected OPEN or CLOSED (or yes/no, number, other)"
+            f"answer_type is invalid (got {value!r}, expected OPEN, CLOSED, yes/no, number or "
+            "other)."
         )
     return kind

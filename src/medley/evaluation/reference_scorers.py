@@ -1,81 +1,95 @@
-"""LLaVA-Med's two published scorers of visual questions, bug for bug.
+"""LLaVA-Med's two published VQA scorers, reproduced exactly, including their bugs.
 
-Substrings count as words there ("normal" as no), and "exact match" is a precision.
+They match substrings, so "normal" counts as "no", and their "exact match" is a precision.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from medley.errors import UserError
-from medley.evaluation.cases import Example
+from medley.evaluation.examples import Example
 from medley.evaluation.metrics import bleu, exact_match, f1, word_recall
 from medley.evaluation.questions import CLOSED, OPEN
-from medley.evaluation.vqa_normalize import normalise
+from medley.evaluation.vqa_normalize import normalize_text
+from medley.utils.extras import require_extra
 
 Compat = Literal["run_eval", "run_eval_batch"]
-_WEIGHTS = {
+BLEU_WEIGHTS = {
     "bleu_score": (0.25, 0.25, 0.25, 0.25), "bleu_score_1": (1, 0, 0, 0),
     "bleu_score_2": (0, 1, 0, 0), "bleu_score_3": (0, 0, 1, 0),
 }  # fmt: skip
 
 
-def nearest_candidate(answer: str, candidates: Sequence[str]) -> str:
-    """The first of the normalised candidates that are most alike, also where none is alike at all.
+def require_packages() -> None:
+    """Raises UserError if a package that the published scorers need is missing."""
+    require_extra("nltk", "evaluate", "--compat")
+    require_extra("tabulate", "evaluate", "--compat")
 
-    Raises UserError for none of them.
+
+def nearest_candidate(answer: str, candidates: Sequence[str]) -> str:
+    """The first normalized candidate with the highest word recall, also if that recall is 0.
+
+    Raises UserError without candidates.
     """
     if not candidates:
         raise UserError(
-            "the candidates are empty: run_eval needs the open answers of the train set"
+            "--candidate: The list is empty. run_eval needs the open answers of the training set."
         )
-    return max(candidates, key=lambda text: word_recall(answer, text))
+    return max(candidates, key=lambda candidate: word_recall(answer, candidate))
 
 
-def normalised(candidates: Sequence[Any]) -> list[str]:
-    """Candidates as `nearest_candidate` compares them, each once: only the first of equals can win."""
-    return list(dict.fromkeys(normalise(str(c).lower(), True) for c in candidates))
+def normalize_candidates(candidates: Sequence[Any]) -> list[str]:
+    """Candidates as `nearest_candidate` compares them, without duplicates: the first one wins."""
+    return list(dict.fromkeys(normalize_text(str(c).lower(), True) for c in candidates))
 
 
 def published_scores(
-    cases: Sequence[Example], compat: Compat, candidates: Sequence[Any] | None
+    examples: Sequence[Example], compat: Compat, candidates: Sequence[Any] | None
 ) -> dict[str, float]:
-    """LLaVA-Med's table in percent, without the rows of a class that has no question, by which the
-    published code divides. It knows OPEN and CLOSED alone: other kinds of a record are left out.
+    """LLaVA-Med's table, in percent.
 
-    Raises UserError where candidates are needed.
+    The published code divides by zero if a question type has no question; its rows are left out
+    here. Examples whose record has a type other than OPEN and CLOSED are ignored. Raises UserError
+    if the candidates are missing.
     """
-    texts = None if candidates is None else normalised(candidates)
+    normalized = None if candidates is None else normalize_candidates(candidates)
     sums: defaultdict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
-    for case in (case for case in cases if is_known(case)):
-        answer, gold = (normalise(text.lower(), True) for text in (case.answer, case.gold))
-        if case.kind == OPEN:
+    for example in filter(has_published_kind, examples):
+        answer, gold = (normalize_text(t.lower(), True) for t in (example.answer, example.gold))
+        if example.kind == OPEN:
             counts[OPEN] += 1
-            # The published measures normalise what is normalised already.
-            again = [normalise(text, True) for text in (answer, gold)]
-            sums["exact match score"] += exact_match(*again)
-            scores = f1(*again)
-            for name, value in zip(("f1 score", "precision", "recall"), scores, strict=True):
+            # The published metrics normalize the normalized texts again.
+            answer_twice, gold_twice = (normalize_text(text, True) for text in (answer, gold))
+            sums["exact match score"] += exact_match(answer_twice, gold_twice)
+            values = f1(answer_twice, gold_twice)
+            for name, value in zip(("f1 score", "precision", "recall"), values, strict=True):
                 sums[name] += value
-            for name, weights in _WEIGHTS.items():
+            for name, weights in BLEU_WEIGHTS.items():
                 sums[name] += bleu(answer, gold, weights)
             if compat == "run_eval":
-                if texts is None:
-                    raise UserError("--compat run_eval needs --candidate, a file of open answers")
-                sums["open accuracy"] += float(nearest_candidate(again[0], texts) == again[1])
+                if normalized is None:
+                    raise UserError(
+                        "--compat run_eval needs --candidate, a file with the open answers of the "
+                        "training set."
+                    )
+                nearest = nearest_candidate(answer_twice, normalized)
+                sums["open accuracy"] += float(nearest == gold_twice)
             else:
                 sums["open accuracy"] += gold in answer
-        elif case.kind == CLOSED:
+        elif example.kind == CLOSED:
             counts[CLOSED] += 1
-            says = "yes" in answer or "no" in answer
-            right = gold in answer
-            sums["yes/no accuracy"] += (says and right) if compat == "run_eval" else right
-            sums["recall_closed"] += f1(normalise(answer, True), normalise(gold, True))[2]
-    opens = ["exact match score", "f1 score", "precision", "recall", *_WEIGHTS, "open accuracy"]
-    table = {name: 100 * sums[name] / counts[OPEN] for name in opens if counts[OPEN]}
+            has_yes_no = "yes" in answer or "no" in answer
+            correct = gold in answer
+            sums["yes/no accuracy"] += (has_yes_no and correct) if compat == "run_eval" else correct
+            recall = f1(normalize_text(answer, True), normalize_text(gold, True))[2]
+            sums["recall_closed"] += recall
+    open_names = ["exact match score", "f1 score", "precision", "recall", *BLEU_WEIGHTS,
+                  "open accuracy"]  # fmt: skip
+    table = {name: 100 * sums[name] / counts[OPEN] for name in open_names if counts[OPEN]}
     if counts[CLOSED] or compat == "run_eval":
         table["yes/no accuracy"] = 100 * sums["yes/no accuracy"] / max(counts[CLOSED], 1)
     if counts[CLOSED] and compat == "run_eval_batch":
@@ -83,19 +97,16 @@ def published_scores(
     return table
 
 
-def is_known(case: Example) -> bool:
-    """Whether the published code scores a case: by its record's own word, if it has one."""
-    said = case.fields.get("answer_type", case.kind)
-    return str(said).strip().upper() in (OPEN, CLOSED)
+def has_published_kind(example: Example) -> bool:
+    """Whether the published code scores an example: its record's own type is OPEN or CLOSED."""
+    kind = example.fields.get("answer_type", example.kind)
+    return str(kind).strip().upper() in (OPEN, CLOSED)
 
 
-def published_table(scores: dict[str, float]) -> str:
+def published_table(scores: Mapping[str, float]) -> str:
     """The table that LLaVA-Med prints."""
-    try:
-        from tabulate import tabulate  # type: ignore[import-untyped]  # has none
-    except ImportError as error:
-        raise UserError(
-            "the published table needs tabulate: pip install 'medley-mm[evaluate]'"
-        ) from error
+    require_extra("tabulate", "evaluate", "--compat")
+    from tabulate import tabulate  # type: ignore[import-untyped]
+
     rows = [[name, value] for name, value in scores.items()]
     return str(tabulate(rows, headers=["Metric", "Performance"]))

@@ -1,4 +1,4 @@
-"""One JSON, one list of cases and one HTML page for every evaluation."""
+"""The output files of every evaluation: scores (JSON), scored examples (JSONL), HTML report."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from medley.evaluation.cases import ScoredExample, sample_examples, write_scored
-from medley.evaluation.confidence import interval_of
+from medley.evaluation.confidence import confidence_interval
+from medley.evaluation.examples import ScoredExample, sample_examples, write_scored
 from medley.images.preprocess import ImageError, open_image
 from medley.utils.files import atomic_file, write_json
 from medley.utils.html import data_url, render
 
-GALLERY = 48  # answers that a page shows
-LONGEST = 2000  # characters of a text on a page
-THUMBNAIL = 256  # pixels of the longer side
+GALLERY = 48  # examples in an HTML report
+MAX_TEXT = 2000  # characters of a text in an HTML report
+THUMBNAIL = 256  # pixels of an image's longer side
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text; `bar` draws an interval (percent, low, high), `share` (0 to 1) a shade."""
+    """A table cell: its text, and either an interval bar or a shade.
+
+    `interval` has percent, low and high; `shade` is from 0 to 1.
+    """
 
     text: str
-    bar: Mapping[str, float] | None = None
-    share: float | None = None
+    interval: Mapping[str, float] | None = None
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,18 @@ class Table:
 
 
 def examples_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.cases.jsonl")
+    return output.with_name(f"{output.name}.examples.jsonl")
+
+
+def find_examples(output: Path) -> Path:
+    """The scored examples of an evaluation, also under the deprecated name."""
+    deprecated = output.with_name(f"{output.name}.cases.jsonl")  # alias
+    present = examples_path(output)
+    return deprecated if deprecated.exists() and not present.exists() else present
+
+
+def report_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.html")
 
 
 def write_report(
@@ -45,53 +59,49 @@ def write_report(
     title: str,
     values: dict[str, Any],
     tables: Sequence[Table],
-    cases: Sequence[ScoredExample],
+    scored: Sequence[ScoredExample],
     notes: Sequence[str] = (),
     gallery: int = GALLERY,
 ) -> None:
-    """Writes OUTPUT (JSON), OUTPUT.cases.jsonl with every answer and its scores,
-    OUTPUT.wrong.jsonl with those that are wrong, and OUTPUT.html.
+    """Writes the files of an evaluation.
 
-    The page stands alone: its pictures are inside, as thumbnails.
+    OUTPUT (JSON) has `values`, OUTPUT.examples.jsonl all examples with their scores,
+    OUTPUT.wrong.jsonl the wrong ones, and OUTPUT.html is a self-contained report with thumbnails.
     """
-    write_scored(examples_path(output), cases)
-    wrong = [one for one in cases if one.is_right is False]
+    write_scored(examples_path(output), scored)
+    wrong = [one for one in scored if one.is_correct is False]
     write_scored(output.with_name(f"{output.name}.wrong.jsonl"), wrong)
-    shown = sample_examples(cases, gallery)
+    cards = [_card(one) for one in sample_examples(scored, gallery)]
     text = render(
-        "evaluation.html", title, notes=notes, tables=tables, cards=[_card(one) for one in shown],
-        count=len(cases), both=any(one.is_right is False for one in cases),
+        "evaluation.html", title, notes=notes, tables=tables, cards=cards, count=len(scored),
+        has_wrong=bool(wrong),
     )  # fmt: skip
     with atomic_file(report_path(output)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    write_json(output, values)  # last: where it stands, the others do, too
+    write_json(output, values)  # last, so that the other files exist if this one does
 
 
-def report_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.html")
-
-
-def _card(one: ScoredExample) -> dict[str, Any]:
-    case = one.case
-    pictures = [_shown(case.image, "the question's picture")] if case.image else []
-    pictures += [_shown(one.drawn, "the picture that was drawn")] if one.drawn else []
-    scores = {name: value for name, value in one.scores.items() if name != "right"}
+def _card(scored: ScoredExample) -> dict[str, Any]:
+    example, generated = scored.example, scored.generated_image
+    images = [_image(example.image, "image of the question")] if example.image else []
+    images += [_image(generated, "generated image")] if generated else []
     return {
-        "identifier": case.identifier, "kind": case.kind, "question": _cut(case.question),
-        "gold": _cut(case.gold), "answer": _cut(case.answer), "right": one.is_right,
-        "scores": scores, "note": one.note, "pictures": pictures,
+        "identifier": example.identifier, "kind": example.kind, "images": images,
+        "question": _shorten(example.question), "gold": _shorten(example.gold),
+        "answer": _shorten(example.answer), "correct": scored.is_correct, "note": scored.note,
+        "scores": {name: value for name, value in scored.scores.items() if name != "correct"},
     }  # fmt: skip
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text)} characters)"
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text)} characters)"
 
 
-def _shown(path: str, alt: str) -> dict[str, str | None]:
+def _image(path: str, alt: str) -> dict[str, str | None]:
     try:
         return {"data": _thumbnail(path), "alt": alt}
     except (ImageError, OSError) as error:
-        return {"data": None, "alt": f"{alt} cannot be shown: {error}"}
+        return {"data": None, "alt": f"The {alt} cannot be shown: {error}"}
 
 
 @lru_cache(GALLERY)
@@ -102,52 +112,55 @@ def _thumbnail(path: str) -> str:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def measures_table(
-    title: str,
-    scores: Mapping[str, Any],
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
-    text: str = "",
-) -> Table:
-    """Measures with their intervals; `beside` has those of others (baselines), a column each."""
-    beside = beside or {}
-    rows = [
-        [Cell(name), Cell(f"{value['percent']:.1f}"), Cell(between(value), _within(value)),
-         Cell(between(value)), Cell(f"{value['n']}"),
-         *(Cell(f"{own[name]['percent']:.1f}" if name in own else "") for own in beside.values())]
-        for name, value in scores.items() if is_measure(value)
-    ]  # fmt: skip
-    return Table(title, ("", "percent", "", "95 % interval", "n", *beside), rows, text)
-
-
-def measures_of(cases: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Measure -> percent, interval and n, over the cases that have it."""
-    names = sorted({name for one in cases for name in one.scores if name != "right"})
+def aggregate_scores(scored: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Metric -> percent, 95% interval and n, over the examples that have it."""
+    names = sorted({name for one in scored for name in one.scores if name != "correct"})
     return {
-        name: interval_of([s.scores[name] for s in cases if name in s.scores], seed).percent()
+        name: confidence_interval(
+            [one.scores[name] for one in scored if name in one.scores], seed
+        ).as_percent()
         for name in names
     }
 
 
-def kinds_table(title: str, cases: Sequence[ScoredExample], seed: int = 0) -> Table:
-    """Kinds of cases in rows, measures in columns."""
-    whole = measures_of(cases, seed)
+def metrics_table(
+    title: str,
+    scores: Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+    text: str = "",
+) -> Table:
+    """Metrics with their intervals; `others` are scores to compare with, one column each."""
+    others = others or {}
+    rows = [
+        [Cell(name), Cell(f"{value['percent']:.1f}"),
+         Cell(format_interval(value), _clip_to_percent(value)), Cell(format_interval(value)),
+         Cell(f"{value['n']}"),
+         *(Cell(f"{own[name]['percent']:.1f}" if name in own else "") for own in others.values())]
+        for name, value in scores.items() if is_metric(value)
+    ]  # fmt: skip
+    return Table(title, ("", "percent", "", "95% interval", "n", *others), rows, text)
+
+
+def kinds_table(title: str, scored: Sequence[ScoredExample], seed: int = 0) -> Table:
+    """One row for each kind of example, one column for each metric."""
+    names = list(aggregate_scores(scored, seed))
     rows = []
-    for kind in dict.fromkeys(one.case.kind for one in cases):
-        own = measures_of([one for one in cases if one.case.kind == kind], seed)
-        rows.append([Cell(kind or "(none)"), *(Cell(_short(own.get(name))) for name in whole)])
-    return Table(title, ("", *whole), rows)
+    for kind in dict.fromkeys(one.example.kind for one in scored):
+        scores = aggregate_scores([one for one in scored if one.example.kind == kind], seed)
+        rows.append([Cell(kind or "(none)"), *(Cell(_format_cell(scores.get(n))) for n in names)])
+    return Table(title, ("", *names), rows)
 
 
 def groups_tables(groups: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """`field: value` -> scores, a table for each field: its values in rows, measures in columns."""
+    """`FIELD: VALUE` -> scores; one table for each field, with its values as rows."""
     fields = dict.fromkeys(name.partition(": ")[0] for name in groups if ": " in name)
     tables = []
     for field in fields:
         own = {n.partition(": ")[2]: g for n, g in groups.items() if n.startswith(f"{field}: ")}
-        names = sorted({n for group in own.values() for n, v in group.items() if is_measure(v)})
+        names = sorted({n for group in own.values() for n, v in group.items() if is_metric(v)})
         rows = [
-            [Cell(value or "(nothing)"), Cell(str(group["n"]))]
-            + [Cell(_short(group.get(name))) for name in names]
+            [Cell(value or "(empty)"), Cell(str(group["n"]))]
+            + [Cell(_format_cell(group.get(name))) for name in names]
             for value, group in own.items()
         ]
         tables.append(Table(f"By {field}", ("", "n", *names), rows))
@@ -159,38 +172,39 @@ def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
     rows = []
     for gold, own in counts.items():
         total = max(1, sum(own.values()))
-        cells = [Cell(str(own[name]), share=own[name] / total) for name in columns]
+        cells = [Cell(str(own[name]), shade=own[name] / total) for name in columns]
         rows.append([Cell(gold), *cells])
-    said = "Rows: the right answer. Columns: the given one."
-    return Table("Closed questions: right and given answers", ("", *columns), rows, said)
+    text = "Rows: gold answer. Columns: model's answer."
+    return Table("Confusion matrix of closed questions", ("", *columns), rows, text)
 
 
-def _within(value: Mapping[str, float]) -> dict[str, float]:
-    """Where a bar is drawn: some measures go beyond 0 and 100."""
+def _clip_to_percent(value: Mapping[str, float]) -> dict[str, float]:
+    """The ends of an interval bar: some metrics exceed 0% to 100%."""
     return {name: min(100.0, max(0.0, value[name])) for name in ("percent", "low", "high")}
 
 
-def is_measure(value: Any) -> bool:
+def is_metric(value: Any) -> bool:
     return isinstance(value, dict) and "percent" in value
 
 
-def between(value: Mapping[str, float]) -> str:
+def format_interval(value: Mapping[str, float]) -> str:
     return f"{value['low']:.1f} to {value['high']:.1f}"
 
 
-def _short(value: Mapping[str, float] | None) -> str:
-    return "" if value is None else f"{value['percent']:.1f} ({between(value)}), n {value['n']}"
+def _format_cell(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['percent']:.1f} ({format_interval(value)}), n {value['n']}"
 
 
-def text_table(scores: Mapping[str, Any]) -> str:
-    """The same for a terminal."""
+def format_scores(scores: Mapping[str, Any]) -> str:
+    """A table of scores for a terminal."""
     width = max([32, *map(len, scores)])
-    lines = [f"{'':{width}}   percent   95 % interval      n"]
+    lines = [f"{'':{width}}   percent   95% interval       n"]
     for name, value in scores.items():
-        if is_measure(value):
-            lines.append(
-                f"{name:{width}} {value['percent']:9.1f}   {between(value):15} {value['n']:6}"
-            )
+        if is_metric(value):
+            interval = format_interval(value)
+            lines.append(f"{name:{width}} {value['percent']:9.1f}   {interval:15} {value['n']:6}")
         elif not isinstance(value, dict):
             lines.append(f"{name:{width}} {value:>34}")
     return "\n".join(lines)

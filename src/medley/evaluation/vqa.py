@@ -1,128 +1,204 @@
-"""Our scores of visual questions: words are compared as words, every figure has its n and interval.
+"""Our own VQA scores: word-level comparison, with sample sizes, intervals and baselines.
 
-LLaVA-Med's published ones are in `published.py`.
+LLaVA-Med's published scores are in `reference_scorers.py`.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from medley.evaluation.cases import Example, ScoredExample
+from medley.evaluation.examples import Example, ScoredExample
 from medley.evaluation.matching import (
     contains_words,
-    is_yes_or_no,
+    find_yes_no,
+    gold_yes_no,
     same_answer,
-    words_of,
-    yes_or_no,
+    split_words,
 )
 from medley.evaluation.metrics import f1
 from medley.evaluation.questions import CLOSED
-from medley.evaluation.report import measures_of
-from medley.evaluation.science_qa import FAILED, LETTERS, parsed_letter
+from medley.evaluation.reference_scorers import Compat, published_scores
+from medley.evaluation.report import (
+    Cell,
+    Table,
+    aggregate_scores,
+    confusion_table,
+    groups_tables,
+    is_metric,
+    metrics_table,
+)
+from medley.evaluation.science_qa import FAILED, LETTERS, parse_letter
 
-_MOST_VALUES = 40  # of a record's value that tells groups apart
-UNCLEAR = "neither"  # of the answers that can be right, or several
+_MAX_GROUPS = 40  # distinct values of a field that examples are grouped by
+UNCLEAR = "neither"  # an answer that has none of the choices, or several
+MAJORITY, RANDOM = "majority baseline", "random baseline"
 
 
-def choice_of(case: Example) -> tuple[str, str] | None:
-    """(right, given) of a closed question that offers yes and no, or letters; `neither` for an
-    answer that names none of them, or several. None for any other question."""
-    if case.kind != CLOSED:
+def parse_choice(example: Example) -> tuple[str, str] | None:
+    """(gold, answered) of a closed question about yes and no or letters; None for any other.
+
+    An answer with none of the choices, or with several, gives `neither`.
+    """
+    if example.kind != CLOSED:
         return None
-    gold = case.gold.strip().rstrip(".")
+    gold = example.gold.strip().rstrip(".")
     if len(gold) == 1 and gold in LETTERS:
-        given = parsed_letter(case.answer)
-        return gold, given if given != FAILED else UNCLEAR
-    wanted = is_yes_or_no(gold)
-    return None if wanted is None else (wanted, yes_or_no(case.answer) or UNCLEAR)
+        letter = parse_letter(example.answer)
+        return gold, letter if letter != FAILED else UNCLEAR
+    gold_choice = gold_yes_no(gold)
+    if gold_choice is None:
+        return None
+    return gold_choice, find_yes_no(example.answer) or UNCLEAR
 
 
-def is_right(case: Example) -> bool:
-    """Whether a closed question has the right answer: the same letter, the same yes or no, or the
-    gold words, in their order, among those that were given. An open one, whether its words are the
-    gold ones."""
-    if (choice := choice_of(case)) is not None:
+def is_correct(example: Example) -> bool:
+    """Whether an answer is correct.
+
+    For a closed question: the same letter, the same yes or no, or an answer that contains the gold
+    words in sequence. For an open question: the same words.
+    """
+    if (choice := parse_choice(example)) is not None:
         return choice[0] == choice[1]
-    same = contains_words if case.kind == CLOSED else same_answer
-    return same(case.answer, case.gold)
+    matches = contains_words if example.kind == CLOSED else same_answer
+    return matches(example.answer, example.gold)
 
 
-def score(case: Example) -> ScoredExample:
-    right = float(is_right(case))
-    if case.kind == CLOSED:
-        return ScoredExample(case, {"right": right, "closed accuracy": right})
-    value, _, recall = f1(" ".join(words_of(case.answer)), " ".join(words_of(case.gold)))
-    return ScoredExample(
-        case, {"right": right, "open exact match": right, "open recall": recall, "open f1": value}
-    )
+def score_example(example: Example) -> ScoredExample:
+    correct = float(is_correct(example))
+    if example.kind == CLOSED:
+        return ScoredExample(example, {"correct": correct, "closed accuracy": correct})
+    words, gold_words = split_words(example.answer), split_words(example.gold)
+    f1_score, _, recall = f1(" ".join(words), " ".join(gold_words))
+    scores = {
+        "correct": correct, "open exact match": correct, "open recall": recall, "open f1": f1_score,
+    }  # fmt: skip
+    return ScoredExample(example, scores)
 
 
-def own_scores(cases: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Accuracies, recall and F1 in percent, each with n and a 95 % interval, of all questions and
-    of each group of their records."""
-    groups = {"all": _scores_of(cases, seed)}
-    for name in grouping_fields([one.case for one in cases]):
-        for value in sorted({str(one.case.fields.get(name, "")) for one in cases}):
-            own = [one for one in cases if str(one.case.fields.get(name, "")) == value]
-            groups[f"{name}: {value}"] = _scores_of(own, seed)
+def score_groups(scored: Sequence[ScoredExample], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Accuracies, recall and F1 in percent, each with n and a 95% interval.
+
+    The groups are `all` and `FIELD: VALUE` for the values of the records' fields.
+    """
+    groups = {"all": _score_group(scored, seed)}
+    for field in grouping_fields([one.example for one in scored]):
+        for value in sorted({str(one.example.fields.get(field, "")) for one in scored}):
+            own = [one for one in scored if str(one.example.fields.get(field, "")) == value]
+            groups[f"{field}: {value}"] = _score_group(own, seed)
     return groups
 
 
-def _scores_of(cases: Sequence[ScoredExample], seed: int) -> dict[str, Any]:
-    closed = sum(one.case.kind == CLOSED for one in cases)
-    choices = [choice_of(one.case) for one in cases]
+def _score_group(scored: Sequence[ScoredExample], seed: int) -> dict[str, Any]:
+    closed = sum(one.example.kind == CLOSED for one in scored)
+    choices = [parse_choice(one.example) for one in scored]
     unclear = sum(choice is not None and choice[1] == UNCLEAR for choice in choices)
     return {
-        "n": len(cases), "closed": closed, "open": len(cases) - closed,
-        "closed answers that name none of the choices, or several": unclear,
-        **measures_of(cases, seed),
+        "n": len(scored), "closed": closed, "open": len(scored) - closed,
+        "closed answers with none of the choices, or with several": unclear,
+        **aggregate_scores(scored, seed),
     }  # fmt: skip
 
 
-def grouping_fields(cases: Sequence[Example]) -> list[str]:
-    """Values of the records that tell groups apart: a few different texts, in most records."""
-    names = Counter(n for case in cases for n, v in case.fields.items() if isinstance(v, str))
+def grouping_fields(examples: Sequence[Example]) -> list[str]:
+    """Text fields that most records have and whose few different values form groups."""
+    counts = Counter(
+        name for e in examples for name, value in e.fields.items() if isinstance(value, str)
+    )
     return [
-        name for name, count in sorted(names.items())
+        name for name, count in sorted(counts.items())
         if name not in ("source", "split", "task", "answer_type")
-        and count > len(cases) / 2
-        and 2 <= len({str(case.fields.get(name, "")) for case in cases}) <= _MOST_VALUES
+        and count > len(examples) / 2
+        and 2 <= len({str(e.fields.get(name, "")) for e in examples}) <= _MAX_GROUPS
     ]  # fmt: skip
 
 
-def confusion(cases: Sequence[Example]) -> dict[str, dict[str, int]]:
-    """Right answer -> given answer -> how often, of the closed questions that offer choices."""
-    pairs = Counter(choice for case in cases if (choice := choice_of(case)) is not None)
-    columns = sorted({given for _, given in pairs} | {gold for gold, _ in pairs})
+def confusion_matrix(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """Gold choice -> answered choice -> count, over the closed questions with choices."""
+    pairs = Counter(choice for e in examples if (choice := parse_choice(e)) is not None)
+    columns = sorted({answered for _, answered in pairs} | {gold for gold, _ in pairs})
     return {
-        gold: {given: pairs[gold, given] for given in columns}
+        gold: {answered: pairs[gold, answered] for answered in columns}
         for gold in sorted({gold for gold, _ in pairs})
     }
 
 
-# --- what somebody scores who does not look -----------------------------------------------------
+# --- image-blind baselines ----------------------------------------------------------------------
 
 
-def majority_baseline(cases: Sequence[Example]) -> list[Example]:
-    """The same questions, each answered with the commonest right answer of its kind."""
-    golds: dict[str, Counter[str]] = {}
-    written: dict[str, str] = {}  # as it stands in the file, for one that is written in two ways
-    for case in cases:
-        gold = case.gold.strip()
-        golds.setdefault(case.kind, Counter())[gold.lower()] += 1
-        written.setdefault(gold.lower(), gold)
-    usual = {kind: written[counts.most_common(1)[0][0]] for kind, counts in golds.items()}
-    return [replace(case, answer=usual[case.kind]) for case in cases]
+def majority_baseline(examples: Sequence[Example]) -> list[Example]:
+    """The same questions, each with the most frequent gold answer of its kind."""
+    counts: dict[str, Counter[str]] = {}
+    spelling: dict[str, str] = {}  # the first spelling of each answer in the file
+    for example in examples:
+        gold = example.gold.strip()
+        counts.setdefault(example.kind, Counter())[gold.lower()] += 1
+        spelling.setdefault(gold.lower(), gold)
+    majority = {kind: spelling[own.most_common(1)[0][0]] for kind, own in counts.items()}
+    return [replace(example, answer=majority[example.kind]) for example in examples]
 
 
-def random_baseline(cases: Sequence[Example], seed: int) -> list[Example]:
-    """The same questions, each answered with a right answer of its kind that was drawn."""
+def random_baseline(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same questions, each with a randomly sampled gold answer of its kind."""
     golds: dict[str, list[str]] = {}
-    for case in cases:
-        golds.setdefault(case.kind, []).append(case.gold)
+    for example in examples:
+        golds.setdefault(example.kind, []).append(example.gold)
     choice = random.Random(seed).choice
-    return [replace(case, answer=choice(golds[case.kind])) for case in cases]
+    return [replace(example, answer=choice(golds[example.kind])) for example in examples]
+
+
+# --- all scores of an answer file ---------------------------------------------------------------
+
+
+def compute_scores(
+    scored: Sequence[ScoredExample],
+    compat: Sequence[Compat] = (),
+    candidates: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Our scores and the published ones, for the answers and for image-blind baselines."""
+    examples = [one.example for one in scored]
+
+    def published(own: Sequence[Example]) -> dict[str, Any]:
+        return {name: published_scores(own, name, candidates) for name in compat}
+
+    baselines = {
+        MAJORITY: majority_baseline(examples), RANDOM: random_baseline(examples, seed),
+    }  # fmt: skip
+    return {
+        "evaluation": "vqa", "scores": score_groups(scored, seed), **published(examples),
+        "confusion": confusion_matrix(examples),
+        "baselines": {
+            name: {"scores": score_groups([score_example(e) for e in own], seed)["all"],
+                   **published(own)}
+            for name, own in baselines.items()
+        },
+    }  # fmt: skip
+
+
+def only_metrics(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores without counts."""
+    return {name: value for name, value in scores.items() if is_metric(value)}
+
+
+def report_tables(values: Mapping[str, Any]) -> list[Table]:
+    """The tables of `compute_scores`."""
+    groups, baselines = values["scores"], values["baselines"]
+    columns = {name: own["scores"] for name, own in baselines.items()}
+    text = "The last columns are image-blind baselines. A useful score is above them."
+    tables = [metrics_table("All questions", groups["all"], columns, text)]
+    for name in ("run_eval", "run_eval_batch"):
+        if name in values:
+            rows = [
+                [Cell(metric), Cell(f"{value:.4f}"),
+                 *(Cell(f"{own[name][metric]:.4f}") for own in baselines.values())]
+                for metric, value in values[name].items()
+            ]  # fmt: skip
+            title = f"Published scores ({name}), in percent"
+            tables.append(Table(title, ("", "this file", *baselines), rows))
+    if values["confusion"]:
+        tables.append(confusion_table(values["confusion"]))
+    return tables + groups_tables(groups)

@@ -1,13 +1,13 @@
-"""The words of an answer, as the VQA challenge normalises them and LLaVA-Med's scorers do."""
+"""Normalization of answers as in the VQA challenge and in LLaVA-Med's scorers."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 
-# Contractions of the VQA challenge (Antol et al. 2015). One is expanded where exactly one of its
-# apostrophes is missing.
-_CONTRACTED = [
+# Contractions of the VQA challenge (Antol et al. 2015). A word is expanded to a contraction if
+# exactly one apostrophe is missing.
+_CONTRACTED_FORMS = [
     "ain't",
     "aren't",
     "can't",
@@ -47,9 +47,9 @@ _CONTRACTED = [
     "should've",
     "shouldn't",
     "shouldn't've",
-    "somebody'd've",
-    "somebody'll",
-    "somebody's",
+    "somebody'd've",  # alias
+    "somebody'll",  # alias
+    "somebody's",  # alias
     "someone'd",
     "someone'd've",
     "someone'll",
@@ -102,11 +102,11 @@ _CONTRACTED = [
     "you've",
 ]
 CONTRACTIONS = {
-    form[:place] + form[place + 1 :]: form
-    for form in _CONTRACTED
-    for place, letter in enumerate(form)
+    form[:position] + form[position + 1 :]: form
+    for form in _CONTRACTED_FORMS
+    for position, letter in enumerate(form)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the challenge's own slip
+} | {"somebody'd": "somebodyd"}  # a typo in the challenge's own table  # alias
 
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -114,23 +114,23 @@ ARTICLES = ("a", "an", "the")
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_PUBLISHED_PERIODS = 32  # the published code passes a flag where a count belongs
+_PUBLISHED_PERIODS = 32  # The published code passes a regex flag (32) as the replacement count.
 
 
-def normalise(text: str, as_published: bool = False) -> str:
-    """A text without most punctuation, in lower case, numbers as digits, articles left out.
+def normalize_text(text: str, as_published: bool = False) -> str:
+    """A text in lower case without articles and most punctuation, number words as digits.
 
-    `as_published` deletes the first 32 periods alone, as the published scorers do by mistake.
+    `as_published` removes only the first 32 periods, which is a bug in the published scorers.
     """
-    given, number = text, _COMMA_IN_NUMBER.search(text) is not None
-    for mark in _PUNCTUATION:
-        beside_a_blank = f"{mark} " in given or f" {mark}" in given
-        text = text.replace(mark, "" if number or beside_a_blank else " ")
+    original, has_number = text, _COMMA_IN_NUMBER.search(text) is not None
+    for character in _PUNCTUATION:
+        beside_space = f"{character} " in original or f" {character}" in original
+        text = text.replace(character, "" if has_number or beside_space else " ")
     text = _PERIOD.sub("", text, count=_PUBLISHED_PERIODS if as_published else 0)
     words = (NUMBERS.get(word, word) for word in text.lower().split())
-    kept = (CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
-    return " ".join(kept).replace(",", "")
+    words = (CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(words).replace(",", "")
 
 
-def counted(text: str) -> Counter[str]:
+def count_words(text: str) -> Counter[str]:
     return Counter(text.split())

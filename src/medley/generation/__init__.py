@@ -1,7 +1,7 @@
-"""Mixed-modal generation: options, grammar, guidance, key-value cache, engine."""
+"""Mixed-modal generation: scheduler, model runner, sampler, decoding grammar, key-value cache."""
 
-from medley.generation.config import GenerationOptions
+from medley.generation.config import GenerationOptions, Mode
 from medley.generation.engine import Engine
 from medley.generation.sequence import GenerationOutput, Request
 
-__all__ = ["Engine", "GenerationOptions", "GenerationOutput", "Request"]
+__all__ = ["Engine", "GenerationOptions", "GenerationOutput", "Mode", "Request"]

@@ -1,13 +1,13 @@
-"""The grammar of an answer: which tokens may come next, one state a row.
+"""Decoding grammar: which tokens may come next in one sequence.
 
-In the text state: text pieces, the two ends of an answer, and the begin mark where a whole
-picture still fits. In the image state: image codes, exactly as many as a picture has, and
-then the end mark. Whatever the logits are, what comes out is well-formed.
+In the text state: text tokens, the two terminators (`</s>` and end of turn), and the
+begin-of-image token if a complete image still fits. In the image state: image tokens, exactly as
+many as one image has, and then the end-of-image token. The output is well-formed for any logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -19,28 +19,28 @@ from medley.generation.config import GenerationOptions
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """Boolean masks (V,) over the vocabulary, made once a model."""
+    """Boolean masks (V,) over the vocabulary, built once for each model."""
 
     vocabulary: Vocabulary
-    size: int  # of the model's vocabulary, which may be larger than the tokenizer's
+    size: int  # the model's vocabulary size, which may exceed the tokenizer's
     device: torch.device
-    codebook: int | None = None  # vectors of the VQGAN's codebook; None: one for each image code
+    codebook_size: int | None = None  # of the VQGAN; None: one vector for each image token
 
     @cached_property
     def decodable_image_tokens(self) -> range:
-        """Ids of the image codes that the VQGAN can turn into pixels."""
-        codes = self.vocabulary.image_codes
-        return codes if self.codebook is None else codes[: self.codebook]
+        """Ids of the image tokens that the VQGAN can decode to pixels."""
+        tokens = self.vocabulary.image_codes
+        return tokens if self.codebook_size is None else tokens[: self.codebook_size]
 
     @cached_property
     def text(self) -> Tensor:
-        """Text pieces, and nothing else."""
+        """Text tokens only."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         mask[[i for i in self.vocabulary.text_tokens if i < self.size]] = True
         return mask.to(self.device)
 
     @cached_property
-    def ends(self) -> Tensor:
+    def terminators(self) -> Tensor:
         return self._only(self.vocabulary.eos, self.vocabulary.end_turn)
 
     @cached_property
@@ -48,29 +48,32 @@ class TokenMasks:
         return self._only(self.vocabulary.begin_image)
 
     @cached_property
-    def codes(self) -> Tensor:
+    def image_tokens(self) -> Tensor:
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
         mask[self.decodable_image_tokens.start : self.decodable_image_tokens.stop] = True
         return mask
 
-    def words(self, begin_image: bool, ends: bool) -> Tensor:
-        """Text pieces, with the mark that begins a picture and those that end an answer."""
-        return self._words[begin_image, ends]
+    @cached_property
+    def begin_image_or_terminator(self) -> Tensor:
+        """Another image or the end, where text is not allowed."""
+        return self.begin_image | self.terminators
+
+    def text_state(self, begin_image: bool, terminators: bool) -> Tensor:
+        """Text tokens, optionally with the begin-of-image token and the terminators."""
+        return self._text_states[begin_image, terminators]
 
     @cached_property
-    def images_or_end(self) -> Tensor:
-        """Another picture or the end, where no words are wanted."""
-        return self.begin_image | self.ends
-
-    @cached_property
-    def _words(self) -> dict[tuple[bool, bool], Tensor]:
-        found = {}
-        for begin in (False, True):
-            for end in (False, True):
+    def _text_states(self) -> dict[tuple[bool, bool], Tensor]:
+        masks = {}
+        for begin_image in (False, True):
+            for terminators in (False, True):
                 mask = self.text.clone()
-                mask |= self.begin_image if begin else False
-                found[begin, end] = mask | self.ends if end else mask
-        return found
+                if begin_image:
+                    mask |= self.begin_image
+                if terminators:
+                    mask |= self.terminators
+                masks[begin_image, terminators] = mask
+        return masks
 
     def _only(self, *ids: int) -> Tensor:
         mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
@@ -79,17 +82,19 @@ class TokenMasks:
 
 
 @dataclass
-class Grammar:
-    """The state of one row. `room` is how many more tokens it may take in."""
+class DecodingGrammar:
+    """The grammar state of one sequence. Only `start` and `advance` change it."""
 
     vocabulary: Vocabulary
     options: GenerationOptions
     codes_per_image: int
-    room: int
-    images: int = 0
-    drawn: int | None = None  # codes drawn of the current picture; None in the text state
-    finished: str | None = None  # why the row ended: "end", "stop", "length" or "images"
-    image_blocked: bool = field(default=False)  # a picture was allowed but had no room
+    tokens_left: int  # number of tokens that the sequence may still get
+    images: int = 0  # complete images so far
+    codes_emitted: int | None = None  # image tokens of the current image; None in the text state
+    finish_reason: str | None = None  # "end" (terminator), "stop" or "length"
+    image_blocked: bool = False  # an image was allowed, but too few tokens were left for it
+
+    # --- predicates: these change nothing -------------------------------------------------
 
     @property
     def tokens_per_image(self) -> int:
@@ -97,79 +102,94 @@ class Grammar:
 
     @property
     def in_image(self) -> bool:
-        return self.drawn is not None
+        return self.codes_emitted is not None
 
-    def forced(self) -> int | None:
-        """The only token that may come next, where there is one."""
-        if self.drawn is not None:
-            return self.vocabulary.end_image if self.drawn == self.codes_per_image else None
-        missing = self.options.images_wanted - self.images
-        if missing > 0 and self._picture_allowed():
+    @property
+    def image_allowed(self) -> bool:
+        """Whether the options allow another image and a complete one fits."""
+        return self._image_permitted and self.tokens_left >= self.tokens_per_image
+
+    @property
+    def _image_permitted(self) -> bool:
+        limit = self.options.max_images
+        return self.options.mode != "text" and (limit is None or self.images < limit)
+
+    def forced_token(self) -> int | None:
+        """The only token that may come next, if there is only one."""
+        if self.codes_emitted is not None:
+            is_complete = self.codes_emitted == self.codes_per_image
+            return self.vocabulary.end_image if is_complete else None
+        missing = self.options.required_images - self.images
+        if missing > 0 and self.image_allowed:
             if self.options.mode == "image":
                 return self.vocabulary.begin_image
-            if self.room < missing * self.tokens_per_image + 2:  # a word more, and they do not fit
+            # One more text token would leave no room for the remaining images.
+            if self.tokens_left < missing * self.tokens_per_image + 2:
                 return self.vocabulary.begin_image
         return None
 
-    def allowed(self, classes: TokenMasks) -> Tensor:
-        """Mask (V,) of the tokens that may come next, where none is forced."""
+    def allowed_tokens(self, masks: TokenMasks) -> Tensor:
+        """Mask (V,) of the tokens that may come next if none is forced."""
         if self.in_image:
-            return classes.codes
-        if self.options.mode == "image":  # those that have to come are forced
-            return classes.images_or_end
-        picture = self._picture_allowed()
-        missing = picture and self.images < self.options.images_wanted
-        allowed = classes.words(picture, not missing)
-        if missing and self.options.stop:  # these end an answer, too
+            return masks.image_tokens
+        if self.options.mode == "image":  # required images are forced
+            return masks.begin_image_or_terminator
+        image_required = self.image_allowed and self.images < self.options.required_images
+        allowed = masks.text_state(self.image_allowed, terminators=not image_required)
+        if image_required and self.options.stop:  # stop tokens end the response as well
             allowed = allowed.clone()
             allowed[list(self.options.stop)] = False
         return allowed
 
-    def _picture_allowed(self) -> bool:
-        options = self.options
-        if options.mode == "text":
-            return False
-        if options.max_images is not None and self.images >= options.max_images:
-            return False
-        if self.room < self.tokens_per_image:
-            self.image_blocked = True
-            return False
-        return True
+    def image_skipped_reason(self) -> str | None:
+        """Why an image that the options allowed was not generated."""
+        required = self.options.required_images
+        too_few = self.finish_reason == "length" and self.images < required
+        if not (self.image_blocked or too_few) or self.images >= max(1, required):
+            return None
+        generated = f"{self.images} of {required} images" if self.images else "no image"
+        return (
+            f"{generated} because a complete image takes {self.tokens_per_image} tokens and fewer "
+            "were left of the context or of max_new_tokens"
+        )
+
+    # --- state changes --------------------------------------------------------------------
 
     def start(self) -> None:
-        """Ends a row at once that may only draw pictures and has no room for one."""
-        if self.options.mode == "image" and not self._picture_allowed():
-            self.finished = "length"
+        """Ends an images-only sequence immediately if one image does not fit."""
+        self._record_blocked_image()
+        if self.options.mode == "image" and not self.image_allowed:
+            self.finish_reason = "length"
 
-    def take(self, token: int) -> None:
-        """Moves on by one token."""
-        self.room -= 1
+    def advance(self, token: int) -> None:
+        """Takes the next token of the sequence."""
+        self.tokens_left -= 1
         if token == self.vocabulary.begin_image:
-            self.drawn = 0
+            self.codes_emitted = 0
         elif token == self.vocabulary.end_image:
-            self.drawn = None
+            self.codes_emitted = None
             self.images += 1
-            enough = self.images >= (self.options.max_images or self.options.images_wanted)
-            if self.options.mode == "image" and (enough or not self._picture_allowed()):
-                self.finished = "images" if enough else "length"
-        elif self.drawn is not None:
-            self.drawn += 1
+            if self.options.mode == "image":
+                self._finish_images()
+        elif self.codes_emitted is not None:
+            self.codes_emitted += 1
         elif token in (self.vocabulary.eos, self.vocabulary.end_turn):
-            self.finished = "end"
+            self.finish_reason = "end"
         elif token in self.options.stop:
-            self.finished = "stop"
-        if self.room <= 0 and self.finished is None:
-            self.finished = "length"
+            self.finish_reason = "stop"
+        if self.tokens_left <= 0 and self.finish_reason is None:
+            self.finish_reason = "length"
+        if self.finish_reason is None and not self.in_image:
+            self._record_blocked_image()
 
-    def image_skipped_reason(self) -> str | None:
-        """Why a picture that could have come did not."""
-        short = self.finished == "length" and self.images < self.options.images_wanted
-        if not (self.image_blocked or short) or self.images >= max(1, self.options.images_wanted):
-            return None
-        came = (
-            f"{self.images} of {self.options.images_wanted} images" if self.images else "no image"
-        )
-        return (
-            f"{came} because a whole picture takes {self.tokens_per_image} tokens and fewer were "
-            "left of the context or of max_new_tokens"
-        )
+    def _finish_images(self) -> None:
+        """Ends an images-only sequence after its last image."""
+        if self.images >= (self.options.max_images or self.options.required_images):
+            self.finish_reason = "stop"
+        elif not self.image_allowed:
+            self._record_blocked_image()
+            self.finish_reason = "length"
+
+    def _record_blocked_image(self) -> None:
+        if self._image_permitted and self.tokens_left < self.tokens_per_image:
+            self.image_blocked = True

@@ -1,5 +1,8 @@
-"""Contexts that were read before: a talk's next turn begins with all that was said, and a second
-prompt often with the first one's pictures."""
+"""Prefix cache: keys and values of earlier contexts.
+
+The next turn of a conversation begins with all earlier turns, and a second prompt often begins with
+the images of the first one.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from collections.abc import Sequence
 
 from medley.generation.kv_cache import CachedPrefix
 
-MIN_PREFIX = 16  # shorter beginnings are read again faster than found
+MIN_PREFIX = 16  # tokens; shorter prefixes are prefilled faster than copied
 
 
 def shared_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the beginning that two sequences have in common."""
+    """Number of leading tokens that two sequences have in common."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:
@@ -21,33 +24,33 @@ def shared_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class PrefixCache:
-    """Keeps the latest prefixes within a number of bytes."""
+    """The most recently used prefixes, up to `max_bytes`."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._kept: list[CachedPrefix] = []  # oldest first
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._prefixes: list[CachedPrefix] = []  # least recently used first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._prefixes)
 
-    def keep(self, prefix: CachedPrefix) -> None:
-        """Takes one in, in place of those that it begins with, and lets go of the oldest."""
-        self._kept = [p for p in self._kept if prefix.ids[: len(p.ids)] != p.ids]
-        self._kept.append(prefix)
-        while self._kept and sum(p.nbytes for p in self._kept) > self.limit:
-            del self._kept[0]
+    def add(self, prefix: CachedPrefix) -> None:
+        """Adds a prefix, replaces those that it begins with, and evicts the oldest."""
+        self._prefixes = [p for p in self._prefixes if prefix.ids[: len(p.ids)] != p.ids]
+        self._prefixes.append(prefix)
+        while self._prefixes and sum(p.nbytes for p in self._prefixes) > self.max_bytes:
+            del self._prefixes[0]
 
     def find(self, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """The prefix that shares the longest beginning with `ids`, and its length.
+        """The prefix that shares the most leading tokens with `ids`, and their number.
 
-        One token is always left to read: the logits behind it are wanted.
+        At least one token is left to prefill, because its logits are needed.
         """
         best: tuple[CachedPrefix, int] | None = None
-        for prefix in self._kept:
+        for prefix in self._prefixes:
             length = min(shared_prefix_length(prefix.ids, ids), len(ids) - 1)
             if length >= MIN_PREFIX and (best is None or length > best[1]):
                 best = (prefix, length)
         if best is not None:
-            self._kept.remove(best[0])
-            self._kept.append(best[0])
+            self._prefixes.remove(best[0])
+            self._prefixes.append(best[0])
         return best

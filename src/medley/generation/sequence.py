@@ -1,42 +1,56 @@
-"""What the engine holds of a request while it works on it."""
+"""Requests, their outputs, and the engine's state of a running sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from medley.generation.config import GenerationOptions
-from medley.generation.grammar import Grammar
+from medley.generation.grammar import DecodingGrammar
 
 
 @dataclass(frozen=True)
 class Request:
-    """Prompt ids of one row and how it is to be continued; `row` seeds its randomness.
+    """Prompt token ids and how to continue them.
 
-    `keep` has the engine remember the whole context, so that a prompt that goes on from it is not
-    read again.
+    `index` selects the random numbers of the sequence, together with `options.seed`.
+    `cache_prefix` keeps the keys and values of the complete sequence after it ends, so that a
+    prompt that begins with it is not prefilled again.
     """
 
     prompt: Sequence[int]
     options: GenerationOptions
-    row: int = 0
-    keep: bool = False
+    index: int = 0
+    cache_prefix: bool = False
 
 
 @dataclass
 class GenerationOutput:
-    """What came out of a row: new ids without prompt, why it ended, why no picture came."""
+    """New token ids without the prompt, why the sequence ended, and why an image is missing.
+
+    `finish_reason` is "end" (`</s>` or end of turn), "stop" (a stop token, or all images of an
+    images-only response) or "length".
+    """
 
     ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     note: str | None = None
 
 
+class Admission(NamedTuple):
+    """A request whose prompt is prefilled next."""
+
+    ticket: int
+    request: Request
+    grammar: DecodingGrammar
+
+
 @dataclass(eq=False)
 class CFGBranch:
-    """A slot of the cache, and how many tokens it has read."""
+    """One context of a sequence in the key-value cache: its slot, and its length in tokens."""
 
     slot: int
     length: int
@@ -44,26 +58,64 @@ class CFGBranch:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A request at work: its grammar, its streams, and what it reads next.
+    """A running request: its grammar, its CFG branches, and its next input token.
 
-    `image_cond` and `uncond` are there while it draws a picture with guidance.
+    `image_cond` (the images of the context only) and `uncond` (an empty context) exist only while
+    an image is generated with guidance.
     """
 
     ticket: int
     request: Request
-    grammar: Grammar
+    grammar: DecodingGrammar
     full: CFGBranch
-    seen: Tensor  # bool (V,): text pieces of prompt and output
-    logits: Tensor | None  # (V,): those of the prompt, until the first token is chosen
+    seen_text: Tensor  # bool (V,): text tokens of prompt and output, for the repetition penalty
+    logits: Tensor | None  # (V,): the prompt's last logits, until the first token is sampled
     image_cond: CFGBranch | None = None
     uncond: CFGBranch | None = None
     next_token: int | None = None
-    result: GenerationOutput = field(default_factory=GenerationOutput)
+    output: GenerationOutput = field(default_factory=GenerationOutput)
 
     @property
-    def streams(self) -> list[CFGBranch]:
-        return [s for s in (self.full, self.image_cond, self.uncond) if s is not None]
+    def branches(self) -> list[CFGBranch]:
+        return [b for b in (self.full, self.image_cond, self.uncond) if b is not None]
+
+    @property
+    def cfg_slots(self) -> tuple[int, int, int]:
+        """Slots for the full, the image-conditional and the unconditional logits.
+
+        A branch that does not exist is equal to one that does: without images in the context the
+        image-conditional branch is the unconditional one; without guidance all three are the full
+        one.
+        """
+        uncond = self.full if self.uncond is None else self.uncond
+        return self.full.slot, (self.image_cond or uncond).slot, uncond.slot
 
     @property
     def ids(self) -> list[int]:
-        return [*self.request.prompt, *self.result.ids]
+        return [*self.request.prompt, *self.output.ids]
+
+    @property
+    def position(self) -> int:
+        """Position of the next token in the sequence."""
+        return len(self.request.prompt) + len(self.output.ids)
+
+    def append(self, token: int) -> None:
+        """Adds a new token to the output."""
+        self.output.ids.append(token)
+        self.next_token, self.logits = token, None
+        if token in self.grammar.vocabulary.text_tokens:
+            self.seen_text[token] = True
+        self.grammar.advance(token)
+
+
+def image_context(ids: Sequence[int], begin_image: int, end_image: int) -> list[int]:
+    """The complete images of a context, each with its begin and end token."""
+    context: list[int] = []
+    start: int | None = None
+    for position, token in enumerate(ids):
+        if token == begin_image:
+            start = position
+        elif token == end_image and start is not None:
+            context += ids[start : position + 1]
+            start = None
+    return context

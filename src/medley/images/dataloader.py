@@ -1,6 +1,7 @@
-"""Pictures of a list as batches of squares, read ahead in worker processes.
+"""Batches of square images, read ahead in worker processes.
 
-A picture that cannot be read takes no place in its batch: its error stands beside its name.
+An image that cannot be read is left out of the batch's tensor. Its name and error stay in the
+batch.
 """
 
 from __future__ import annotations
@@ -18,80 +19,90 @@ from medley.images.preprocess import Fit, ImageError, to_uint8_square
 from medley.images.sources import ImageSource, Partition
 from medley.utils.files import escape_name
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some pictures of one part, in order. `squares` uint8 (N, H, W, 3) are those without error."""
+    """Some images of one partition, in order.
 
-    part: Partition
-    ends_part: bool
+    Attributes:
+        partition: the partition
+        ends_partition: whether this is its last batch
+        names: names of all images of the batch
+        errors: one for each name; empty for an image that was read
+        images: uint8 (N, H, W, 3), the images without error
+    """
+
+    partition: Partition
+    ends_partition: bool
     names: list[str]
-    errors: list[str]  # one for each name, empty where the picture was read
-    squares: Tensor
+    errors: list[str]
+    images: Tensor
 
 
 class ImageDataset(Dataset[tuple[list[str], Tensor]]):
-    """Reads pictures of any kind as uint8 squares of `size` pixels; asked for whole batches."""
+    """Reads images of any format as uint8 squares of `size` pixels, a batch at a time."""
 
     def __init__(self, size: int, fit: Fit, exif_orientation: bool = False) -> None:
         self.size, self.fit, self.exif_orientation = size, fit, exif_orientation
 
     def __getitems__(self, sources: list[ImageSource]) -> tuple[list[str], Tensor]:
+        """Sources -> one error per source (empty if none), and the images without error."""
         errors: list[str] = []
-        squares: list[Tensor] = [torch.zeros(0, self.size, self.size, 3, dtype=torch.uint8)]
+        images: list[Tensor] = [torch.zeros(0, self.size, self.size, 3, dtype=torch.uint8)]
         for source in sources:
             try:
                 if escape_name(source.name) != source.name:
                     raise ImageError(
-                        f"{escape_name(source.name)}: its name is not UTF-8; rename it"
+                        f"{escape_name(source.name)}: The file name is not UTF-8. Rename the file."
                     )
                 image = source.open(self.exif_orientation)
-                squares.append(to_uint8_square(image, self.size, self.fit)[None])
+                images.append(to_uint8_square(image, self.size, self.fit)[None])
                 errors.append("")
             except ImageError as error:
                 errors.append(escape_name(str(error)))
-        return errors, torch.cat(squares)
+        return errors, torch.cat(images)
 
 
 def image_batches(
-    parts: Iterable[Partition],
-    squares: ImageDataset,
+    partitions: Iterable[Partition],
+    dataset: ImageDataset,
     batch_size: int,
-    workers: int,
-    pin: bool = False,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[ImageBatch]:
-    """Batches of at most `batch_size` pictures, in order, none across the end of a part."""
-    ahead: deque[tuple[Partition, list[ImageSource], bool]] = deque()  # asked for, not yet come
+    """Batches of at most `batch_size` images, in order. No batch spans two partitions."""
+    requested: deque[tuple[Partition, list[ImageSource], bool]] = deque()  # not yet received
 
-    def asked() -> Iterator[list[ImageSource]]:
-        for part in parts:
-            for start in range(0, len(part.sources), batch_size):
-                chosen = part.sources[start : start + batch_size]
-                ahead.append((part, chosen, start + batch_size >= len(part.sources)))
-                yield chosen
+    def batches_of_sources() -> Iterator[list[ImageSource]]:
+        for partition in partitions:
+            for start in range(0, len(partition.sources), batch_size):
+                sources = partition.sources[start : start + batch_size]
+                is_last = start + batch_size >= len(partition.sources)
+                requested.append((partition, sources, is_last))
+                yield sources
 
     loader: DataLoader[tuple[list[str], Tensor]] = DataLoader(
-        squares,
-        batch_sampler=asked(),
-        num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch comes as it is
-        pin_memory=pin,
+        dataset,
+        batch_sampler=batches_of_sources(),
+        num_workers=num_workers,
+        collate_fn=_identity,  # type: ignore[arg-type]  # the dataset returns complete batches
+        pin_memory=pin_memory,
     )
-    for errors, read in loader:
-        part, sources, ends_part = ahead.popleft()
+    for errors, images in loader:
+        partition, sources, is_last = requested.popleft()
         names = [escape_name(source.name) for source in sources]
-        yield ImageBatch(part, ends_part, names, errors, read)
+        yield ImageBatch(partition, is_last, names, errors, images)
 
 
-def _as_it_is(batch: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
+def _identity(batch: tuple[list[str], Tensor]) -> tuple[list[str], Tensor]:
     return batch
 
 
-def auto_workers(device: torch.device, ranks_here: int) -> int:
-    """Reading processes for each rank: the cores that encoding leaves idle."""
-    cores = (os.cpu_count() or 1) // ranks_here
-    busy = 1 if device.type == "cpu" else 0
-    least = 0 if device.type == "cpu" else 1
-    return max(least, min(MOST_WORKERS, cores - busy))
+def default_num_workers(device: torch.device, ranks_on_machine: int) -> int:
+    """Reader processes for each rank: the cores that encoding does not use."""
+    cores = (os.cpu_count() or 1) // ranks_on_machine
+    used = 1 if device.type == "cpu" else 0
+    minimum = 0 if device.type == "cpu" else 1
+    return max(minimum, min(MAX_WORKERS, cores - used))

@@ -1,12 +1,12 @@
-"""Any picture file -> RGB -> the square of pixels that the VQGAN reads.
+"""Any image file -> RGB -> the square of pixels that the VQGAN reads.
 
-The steps are Chameleon's: transparency blended on white, the short side scaled to the size
-with LANCZOS, a centre crop, x / 255 * 2 - 1. Pictures of more than 8 bits are windowed, where
-Chameleon saturates them to white: DICOM as its header says (`medical`), others from
-their smallest to their largest value.
+The steps are Chameleon's: transparency is blended on white, the short side is resized with LANCZOS,
+the center is cropped, and pixels become x / 255 * 2 - 1. Images of more than 8 bits are windowed,
+whereas Chameleon saturates them to white. DICOM images are windowed by their header (`medical`),
+others from their smallest to their largest value.
 
-A file of several frames (DICOM, NIfTI, TIFF) needs one chosen: `scan.dcm#12` is a name for
-its frame 12, counted from 0. Animations (GIF, WebP, APNG) give their first picture.
+In a file with several frames (DICOM, NIfTI, TIFF), one frame must be selected: `scan.dcm#12` is
+frame 12, counted from 0. Of an animation (GIF, WebP, APNG), the first image is read.
 """
 
 from __future__ import annotations
@@ -26,54 +26,58 @@ from medley.images import medical
 
 Fit = Literal["crop", "pad"]
 Frame = int | Literal["first", "middle"]
-PREPROCESSING_VERSION = "1"  # part of the token-space fingerprint: pixels decide codes
-LONGEST = 200  # sides of a picture whose middle is cut out: more would take too much memory
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_FRAME_IN_NAME = re.compile(r"(.+)#(\d+)")
-# x / 255 * 2 - 1 for every x, in double precision first: in float32 the last bit differs.
-_SCALED = torch.from_numpy((np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32))
+PREPROCESSING_VERSION = "1"  # part of the token-space fingerprint, because pixels determine codes
+MAX_ASPECT_RATIO = 200  # of an image to crop; a higher ratio would need too much memory
+_HIGH_DEPTH_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_NAME_WITH_FRAME = re.compile(r"(.+)#(\d+)")
+# x / 255 * 2 - 1 for every x, computed in double precision: float32 differs in the last bit.
+_UINT8_TO_PIXEL = torch.from_numpy((np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32))
 
 
 class ImageError(UserError):
-    """A picture that cannot be read; the message names the file and the reason."""
+    """An image that cannot be read; the message names the file and the reason."""
 
 
 def open_image(
     path: str | Path, frame: Frame | None = None, exif_orientation: bool = False
 ) -> Image.Image:
-    """Reads a picture file as RGB. Raises ImageError for a missing, broken or huge one.
+    """Reads an image file as RGB.
 
-    `frame` is one of a file that holds several; `exif_orientation` turns a photograph as its
-    camera says (Chameleon does not).
+    Args:
+        path: file, or `FILE#12` for frame 12
+        frame: frame of a file that has several
+        exif_orientation: rotate a photograph as its EXIF tag specifies (Chameleon does not)
+
+    Raises ImageError for a missing, broken or too large file.
     """
     name = str(path)
-    match = _FRAME_IN_NAME.fullmatch(name)
+    match = _NAME_WITH_FRAME.fullmatch(name)
     try:
         if match and not Path(name).exists():
             name, frame = match[1], int(match[2])
         with open(name, "rb") as data:
             return read_image(data, name, frame, exif_orientation)
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such picture") from error
+        raise ImageError(f"{path}: Image not found.") from error
     except OSError as error:
-        raise ImageError(f"{path}: cannot be opened ({error.strerror})") from error
+        raise ImageError(f"{path}: Cannot open the image ({error.strerror}).") from error
     except ImageError:
         raise
-    except ValueError as error:  # a NUL in a name
-        raise ImageError(f"{str(path)!r}: cannot be opened ({error})") from error
+    except ValueError as error:  # a NUL character in the name
+        raise ImageError(f"{str(path)!r}: Cannot open the image ({error}).") from error
 
 
 def read_image(
     data: BinaryIO, name: str, frame: Frame | None = None, exif_orientation: bool = False
 ) -> Image.Image:
-    """A picture in an open file, called `name` in errors and known by that name's suffix."""
+    """Reads an image from an open file. `name` determines its format and is used in errors."""
     try:
-        kind = medical.kind_of(data, name)
+        kind = medical.detect_format(data, name)
         if kind is not None:
             frames = medical.count_frames(data, kind)
-            return medical.read_frame(data, kind, _choose(frame, frames, name), name)
+            return medical.read_frame(data, kind, _frame_number(frame, frames, name), name)
         with Image.open(data) as image:
-            image.seek(_choose(frame, _pages(image), name))
+            image.seek(_frame_number(frame, _count_tiff_pages(image), name))
             image.load()
             return to_rgb(ImageOps.exif_transpose(image) if exif_orientation else image)
     except ImageError:
@@ -81,96 +85,96 @@ def read_image(
     except UserError as error:
         raise ImageError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture in a format that is known") from error
+        raise ImageError(f"{name}: Not an image in a supported format.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
+    except Exception as error:  # decoders raise arbitrary exceptions for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: broken picture ({reason})") from error
+        raise ImageError(f"{name}: Broken image ({reason}).") from error
 
 
 def count_frames(data: BinaryIO, name: str) -> int:
-    """Frames that a picture file holds; 1 for an animation, whose first picture is read."""
-    kind = medical.kind_of(data, name)
+    """Number of frames in an image file; 1 for an animation, of which the first image is read."""
+    kind = medical.detect_format(data, name)
     if kind is not None:
         return medical.count_frames(data, kind)
     with Image.open(data) as image:
-        return _pages(image)
+        return _count_tiff_pages(image)
 
 
-def _pages(image: Image.Image) -> int:
+def _count_tiff_pages(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1)) if image.format == "TIFF" else 1
 
 
-def _choose(frame: Frame | None, frames: int, name: str) -> int:
-    """The number of a frame, checked. Raises ImageError where none was chosen of several."""
+def _frame_number(frame: Frame | None, frames: int, name: str) -> int:
+    """The number of the selected frame. Raises ImageError if none of several is selected."""
     if frame is None:
         if frames > 1:
             raise ImageError(
-                f"{name}: holds {frames} frames; choose with --frames first|middle|all, or name "
-                f"one: {name}#0 to {name}#{frames - 1}"
+                f"{name}: The file has {frames} frames. Select with --frames first|middle|all, or "
+                f"by name: {name}#0 to {name}#{frames - 1}."
             )
         return 0
     number = {"first": 0, "middle": frames // 2}.get(str(frame))
     if number is None:
         number = int(frame)
     if not 0 <= number < frames:
-        raise ImageError(f"{name}: has no frame {number}, it holds {frames} (counted from 0)")
+        raise ImageError(f"{name}: Frame {number} does not exist (expected 0 to {frames - 1}).")
     return number
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode -> RGB, transparency on white, deep grey values windowed."""
+    """An image of any mode -> RGB, transparency on white, high bit depths windowed."""
     if image.mode == "RGB":
         return image
-    if image.mode in _DEEP_MODES:
+    if image.mode in _HIGH_DEPTH_MODES:
         return Image.fromarray(medical.rescale_to_uint8(np.asarray(image))).convert("RGB")
     rgba = np.asarray(image.convert("RGBA"))
     if (rgba[..., 3] == 255).all():
         return image.convert("RGB")
     alpha = rgba[..., 3:] / 255.0
     blended = (1 - alpha) * 255 + alpha * rgba[..., :3]
-    return Image.fromarray(blended.astype(np.uint8))  # truncated, not rounded, as Chameleon does
+    return Image.fromarray(blended.astype(np.uint8))  # truncated, not rounded, as in Chameleon
 
 
 def resize_square(image: Image.Image, size: int, fit: Fit = "crop") -> Image.Image:
-    """An RGB picture -> `size` x `size`: its middle, or all of it on black (`pad`)."""
+    """An RGB image -> `size` x `size`: its center (`crop`), or all of it on black (`pad`)."""
     side = min(image.size) if fit == "crop" else max(image.size)
     width, height = (max(1, round(size / side * length)) for length in image.size)
-    if fit == "crop" and max(width, height) > LONGEST * size:
+    if fit == "crop" and max(width, height) > MAX_ASPECT_RATIO * size:
         raise ImageError(
-            f"a picture of {image.width} x {image.height} is too long for --fit crop "
-            f"(at most {LONGEST} times as long as wide); use --fit pad"
+            f"The aspect ratio of an image is too high for --fit crop (got {image.width} x "
+            f"{image.height}, expected at most {MAX_ASPECT_RATIO} to 1). Use --fit pad."
         )
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
-    return scaled.crop((left, top, left + size, top + size))
+    return resized.crop((left, top, left + size, top + size))
 
 
 def to_uint8_square(image: Image.Image, size: int, fit: Fit = "crop") -> Tensor:
-    """A picture of any mode -> uint8 (size, size, 3), a quarter of what its pixels take."""
+    """An image of any mode -> uint8 (size, size, 3), a quarter of the memory of its pixels."""
     return torch.from_numpy(np.array(resize_square(to_rgb(image), size, fit)))
 
 
-def bytes_to_pixels(squares: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return _SCALED.to(squares.device)[squares.int()].permute(0, 3, 1, 2)
+def uint8_to_pixels(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], in channels-last memory format."""
+    return _UINT8_TO_PIXEL.to(images.device)[images.int()].permute(0, 3, 1, 2)
 
 
 def to_pixels(image: Image.Image, size: int, fit: Fit = "crop") -> Tensor:
-    """A picture of any mode -> float32 (3, size, size) in [-1, 1]."""
-    return bytes_to_pixels(to_uint8_square(image, size, fit)[None])[0].contiguous()
+    """An image of any mode -> float32 (3, size, size) in [-1, 1]."""
+    return uint8_to_pixels(to_uint8_square(image, size, fit)[None])[0].contiguous()
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """Float (3, H, W), about [-1, 1] -> picture; clamped and truncated as Chameleon does."""
+    """Float (3, H, W), about [-1, 1] -> image; clamped and truncated, as in Chameleon."""
     unit = (pixels.detach().float().cpu().clamp(-1, 1) + 1) / 2
     array = (unit.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     return Image.fromarray(array)
 
 
 def content_hash(image: Image.Image) -> str:
-    """SHA-256 of an RGB picture's size and bytes: the same picture under any name."""
+    """SHA-256 of an RGB image's size and bytes, which identifies it under any file name."""
     digest = hashlib.sha256(f"{image.width}x{image.height}".encode())
     digest.update(image.convert("RGB").tobytes())
     return digest.hexdigest()

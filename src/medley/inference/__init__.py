@@ -1,1 +1,1 @@
-"""A model with its tokenizers: loading, generation, batch runs."""
+"""Inference: a model with its tokenizers, loading, single prompts, batches and conversations."""

@@ -1,8 +1,9 @@
-"""`medley.load`: a checkpoint of any layout, ready to read, write and draw."""
+"""Loading: a checkpoint in any layout -> a Model on its device."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,8 @@ from medley.modeling.quantization import Quantize, quantize_layers
 from medley.utils.distributed import local_rank, world_size
 from medley.utils.manifest import check_fingerprint
 
-AUTO_MAP = "map"  # the device that stands for several
+AUTO_MAP = "auto_map"  # the device name that distributes the layers over several GPUs
+_DEPRECATED_AUTO_MAP = "map"  # alias
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,35 +33,43 @@ def load(
 ) -> Model:
     """Opens a checkpoint in any of the three layouts, or `tiny`, the embedded model.
 
-    `device` auto takes CUDA, then MPS (which nobody has tried yet), then the CPU; map spreads the
-    layers over several GPUs.
-    `quantize` keeps the layers' matrices in 4 or 8 bits. `dtype` auto the checkpoint's own on an
-    accelerator and float32 on the CPU. `adapter` is laid over it unmerged; a `ckpt` that is an
-    adapter finds its base by itself, or by `base`. `vqgan` names a folder with a VQGAN that has
-    a decoder. Raises UserError for anything missing or mismatched.
+    Args:
+        ckpt: checkpoint folder, LoRA adapter folder, or `tiny`
+        device: auto (CUDA, else MPS, else CPU; MPS is untested), a torch device, or auto_map, which
+            distributes the layers over several GPUs
+        dtype: auto is the checkpoint's own on an accelerator and float32 on the CPU
+        adapter: LoRA adapter that is applied to `ckpt` without merging
+        base: base checkpoint of a `ckpt` that is an adapter; by default the one it was trained on
+        vqgan: folder of a VQGAN with a decoder
+        quantize: store the layers' matrices in 4 or 8 bits
+
+    Raises UserError for anything missing or mismatched.
     """
-    checkpoint, over = resolve(ckpt, adapter, base)
-    return load_model(checkpoint, device, dtype, over, vqgan, quantize)
+    checkpoint, adapter_folder = resolve(ckpt, adapter, base)
+    return load_model(checkpoint, device, dtype, adapter_folder, vqgan, quantize)
 
 
 def resolve(
     ckpt: str | Path, adapter: str | Path | None, base: str | Path | None
 ) -> tuple[Checkpoint, Path | None]:
-    """The checkpoint that is meant, and the adapter to lay over it; nothing is loaded yet."""
+    """The base checkpoint and the adapter to apply to it. Loads no weights."""
     path = Path(ckpt)
-    if path.is_dir() and (is_adapter(path) or _holds_checkpoints(path)):
+    if path.is_dir() and (is_adapter(path) or _contains_adapter_checkpoints(path)):
         if adapter is not None:
             raise UserError(
-                f"{ckpt} is an adapter itself; give the base as --ckpt, or no --adapter"
+                f"{ckpt} is a LoRA adapter and cannot be combined with --adapter. Pass its base as "
+                "--ckpt, or omit --adapter."
             )
-        over = find_adapter(path)
-        return resolve_base(over, base), over
+        found = find_adapter(path)
+        return resolve_base(found, base), found
     if base is not None:
-        raise UserError(f"--base names the base of an adapter, and {ckpt} is none")
+        raise UserError(
+            f"--base is only valid for a LoRA adapter, and {ckpt} is not one. Remove --base."
+        )
     return open_checkpoint(ckpt), None if adapter is None else Path(adapter)
 
 
-def _holds_checkpoints(path: Path) -> bool:
+def _contains_adapter_checkpoints(path: Path) -> bool:
     return any(is_adapter(folder) for folder in path.glob("checkpoint-*"))
 
 
@@ -71,42 +81,47 @@ def load_model(
     vqgan: str | Path | None,
     quantize: Quantize | None,
 ) -> Model:
+    """`load` for a checkpoint that is resolved already."""
+    if device == _DEPRECATED_AUTO_MAP:
+        warnings.warn(
+            f"device {device!r} is deprecated. Use {AUTO_MAP!r}.", DeprecationWarning, stacklevel=3
+        )
+        device = AUTO_MAP
     target = resolve_device("auto" if device == AUTO_MAP else device)
-    chosen = resolve_dtype(dtype, target)
     if quantize not in (None, *get_args(Quantize)):
-        raise UserError(f"quantize is {quantize!r}, expected {' or '.join(get_args(Quantize))}")
-    decoder: Any = checkpoint.decoder(chosen)
+        raise UserError(f"quantize is {quantize!r}, expected {' or '.join(get_args(Quantize))}.")
+    decoder: Any = checkpoint.decoder(resolve_dtype(dtype, target))
     if quantize is not None:
         quantize_layers(decoder, quantize, next(decoder.lm_head.parameters()).dtype)
     if adapter is not None:
-        decoder = _attach_checked(decoder, checkpoint, Path(adapter))
-    elsewhere = None if vqgan is None else Path(vqgan)
-    images = checkpoint.image_tokenizer(elsewhere, device=target)
+        decoder = _load_checked_adapter(decoder, checkpoint, Path(adapter))
+    vqgan_folder = None if vqgan is None else Path(vqgan)
+    image_tokenizer = checkpoint.image_tokenizer(vqgan_folder, device=target)
     decoder = dispatch(decoder) if device == AUTO_MAP else decoder.to(target)
-    return Model(decoder, checkpoint.text_tokenizer(), images, fuse=True)
+    return Model(decoder, checkpoint.text_tokenizer(), image_tokenizer, fuse=True)
 
 
 def share_base(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
-    """A second model with an adapter over the first one's decoder, which stays as it is.
+    """A second model: an adapter on the decoder of `model`, which stays unchanged.
 
-    They share the base's weights and the tokenizers: an adapter takes the memory of its own
-    matrices and of its cache. `checkpoint` is what `model` was loaded from.
+    Both share the base's weights and the tokenizers. The adapter needs memory for its own matrices
+    and its cache only. `checkpoint` is the one that `model` was loaded from.
     """
     config, _ = read_adapter(find_adapter(adapter))
-    started = config.get("init_lora_weights", True)
-    if started not in (True, False, None, "gaussian") or config.get("bias", "none") != "none":
+    init = config.get("init_lora_weights", True)
+    if init not in (True, False, None, "gaussian") or config.get("bias", "none") != "none":
         raise UserError(
-            f"{adapter}: it changes its base's own weights (init_lora_weights {started!r}, bias "
-            f"{config.get('bias')!r}), which other models share; merge it first"
+            f"{adapter}: the adapter changes weights of its base (init_lora_weights {init!r}, bias "
+            f"{config.get('bias')!r}), which other models share. Merge the adapter first."
         )
     tensors = (*model.decoder.parameters(), *model.decoder.buffers())
     twin = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
-    decoder = _attach_checked(twin, checkpoint, adapter)
-    return Model(decoder, model.tokenizer, model.image_tokenizer, fuse=True)
+    decoder = _load_checked_adapter(twin, checkpoint, adapter)
+    return Model(decoder, model.text_tokenizer, model.image_tokenizer, fuse=True)
 
 
-def _attach_checked(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
-    """Raises UserError for an adapter that was trained on another base."""
+def _load_checked_adapter(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
+    """Applies an adapter. Raises UserError if it was trained on another base."""
     folder = find_adapter(adapter)
     if (adapter / "manifest.json").is_file():
         check_fingerprint(adapter, checkpoint.fingerprint(), str(checkpoint.folder))
@@ -114,34 +129,40 @@ def _attach_checked(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
 
 
 def dispatch(decoder: Any) -> Any:
-    """Lays the layers over all GPUs, and over the CPU what they have no room for (accelerate)."""
+    """Distributes the layers over all GPUs, and the remaining ones to the CPU (accelerate)."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import
 
-    whole_layers = ["ChameleonDecoderLayer", "ChameleonSwinDecoderLayer"]
-    places = infer_auto_device_map(decoder, no_split_module_classes=whole_layers)
-    return dispatch_model(decoder, places)
+    unsplit = ["ChameleonDecoderLayer", "ChameleonSwinDecoderLayer"]
+    return dispatch_model(decoder, infer_auto_device_map(decoder, no_split_module_classes=unsplit))
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` or a torch device. Raises UserError for one that is not there."""
+    """`auto` or a torch device. Raises UserError for a device that is not available."""
     if name != "auto":
         if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {name}: this machine (or this torch) has no CUDA; use cpu")
+            raise UserError(
+                f"--device {name}: CUDA is not available on this machine or in this torch build. "
+                "Use cpu."
+            )
         if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError("--device mps: this machine (or this torch) has no Metal; use cpu")
+            raise UserError(
+                "--device mps: Metal is not available on this machine or in this torch build. "
+                "Use cpu."
+            )
+        expected = f"--device {name}: Unknown device, expected auto, cpu, cuda or mps."
         if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-            raise UserError(f"--device {name}: expected auto, cpu, cuda or mps")
+            raise UserError(expected)
         try:
             return torch.device(name)
         except RuntimeError as error:
-            raise UserError(f"--device {name}: expected auto, cpu, cuda or mps") from error
+            raise UserError(expected) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def local_device(name: str) -> torch.device:
-    """`resolve_device`, with a GPU of its own for each rank of this machine."""
+    """`resolve_device`, with one GPU for each rank of this machine."""
     device = resolve_device(name)
     if device.type == "cuda" and device.index is None and world_size() > 1:
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -155,5 +176,5 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else None
     if dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype}: expected auto, {', '.join(_DTYPES)}")
+        raise UserError(f"--dtype {dtype}: Unknown dtype, expected auto, {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]

@@ -1,120 +1,104 @@
-"""A model with its tokenizers: documents to ids, questions to answers, whole or as they come."""
+"""A model with its tokenizers: documents -> token ids, prompts -> responses."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from medley.data.document import ContentPart, Document, ImagePart, ids_to_parts, parts_to_ids
 from medley.data.vocabulary import TextTokenizer, Vocabulary
 from medley.errors import UserError
-from medley.generation import Engine, GenerationOptions, GenerationOutput, Request
+from medley.generation import Engine, GenerationOptions, GenerationOutput, Mode, Request
+from medley.generation.decoder import Decoder
+from medley.generation.engine import MAX_NUM_SEQS
 from medley.images.preprocess import open_image
+from medley.inference.chat_session import ChatSession
+from medley.inference.response import Response, StreamEvent, strip_terminators
+from medley.inference.stream_decoder import StreamDecoder
+from medley.utils.deprecation import DeprecatedName, renamed_keywords
 from medley.vqgan.image_tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from typing_extensions import Unpack
+
+    from medley.generation.config import GenerationKeywords
 
 Prompt = Sequence["str | Path | Image.Image | ImagePart"]
 
 
-@dataclass(frozen=True)
-class Response:
-    """Parts of an answer in order, why it ended, and why a picture did not come."""
-
-    parts: list[str | Image.Image]
-    finish_reason: str
-    note: str | None
-    ids: list[int]
-
-    @property
-    def text(self) -> str:
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def images(self) -> list[Image.Image]:
-        return [part for part in self.parts if isinstance(part, Image.Image)]
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """What `stream` yields: one of a piece of text, progress of a picture (with a preview of what
-    is there, where asked for), a whole picture; at the end the whole answer."""
-
-    text: str | None = None
-    progress: float | None = None
-    preview: Image.Image | None = None
-    image: Image.Image | None = None
-    answer: Response | None = None
-
-
 class Model:
-    """A decoder with its tokenizers. `decoder(input_ids).logits` is (B, S, V), images open.
+    """A decoder with its tokenizers. `decoder(input_ids).logits` is (B, S, V).
 
-    `fuse` joins the layers' weights for faster generation; not for a decoder in training.
+    `text_tokenizer` encodes special tokens in a text as plain text; `raw_tokenizer` parses them.
+    `fuse` joins the layers' weights for faster generation; do not use it in training.
     """
 
     def __init__(
         self,
-        decoder: Any,
+        decoder: Decoder,
         text_tokenizer: TextTokenizer,
         image_tokenizer: ImageTokenizer,
         fuse: bool = False,
     ) -> None:
         self.decoder = decoder
-        self.tokenizer = text_tokenizer
+        self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
-        inner = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
         self.engine = Engine(
-            inner, self.vocabulary, image_tokenizer.codes_per_image, fuse,
-            codebook=image_tokenizer.vqgan.config.n_embed,
+            _base_decoder(decoder), self.vocabulary, image_tokenizer.codes_per_image, fuse,
+            codebook_size=image_tokenizer.vqgan.config.n_embed,
         )  # fmt: skip
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.tokenizer.vocabulary
+        return self.text_tokenizer.vocabulary
 
     @property
-    def text_tokenizer(self) -> Any:
-        """The tokenizers.Tokenizer, marks parsed as its file has them."""
-        return self.tokenizer.marked
+    def raw_tokenizer(self) -> Tokenizer:
+        """The tokenizers.Tokenizer of the checkpoint's file. It parses special tokens in a text."""
+        return self.text_tokenizer.raw_tokenizer
 
     # --- documents ------------------------------------------------------------------------
 
-    def tokenize_image(self, picture: ImagePart) -> ImagePart:
-        """The same picture with its image codes; one that has them is returned as it is."""
-        if picture.codes is not None:
-            if len(picture.codes) != self.image_tokenizer.codes_per_image:
+    def tokenize_image(self, part: ImagePart) -> ImagePart:
+        """The same image with its image codes. A part that has codes is returned unchanged."""
+        if part.codes is not None:
+            if len(part.codes) != self.image_tokenizer.codes_per_image:
                 raise UserError(
-                    f"a picture with {len(picture.codes)} codes, this checkpoint's have "
-                    f"{self.image_tokenizer.codes_per_image}"
+                    f"An image has {len(part.codes)} image codes, expected "
+                    f"{self.image_tokenizer.codes_per_image} for this checkpoint."
                 )
-            return picture
-        image = picture.image if picture.image is not None else open_image(str(picture.path))
+            return part
+        image = part.image if part.image is not None else open_image(str(part.path))
         codes = tuple(self.image_tokenizer.encode([image])[0].tolist())
-        return replace(picture, codes=codes)
+        return replace(part, codes=codes)
 
-    def encode(self, document: Document) -> list[int]:
-        """A document -> its token ids; pictures without codes are read and encoded."""
-        return document.map_images(self.tokenize_image).to_ids(self.tokenizer)
+    def encode_document(self, document: Document) -> list[int]:
+        """A document -> its token ids. Images without codes are opened and encoded."""
+        return document.map_images(self.tokenize_image).to_ids(self.text_tokenizer)
 
-    def encode_prompt(self, prompt: Prompt | Document, complete: bool = False) -> list[int]:
-        """Parts of a question, or a talk that ends with one -> ids of the prompt.
+    @renamed_keywords(complete="raw_prompt")
+    def encode_prompt(self, prompt: Prompt | Document, raw_prompt: bool = False) -> list[int]:
+        """Parts of a question, or a conversation that ends with one -> token ids of the prompt.
 
-        `complete` leaves the end-of-turn mark out, so that the text itself is continued.
+        `raw_prompt` omits the end-of-turn token, so that the model continues the prompt itself.
         """
         if isinstance(prompt, Document):
-            ids = self.encode(prompt)[:-1]  # without </s>
+            ids = self.encode_document(prompt)[:-1]  # without </s>
         else:
-            parts = [self._part(part) for part in ([prompt] if isinstance(prompt, str) else prompt)]
-            ids = [self.vocabulary.bos, *parts_to_ids(parts, self.tokenizer)]
-        return ids if complete else [*ids, self.vocabulary.end_turn]
+            parts = [prompt] if isinstance(prompt, str) else prompt
+            contents = [self._to_content(part) for part in parts]
+            ids = [self.vocabulary.bos, *parts_to_ids(contents, self.text_tokenizer)]
+        return ids if raw_prompt else [*ids, self.vocabulary.end_turn]
 
-    def _part(self, part: str | Path | Image.Image | ImagePart) -> ContentPart:
+    def _to_content(self, part: str | Path | Image.Image | ImagePart) -> ContentPart:
         if isinstance(part, Image.Image):
             part = ImagePart(image=part)
         elif isinstance(part, Path):
@@ -123,206 +107,146 @@ class Model:
 
     # --- generation -----------------------------------------------------------------------
 
+    @renamed_keywords(complete="raw_prompt")
     def generate(
         self,
         prompt: Prompt | Document,
-        mode: Any = "any",
-        complete: bool = False,
-        **options: Any,
+        mode: Mode = "any",
+        raw_prompt: bool = False,
+        **options: Unpack[GenerationKeywords],
     ) -> list[str | Image.Image]:
-        """Parts of the answer to one prompt: strings and PIL images in their order.
+        """The response to one prompt: strings and PIL images in their order.
 
         Options are the fields of `GenerationOptions`.
         """
-        chosen = GenerationOptions(mode=mode, **options)
-        return self.generate_responses([prompt], [chosen], complete)[0].parts
+        own = GenerationOptions(mode=mode, **options)
+        return self.generate_responses([prompt], [own], raw_prompt)[0].parts
 
     def generate_batch(
-        self, prompts: Sequence[Prompt | Document], mode: Any = "any", **options: Any
+        self,
+        prompts: Sequence[Prompt | Document],
+        mode: Mode | Sequence[Mode] = "any",
+        **options: Unpack[GenerationKeywords],
     ) -> list[list[str | Image.Image]]:
-        """Answers to many prompts in one batch; `mode` is one for all, or one for each."""
-        modes: list[Any] = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
-        chosen = [GenerationOptions(mode=m, **options) for m in modes]
-        return [answer.parts for answer in self.generate_responses(prompts, chosen)]
+        """Responses to several prompts in one batch; `mode` is one for all, or one for each."""
+        modes = [mode] * len(prompts) if isinstance(mode, str) else list(mode)
+        own = [GenerationOptions(mode=m, **options) for m in modes]
+        return [response.parts for response in self.generate_responses(prompts, own)]
 
+    @renamed_keywords(complete="raw_prompt", rows="indices")
     def generate_responses(
         self,
         prompts: Sequence[Prompt | Document],
         options: Sequence[GenerationOptions],
-        complete: bool = False,
-        batch_size: int = 32,
-        rows: Sequence[int] | None = None,
+        raw_prompt: bool = False,
+        batch_size: int = MAX_NUM_SEQS,
+        indices: Sequence[int] | None = None,
         deterministic: bool = False,
     ) -> list[Response]:
-        """Answers with their reasons.
+        """Responses with their finish reasons and notes.
 
-        A row's randomness comes from its seed and its number: its place in `prompts`, unless
-        `rows` gives the numbers (of a list that is answered in parts, say). With `deterministic`
-        rows are worked on one after another, so that a row's logits are the same bit for bit
-        whatever else is asked; else they agree to rounding.
+        The random numbers of a response depend on its seed and its index: the position in
+        `prompts`, or its number in `indices` (if a list is processed in parts). With
+        `deterministic` one sequence runs at a time, so that its logits do not depend on the other
+        prompts at all; otherwise they are equal up to rounding.
         """
         if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+            raise UserError(f"batch_size is {batch_size}, expected 1 or more.")
         batch_size = 1 if deterministic else batch_size
-        numbers = range(len(prompts)) if rows is None else rows
+        own = range(len(prompts)) if indices is None else indices
         requests = [
-            self._request(prompt, chosen, row, complete)
-            for row, prompt, chosen in zip(numbers, prompts, options, strict=True)
+            self._make_request(prompt, option, index, raw_prompt)
+            for index, prompt, option in zip(own, prompts, options, strict=True)
         ]
-        return [self.to_response(result) for result in self.engine.generate(requests, batch_size)]
+        return [self.to_response(output) for output in self.engine.generate(requests, batch_size)]
 
+    @renamed_keywords(complete="raw_prompt")
     def stream(
         self,
         prompt: Prompt | Document,
-        mode: Any = "any",
-        complete: bool = False,
+        mode: Mode = "any",
+        raw_prompt: bool = False,
         preview_every: int = 0,
-        **options: Any,
+        **options: Unpack[GenerationKeywords],
     ) -> Generator[StreamEvent, None, None]:
-        """The answer as it comes: pieces of text, progress of pictures, whole pictures.
+        """The response as events: pieces of text, progress of images, complete images.
 
-        A preview comes with every `preview_every` codes of a picture; 0 for none. Closing the
-        iterator ends the work.
+        A preview comes with every `preview_every` image tokens; 0 for none. Closing the generator
+        cancels the request.
         """
-        chosen = GenerationOptions(mode=mode, **options)
-        return self.stream_request(self._request(prompt, chosen, 0, complete), preview_every)
+        own = GenerationOptions(mode=mode, **options)
+        return self.stream_request(self._make_request(prompt, own, 0, raw_prompt), preview_every)
 
     def stream_request(
         self, request: Request, preview_every: int = 0
     ) -> Generator[StreamEvent, None, None]:
-        """`stream`, for ids that are there already."""
-        telling = StreamDecoder(self, request, preview_every)
+        """`stream` for a prompt that is encoded already."""
+        decode = StreamDecoder(self, request, preview_every)
         steps = self.engine.run([request])
         with closing(steps):
-            for _, token, result in steps:
-                yield from telling(token, result)
+            for _, token, output in steps:
+                yield from decode(token, output)
 
     def preview(self, codes: Sequence[int]) -> Image.Image:
-        """A picture that is not whole yet, grey where no code has been drawn."""
-        return self.image_tokenizer.decode([[*codes, *self._grey_codes[len(codes) :]]])[0]
+        """An incomplete image, gray where image codes are missing."""
+        return self.image_tokenizer.decode([[*codes, *self._gray_codes[len(codes) :]]])[0]
 
     @cached_property
-    def _grey_codes(self) -> list[int]:
+    def _gray_codes(self) -> list[int]:
         size = (self.image_tokenizer.size, self.image_tokenizer.size)
-        grey: list[int] = self.image_tokenizer.encode([Image.new("RGB", size, "gray")])[0].tolist()
-        return grey
+        codes: list[int] = self.image_tokenizer.encode([Image.new("RGB", size, "gray")])[0].tolist()
+        return codes
 
-    def chat(self, mode: Any = "any", **options: Any) -> ChatSession:
-        """A talk of several turns, whose earlier turns are not read again."""
+    def chat(self, mode: Mode = "any", **options: Unpack[GenerationKeywords]) -> ChatSession:
+        """A conversation of several turns. Earlier turns are not prefilled again."""
         return ChatSession(self, GenerationOptions(mode=mode, **options))
 
-    def _request(
-        self, prompt: Prompt | Document, options: GenerationOptions, row: int, complete: bool
+    def _make_request(
+        self, prompt: Prompt | Document, options: GenerationOptions, index: int, raw_prompt: bool
     ) -> Request:
         self.check_image_generation(options)
-        return Request(self.encode_prompt(prompt, complete), options, row)
+        return Request(self.encode_prompt(prompt, raw_prompt), options, index)
 
     def check_image_generation(self, options: GenerationOptions) -> None:
-        """Warns of options that draw blank pictures; not a server's clients, who would not see it.
+        """Warns of options that generate blank images. The server does not call this.
 
-        Raises UserError where pictures are asked for and the image tokenizer has no decoder.
+        Raises UserError if images are requested and the image tokenizer has no decoder.
         """
         if options.mode == "text":
             return
         self.image_tokenizer.require_decoder()
         if options.image_greedy:
             warnings.warn(
-                "greedy pictures tend to come out blank; sample them unless you test something",
+                "Greedy decoding tends to generate blank images. Use image_greedy only in tests.",
                 stacklevel=4,
             )
 
-    def to_response(self, result: GenerationOutput, images: Sequence[Image.Image] = ()) -> Response:
-        """The parts of what was generated: without what ended it, and without a picture that the
-        limit cut short. `images` are its pictures, where they were made already."""
-        ids = strip_terminators(result.ids, self.vocabulary, result.finish_reason)
-        made = iter(images)
+    def to_response(self, output: GenerationOutput, images: Sequence[Image.Image] = ()) -> Response:
+        """The parts of an output, without its terminator and without a truncated image.
+
+        `images` are its decoded images, if they were decoded before.
+        """
+        ids = strip_terminators(output.ids, self.vocabulary, output.finish_reason)
+        decoded = iter(images)
         parts: list[str | Image.Image] = []
-        for part in ids_to_parts(ids, self.tokenizer):
+        for part in ids_to_parts(ids, self.text_tokenizer):
             if isinstance(part, str):
                 parts.append(part)
             else:
                 assert part.codes is not None
-                parts.append(next(made, None) or self.image_tokenizer.decode([part.codes])[0])
-        return Response(parts, result.finish_reason, result.note, result.ids)
+                parts.append(next(decoded, None) or self.image_tokenizer.decode([part.codes])[0])
+        return Response(parts, output.finish_reason, output.note, output.ids)
+
+    encode = DeprecatedName("encode_document")  # alias
+    prompt_ids = DeprecatedName("encode_prompt")  # alias
+    answer_batch = DeprecatedName("generate_responses")  # alias
+    tokenizer = DeprecatedName("text_tokenizer")  # alias
+    with_codes = DeprecatedName("tokenize_image")  # alias
+    events = DeprecatedName("stream_request")  # alias
+    answer_of = DeprecatedName("to_response")  # alias
 
 
-class StreamDecoder:
-    """What a request's tokens mean, as they come: called with each of them, and with None at the
-    end, it gives events."""
-
-    def __init__(self, model: Model, request: Request, preview_every: int = 0) -> None:
-        self.model, self.request, self.preview_every = model, request, preview_every
-        self._text: list[int] = []
-        self._shown = ""
-        self._codes: list[int] = []
-        self._images: list[Image.Image] = []
-
-    def __call__(self, token: int | None, result: GenerationOutput) -> Iterator[StreamEvent]:
-        model, marks = self.model, self.model.vocabulary
-        if token in marks.text_tokens and token not in self.request.options.stop:
-            assert token is not None
-            self._text.append(token)
-            decoded = model.tokenizer.decode(self._text)
-            if not decoded.endswith("\ufffd"):  # half of a character comes with the next
-                yield StreamEvent(text=decoded[len(self._shown) :])
-                self._shown = decoded
-            return
-        if self._text and (rest := model.tokenizer.decode(self._text)[len(self._shown) :]):
-            yield StreamEvent(text=rest)
-        self._text, self._shown = [], ""
-        if token is None:
-            yield StreamEvent(answer=model.to_response(result, self._images))
-        elif token in marks.image_codes:
-            self._codes.append(marks.token_to_image_code(token))
-            preview = None
-            if self.preview_every and len(self._codes) % self.preview_every == 0:
-                preview = model.preview(self._codes)
-            done = len(self._codes) / model.image_tokenizer.codes_per_image
-            yield StreamEvent(progress=done, preview=preview)
-        elif token == marks.end_image:
-            self._images.append(model.image_tokenizer.decode([self._codes])[0])
-            self._codes = []
-            yield StreamEvent(image=self._images[-1])
-
-
-class ChatSession:
-    """A talk. `send` gives the events of the next answer; what was said stays in the engine's
-    memory, so that only what is new is read.
-
-    Raises UserError, from `send`, where the context has no room left: begin a new talk.
-    """
-
-    def __init__(self, model: Model, options: GenerationOptions) -> None:
-        self.model, self.options = model, options
-        self.ids: list[int] = [model.vocabulary.bos]
-        self.turns = 0
-
-    def send(
-        self, *parts: str | Path | Image.Image | ImagePart, preview_every: int = 0
-    ) -> Generator[StreamEvent, None, None]:
-        """The user's next turn -> the answer as it comes, the whole of it in the last event."""
-        marks = self.model.vocabulary
-        own = self.model.encode_prompt(list(parts))[1:]  # without <s>; the end of the turn is there
-        request = Request([*self.ids, *own], self.options, self.turns, keep=True)
-        try:
-            self.model.engine.check(request.prompt)
-        except UserError as error:
-            raise UserError(f"{error}; or begin a new talk") from error
-        self.model.check_image_generation(self.options)
-        for event in self.model.stream_request(request, preview_every):
-            if event.answer is not None:
-                said = strip_terminators(event.answer.ids, marks, event.answer.finish_reason)
-                self.ids = [*request.prompt, *said, marks.end_turn]
-                self.turns += 1
-            yield event
-
-
-def strip_terminators(ids: Sequence[int], marks: Vocabulary, finish_reason: str) -> list[int]:
-    """Ids of an answer without the mark or stop word that ended it, and without a picture that was
-    cut short at their end."""
-    found = list(ids[:-1] if finish_reason in ("end", "stop") else ids)
-    if marks.begin_image in found:
-        last = len(found) - 1 - found[::-1].index(marks.begin_image)
-        if marks.end_image not in found[last:]:
-            return found[:last]
-    return found
+def _base_decoder(decoder: Decoder) -> Decoder:
+    """The decoder inside of a PeftModel, or the decoder itself."""
+    base: Decoder = getattr(decoder, "get_base_model", lambda: decoder)()
+    return base

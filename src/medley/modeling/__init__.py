@@ -1,1 +1,1 @@
-"""The decoder, its attention, loss and quantization."""
+"""The decoder: architecture, attention kernels, training loss, quantization."""

@@ -1,10 +1,11 @@
-"""Attention inside packed documents, by whichever kernel the machine has, behind one name.
+"""Attention within packed documents, by one of several kernels.
 
-`sdpa` runs torch's causal attention document by document, on any device; `flash` torch's kernel for
-sequences of varying length; `xformers` its block-diagonal kernel; `flex` a compiled mask. The last
-three want CUDA. All of them compute the same: every token sees its own document, up to itself.
+`sdpa` runs torch's causal attention for each document, on any device. `flash` is torch's kernel for
+sequences of varying length, `xformers` its block-diagonal kernel, and `flex` a compiled mask. These
+three need CUDA. All compute the same: each token attends to itself and to the preceding tokens of
+its own document.
 
-Shapes: B batch, S sequence, H heads, K head width, N = B S tokens of a batch laid in a row.
+Shapes: B batch, S sequence, H heads, K head width, N = B S tokens of a batch, concatenated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -25,15 +26,15 @@ from medley.errors import UserError
 
 Attention = Literal["auto", "sdpa", "flash", "flex", "xformers"]
 _HALF = (torch.float16, torch.bfloat16)
-# On a CPU torch's half precision kernel costs a document this short 2.5 times what float32 does.
+# On a CPU, torch's half precision kernel takes 2.5 times as long as float32 for documents shorter
+# than this.
 _SHORT = 512
 
 
-def set_attention(decoder: Any, choice: Attention, dtype: torch.dtype) -> str:
-    """Makes a decoder use a kernel in training; gives the name of the one that was taken.
+def set_attention(decoder: PreTrainedModel, choice: Attention, dtype: torch.dtype) -> str:
+    """Sets the attention kernel of a decoder for training. Returns the name of the kernel.
 
-    `dtype` is what it computes in. Raises UserError with the reason where this machine lacks the
-    kernel.
+    `dtype` is the dtype of the computation. Raises UserError if this machine cannot run the kernel.
     """
     chosen = choice
     if choice == "auto":
@@ -42,34 +43,35 @@ def set_attention(decoder: Any, choice: Attention, dtype: torch.dtype) -> str:
         )
     reason = unavailable_reason(chosen, dtype)
     if reason is not None:
-        raise UserError(f"--attention {choice}: {reason}; --attention auto takes what there is")
+        raise UserError(f"--attention {choice}: {reason} Use --attention auto.")
     decoder.set_attn_implementation("flex_attention" if chosen == "flex" else f"medley_{chosen}")
     return chosen
 
 
 def unavailable_reason(choice: str, dtype: torch.dtype) -> str | None:
-    """Why this machine cannot use a kernel; None where it can."""
+    """The reason why this machine cannot run a kernel; None if it can."""
     if choice == "sdpa":
         return None
     if not torch.cuda.is_available():
-        return "its kernel needs CUDA, and this machine (or this torch) has none"
+        return "The kernel needs CUDA, which this machine or this torch does not have."
     if choice == "flex":
         return None
     if dtype not in _HALF:
-        return f"its kernel needs --bf16 or --fp16, not {dtype}"
+        return f"The kernel needs --bf16 or --fp16 (got {dtype})."
     module = {"flash": "torch.nn.attention.varlen", "xformers": "xformers"}[choice]
     try:
-        found = importlib.util.find_spec(module) is not None
+        is_installed = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
-        found = False
-    return None if found else f"{module} is not installed here"
+        is_installed = False
+    return None if is_installed else f"{module} is not installed."
 
 
 def sequence_lengths(position_ids: Tensor) -> list[list[int]]:
-    """Positions int64 (B, S) that restart at each document -> lengths of those, by row."""
+    """Positions int64 (B, S) that restart at each document -> the documents' lengths, by sequence."""
     lengths = []
-    for row in position_ids.cpu():
-        starts = [0, *((row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1).tolist(), len(row)]
+    for positions in position_ids.cpu():
+        restarts = (positions[1:] != positions[:-1] + 1).nonzero().squeeze(1) + 1
+        starts = [0, *restarts.tolist(), len(positions)]
         lengths.append([end - start for start, end in pairwise(starts)])
     return lengths
 
@@ -78,7 +80,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, list[int], float | None], Tensor]
 
 
 def _attention(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
-    """A function as transformers' attention interface wants it."""
+    """A kernel -> a function for transformers' attention interface."""
 
     def attend(
         module: Any,
@@ -88,25 +90,26 @@ def _attention(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         attention_mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
-        documents: Sequence[Sequence[int]] | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Query (B, H, S, K), keys and values of as many heads or fewer -> (B, S, H, K)."""
-        if documents is None:  # no training: a mask says what is seen, or it is plainly causal
+        """Query (B, H, S, K), keys and values with H heads or fewer -> (B, S, H, K)."""
+        if document_lengths is None:  # outside of training: a mask, or plain causal attention
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, **kwargs
             )
             return output, None
         batch, heads, length, width = query.shape
-        # Under autocast the norms of queries and keys give float32, values stay in half.
+        # Under autocast, the norms of queries and keys return float32; values stay in half.
         query, key = query.to(value.dtype), key.to(value.dtype)
 
-        def flat(states: Tensor) -> Tensor:
-            whole = repeat_kv(states, heads // states.shape[1]).transpose(1, 2)
-            return whole.reshape(1, batch * length, heads, width).transpose(1, 2)
+        def concatenate(states: Tensor) -> Tensor:
+            repeated = repeat_kv(states, heads // states.shape[1]).transpose(1, 2)
+            return repeated.reshape(1, batch * length, heads, width).transpose(1, 2)
 
-        lengths = [n for row in documents for n in row]
-        output = kernel(flat(query), flat(key), flat(value), lengths, scaling)
+        lengths = [n for sequence in document_lengths for n in sequence]
+        states = (concatenate(query), concatenate(key), concatenate(value))
+        output = kernel(*states, lengths, scaling)
         return output.transpose(1, 2).reshape(batch, length, heads, width), None
 
     return attend
@@ -120,7 +123,7 @@ def _sdpa(
 
 
 def _sdpa_document(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention (1, H, S, K); short documents in float32 where that is faster."""
+    """Causal attention (1, H, S, K); in float32 for short documents if that is faster."""
     if query.device.type != "cpu" or query.dtype not in _HALF or query.shape[2] >= _SHORT:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     with torch.autocast("cpu", enabled=False):
@@ -133,12 +136,12 @@ def _sdpa_document(query: Tensor, key: Tensor, value: Tensor, scale: float | Non
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch we take
+    from torch.nn.attention.varlen import varlen_attn  # the oldest supported torch lacks it
 
     starts = torch.tensor([0, *lengths], device=query.device).cumsum(0).int()
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (N, H, K)
     longest = max(lengths)
-    causal = (-1, 0)  # any number of places to the left, none to the right
+    causal = (-1, 0)  # window: unlimited to the left, nothing to the right
     output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=causal)
     assert isinstance(output, Tensor)
     return output.transpose(0, 1)[None]
@@ -156,7 +159,7 @@ def _xformers(
 
 
 def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """In training documents take the mask's place; with a cache it is sdpa's."""
+    """No mask in training, where the kernel takes the documents' lengths; with a cache, sdpa's."""
     if q_length == kv_length:
         return None
     return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)

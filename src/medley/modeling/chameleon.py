@@ -1,10 +1,11 @@
-"""The early-fusion decoder: transformers' Chameleon with its image logits open.
+"""The early-fusion decoder: transformers' Chameleon with image logits.
 
-transformers masks the logits of every image token, so that its Chameleon can neither learn
-nor draw pictures. This subclass leaves them open and computes the training loss by modality,
-on labelled places only. It keeps the stock class's name, so that what it saves says so.
+transformers masks the logits of all image tokens, so that its Chameleon can neither be trained on
+images nor generate them. This subclass does not mask them. It computes the training loss by
+modality, at labeled positions only. It keeps the name of the stock class, which is written to
+`config.json`.
 
-Shapes: B batch, S sequence, D model width, V vocabulary, N labelled places.
+Shapes: B batch, S sequence, D model width, V vocabulary, N labeled positions.
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ from medley.modeling.chunked_loss import LOSS_CHUNK, LMHead
 
 @dataclass(frozen=True)
 class LossOptions:
-    """`image_weight` scales the loss of image tokens; `z_loss` the squared log-partition."""
+    """Weights of the loss.
+
+    Attributes:
+        image_weight: factor of the loss of image tokens
+        z_loss: weight of the squared log-partition
+    """
 
     image_weight: float = 1.0
     z_loss: float = 0.0
 
 
 class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGeneration):  # type: ignore[misc]
-    """The decoder. With `labels` it returns the loss alone, without them open logits.
+    """The decoder. It returns the loss if there are labels, otherwise logits.
 
-    `loss_sums` is then set: detached sums of losses and counts of places by modality, as
-    float64 (4,): text loss, text places, image loss, image places.
+    With labels it also sets `loss_sums`, detached, float64 (4,): the sum of the losses and the
+    number of the positions, first for text, then for images.
     """
 
     loss_options = LossOptions()
@@ -43,12 +49,11 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
 
     def __init__(self, config: transformers.ChameleonConfig) -> None:
         super().__init__(config)
-        sizes = (config.hidden_size, config.vocab_size)
-        self.lm_head: LMHead = LMHead(*sizes, bias=False)
+        self.lm_head: LMHead = LMHead(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def uses_varlen_attention(self) -> bool:
-        """Whether `attention.set_attention` chose a kernel that is told of each document."""
+        """Whether `attention.set_attention` chose a kernel that takes the documents' lengths."""
         return str(self.config._attn_implementation).startswith("medley_")
 
     def forward(
@@ -66,20 +71,20 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
     ) -> CausalLMOutputWithPast:
         """Ids int64 (B, S) -> logits (B, S, V), or with labels int64 (B, S) the loss.
 
-        Labels are not shifted; the label at a place is predicted from the place before it.
-        The loss is the sum of weighted token losses over `num_items_in_batch`, by default
-        the sum of the weights here. While there are labels no cache is made and no mask is
-        taken: positions that restart keep packed documents apart (transformers' packed
-        sequence detection, which a cache or a 2-D mask turns off).
+        Labels are not shifted: the label at a position is predicted from the previous position.
+        The loss is the sum of weighted token losses, divided by `num_items_in_batch` (by default
+        the sum of the weights in this batch). With labels, there is neither a cache nor an
+        attention mask: positions that restart separate packed documents. transformers detects
+        them only without a cache and without a 2-D mask.
         """
         if labels is not None:
             if attention_mask is not None:
                 raise ValueError(
-                    "training takes no attention_mask: documents are kept apart by position_ids"
+                    "attention_mask is not supported in training. position_ids separate documents."
                 )
             use_cache = False
             if self.uses_varlen_attention and position_ids is not None:
-                kwargs["documents"] = sequence_lengths(position_ids)
+                kwargs["document_lengths"] = sequence_lengths(position_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -94,11 +99,11 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
             loss = self._loss(hidden, labels, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss)
         if isinstance(logits_to_keep, int):
-            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            selected = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         else:
-            kept = hidden[:, logits_to_keep]
+            selected = hidden[:, logits_to_keep]
         return CausalLMOutputWithPast(
-            logits=self.lm_head(kept),
+            logits=self.lm_head(selected),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -112,111 +117,73 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         )
 
     def _is_image(self, labels: Tensor) -> Tensor:
-        ids = self.model.vocabulary_mapping.image_tokens  # sorted, one unbroken run
+        ids = self.model.vocabulary_mapping.image_tokens  # sorted and consecutive
         return (labels >= ids[0]) & (labels <= ids[-1])
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | float | None
     ) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
-        places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        targets = targets[places]
-        states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[places]
+        positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        targets = targets[positions]
+        states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[positions]
         weights = self.label_weights(targets)
         image = self._is_image(targets)
         if isinstance(self.lm_head, LMHead):
             z_loss = self.loss_options.z_loss
             total, losses = self.lm_head(states, targets, weights, z_loss)
-        else:  # an adapter lies over it
-            total, losses = self._checkpointed(states, targets, weights)
-        # A row without labels still has a graph; one number of each row, lest a sum overflow.
+        else:  # an adapter wraps the head
+            total, losses = self._recompute_loss(states, targets, weights)
+        # Keeps a rank without labels in the autograd graph. One element of each sequence avoids
+        # an overflow of the sum.
         total = total + (hidden[:, 0, 0] * 0.0).sum()
-        seen = torch.stack([~image, image]).double()
-        self.loss_sums = torch.stack([(seen * losses.double()).sum(1), seen.sum(1)], 1).reshape(-1)
+        by_modality = torch.stack([~image, image]).double()
+        sums, counts = (by_modality * losses.double()).sum(1), by_modality.sum(1)
+        self.loss_sums = torch.stack([sums, counts], 1).reshape(-1)
         return total / (weights.sum().clamp(min=1e-8) if num_items is None else num_items)
 
-    def _checkpointed(
+    def _recompute_loss(
         self, states: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `HeadLoss` gives, with the logits of a chunk made again for its gradient."""
+        """The result of `ChunkedCrossEntropy`; recomputes the logits of a chunk for its gradient."""
         total = torch.zeros((), device=states.device)
         losses = [states.new_zeros(0, dtype=torch.float32)]
-        # ZeRO-3 gathers the head at each call, which must be as many on every rank: one.
-        taken_apart = any(hasattr(p, "ds_id") for p in self.lm_head.parameters())
-        size = max(len(targets), 1) if taken_apart else LOSS_CHUNK
-        # Once at least, so that a rank without labels has the same graph as the others.
-        for chunk in range(0, max(len(targets), 1), size):
-            part = slice(chunk, chunk + size)
+        # ZeRO-3 gathers the head at each call. The number of calls must be equal on every rank,
+        # therefore there is one chunk.
+        is_partitioned = any(hasattr(p, "ds_id") for p in self.lm_head.parameters())
+        size = max(len(targets), 1) if is_partitioned else LOSS_CHUNK
+        # At least one chunk, so that a rank without labels has the same graph as the others.
+        for start in range(0, max(len(targets), 1), size):
+            chunk = slice(start, start + size)
             token_loss, z_loss = checkpoint(
-                self._token_losses, states[part], targets[part], use_reentrant=False
+                self._token_losses, states[chunk], targets[chunk], use_reentrant=False
             )
-            total = total + (weights[part] * (token_loss + z_loss)).sum()
+            total = total + (weights[chunk] * (token_loss + z_loss)).sum()
             losses.append(token_loss.detach())
         return total, torch.cat(losses)
 
     def _token_losses(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """States (N, D), targets (N,) -> cross entropy and weighted z-loss, float32 (N,)."""
         logits = self.lm_head(states).float()
-        normaliser = logits.logsumexp(-1)
-        token_loss = normaliser - logits.gather(1, targets[:, None]).squeeze(1)
-        return token_loss, self.loss_options.z_loss * normaliser**2
+        log_partition = logits.logsumexp(-1)
+        token_loss = log_partition - logits.gather(1, targets[:, None]).squeeze(1)
+        return token_loss, self.loss_options.z_loss * log_partition**2
 
 
 def tie_head_norms(decoder: ChameleonForConditionalGeneration) -> None:
-    """Lets the query and key norms of all heads of a shard learn as one.
+    """Averages the gradients of the query and key norms over the heads of each shard.
 
-    Chameleon's layout keeps one norm a shard. Heads that begin with equal norms and get the
-    mean of their gradients keep equal norms, so that a decoder trained in full can be written
-    to that layout.
+    Chameleon's layout stores one norm for each shard. Heads that start with equal norms keep equal
+    norms with equal gradients, so that a fully trained decoder can be written in that layout.
     """
     shards = int(decoder.config.model_parallel_size or 1)
 
-    def mean_of_shard(gradient: Tensor) -> Tensor:
+    def average_over_shard(gradient: Tensor) -> Tensor:
         heads, width = gradient.shape
         grouped = gradient.reshape(shards, heads // shards, width)
         return grouped.mean(1, keepdim=True).expand_as(grouped).reshape(heads, width)
 
     for layer in decoder.model.layers:
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-            norm.weight.register_hook(mean_of_shard)
-            norm.bias.register_hook(mean_of_shard)
-
-
-def decoder_config(
-    *,
-    width: int,
-    layers: int,
-    heads: int,
-    key_value_heads: int | None,
-    feed_forward: int,
-    vocabulary_size: int,
-    context: int,
-    rope_theta: float,
-    norm_eps: float,
-    swin_norm: bool,
-    model_parallel_size: int,
-    vq_config: dict[str, Any],
-    vocabulary_map: dict[str, int],
-    marks: Any,
-) -> transformers.ChameleonConfig:
-    """A stock ChameleonConfig with the right bos, pad and eos (its defaults are not)."""
-    config = transformers.ChameleonConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads or heads,
-        max_position_embeddings=context,
-        rms_norm_eps=norm_eps,
-        rope_parameters={"rope_theta": rope_theta, "rope_type": "default"},
-        swin_norm=swin_norm,
-        model_parallel_size=model_parallel_size,
-        vq_config=vq_config,
-        vocabulary_map=vocabulary_map,
-        bos_token_id=marks.bos,
-        pad_token_id=marks.pad,
-        eos_token_id=marks.eos,
-    )
-    config.architectures = ["ChameleonForConditionalGeneration"]
-    return config
+            norm.weight.register_hook(average_over_shard)
+            norm.bias.register_hook(average_over_shard)

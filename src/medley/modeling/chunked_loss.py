@@ -1,7 +1,7 @@
-"""The output head and its cross entropy in pieces, without the logits of all places at once.
+"""The output head and its cross entropy, computed in chunks of positions.
 
-The gradient of a chunk is taken right after its loss, while its logits are there: they are made
-once, and never kept. Shapes: N labelled places, D model width, V vocabulary.
+The gradient of a chunk is computed right after its loss. Its logits are therefore computed only
+once and are never stored. Shapes: N labeled positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOSS_CHUNK = 256  # labelled places whose logits are held at once
+LOSS_CHUNK = 256  # labeled positions in a chunk
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """States (N, D), weight (V, D), targets int64 (N,), token weights float32 (N,), z_loss ->
-    the sum of weighted losses, and each token's cross entropy, float32 (N,).
+    """The sum of weighted token losses, and the cross entropy of each token, float32 (N,).
 
-    A token's loss is its cross entropy plus z_loss times the squared log-partition.
+    The loss of a token is its cross entropy plus `z_loss` times the squared log-partition.
+    Inputs: states (N, D), weight (V, D), targets int64 (N,), token weights float32 (N,), z_loss.
     """
 
     @staticmethod
@@ -30,33 +30,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         token_weights: Tensor,
         z_loss: float,
     ) -> tuple[Tensor, Tensor]:
-        wants_states, wants_weight = ctx.needs_input_grad[:2]
+        needs_states, needs_weight = ctx.needs_input_grad[:2]
         dtype = _compute_dtype(states)
         head = weight.to(dtype)
-        grad_states = torch.empty_like(states) if wants_states else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_states = torch.empty_like(states) if needs_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(targets), LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
-            chunk = states[part].to(dtype)
-            logits = (chunk @ head.t()).float()
-            normaliser = logits.logsumexp(-1)
-            at = targets[part, None]
-            losses[part] = normaliser - logits.gather(1, at).squeeze(1)
-            share = token_weights[part]
-            total += (share * (losses[part] + z_loss * normaliser**2)).sum()
-            if not (wants_states or wants_weight):
+            chunk = slice(start, start + LOSS_CHUNK)
+            chunk_states = states[chunk].to(dtype)
+            logits = (chunk_states @ head.t()).float()
+            log_partition = logits.logsumexp(-1)
+            labels = targets[chunk, None]
+            losses[chunk] = log_partition - logits.gather(1, labels).squeeze(1)
+            scale = token_weights[chunk]
+            total += (scale * (losses[chunk] + z_loss * log_partition**2)).sum()
+            if not (needs_states or needs_weight):
                 continue
-            # Softmax minus one-hot, scaled; the log-partition's own gradient is the softmax.
-            slope = logits.sub_(normaliser[:, None]).exp_()
-            slope *= (share * (1 + 2 * z_loss * normaliser))[:, None]
-            slope.scatter_add_(1, at, -share[:, None])
-            slope = slope.to(dtype)
+            # Softmax minus one-hot, scaled. The gradient of the log-partition is the softmax.
+            gradient = logits.sub_(log_partition[:, None]).exp_()
+            gradient *= (scale * (1 + 2 * z_loss * log_partition))[:, None]
+            gradient.scatter_add_(1, labels, -scale[:, None])
+            gradient = gradient.to(dtype)
             if grad_states is not None:
-                grad_states[part] = slope @ head
+                grad_states[chunk] = gradient @ head
             if grad_weight is not None:
-                grad_weight += slope.t() @ chunk
+                grad_weight += gradient.t() @ chunk_states
         ctx.save_for_backward(grad_states, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -64,13 +64,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        of_total = gradients[0]
-        of_states, of_weight = ctx.saved_tensors
-        if of_states is not None:
-            of_states = of_states * of_total.to(of_states.dtype)
-        if of_weight is not None:
-            of_weight = (of_weight * of_total).to(ctx.weight_dtype)
-        return of_states, of_weight, None, None, None
+        grad_total = gradients[0]
+        grad_states, grad_weight = ctx.saved_tensors
+        if grad_states is not None:
+            grad_states = grad_states * grad_total.to(grad_states.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_states, grad_weight, None, None, None
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:
@@ -79,10 +79,9 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
 
 
 class LMHead(nn.Linear):
-    """The output head: states -> logits, or with targets what `ChunkedCrossEntropy` gives.
+    """The output head: states -> logits, or with targets the result of `ChunkedCrossEntropy`.
 
-    One call in either case, so that whatever gathers its weight (ZeRO-3) does so once, on every
-    rank as often as on the others.
+    Both take one call, so that ZeRO-3 gathers the weight once and equally often on every rank.
     """
 
     def forward(

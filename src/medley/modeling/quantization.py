@@ -1,35 +1,31 @@
-"""Weight-only quantisation of the decoder's layers, by bitsandbytes: half a byte or one a weight.
+"""Weight-only quantization of the decoder's layers with bitsandbytes.
 
-The matrices of the layers are kept in 4 bits (nf4, Dettmers et al. 2023) or 8 bits; embedding,
-norms, output head and VQGAN stay as they are.
+The matrices of the layers are stored in 4 bits (nf4, Dettmers et al. 2023) or 8 bits. Embedding,
+norms, output head and VQGAN are not quantized.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from medley.errors import UserError
+from medley.utils.extras import require_extra
 
 Quantize = Literal["4bit", "8bit"]
 
 
 def quantize_layers(decoder: Any, kind: Quantize, dtype: torch.dtype) -> None:
-    """Replaces every matrix of the layers; `dtype` is what products are computed in.
+    """Replaces every matrix of the layers. `dtype` is the dtype of the matrix products.
 
-    The weights are quantised when the decoder is moved to its device.
+    The weights are quantized when the decoder is moved to its device.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantising to {kind} needs bitsandbytes: pip install 'medley-mm[quantize]'"
-        )
-    kinds = importlib.import_module("bitsandbytes").nn  # untyped: held as Any
+    require_extra("bitsandbytes", "quantize", f"Quantization to {kind}")
+    kinds = importlib.import_module("bitsandbytes").nn  # bitsandbytes has no types
 
-    def is_quantized(linear: nn.Linear) -> nn.Module:
+    def quantize_linear(linear: nn.Linear) -> nn.Module:
         sizes = (linear.in_features, linear.out_features)
         if kind == "4bit":
             new: Any = kinds.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
@@ -46,6 +42,6 @@ def quantize_layers(decoder: Any, kind: Quantize, dtype: torch.dtype) -> None:
         for block in (layer.self_attn, layer.mlp):
             for name, child in list(block.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(block, name, is_quantized(child))
-    # PEFT and Trainer look at these.
+                    setattr(block, name, quantize_linear(child))
+    # PEFT and Trainer read these attributes.
     decoder.is_loaded_in_4bit, decoder.is_loaded_in_8bit = kind == "4bit", kind == "8bit"

@@ -1,16 +1,15 @@
-"""Drawn scans whose true contents are known: the data of the embedded model.
+"""Synthetic scans with known contents: the training data of the embedded model.
 
-`world` draws them, `reading` finds in pixels what was drawn (so that a generated picture is scored
-without a human or a judge), `texts` asks and tells about them.
+`scenes` renders them, `measurement` extracts the contents from pixels (so generated images are
+scored without a person or a judge model), `captions` writes questions and texts about them.
 
     scan = Phantom.random(numpy.random.default_rng(0))
-    pixels = scan.draw(size=64)          # uint8 (64, 64, 3)
+    pixels = scan.render(size=64)        # uint8 (64, 64, 3)
     measure(pixels).findings             # the same findings
 """
 
-from medley.phantoms.reading import Measurement, measure
-from medley.phantoms.texts import (
-    CHANGED,
+from medley.phantoms.captions import (
+    CHANGE_QUESTION,
     caption,
     change_document,
     change_text,
@@ -23,7 +22,8 @@ from medley.phantoms.texts import (
     questions,
     report,
 )
-from medley.phantoms.world import (
+from medley.phantoms.measurement import Measurement, measure
+from medley.phantoms.scenes import (
     ALL_MODALITIES,
     BRIGHTNESSES,
     KINDS,
@@ -36,15 +36,15 @@ from medley.phantoms.world import (
     Change,
     Finding,
     Phantom,
+    appearances_of,
     article,
     organs_of,
-    signs_of,
 )
 
 __all__ = [
     "ALL_MODALITIES",
     "BRIGHTNESSES",
-    "CHANGED",
+    "CHANGE_QUESTION",
     "KINDS",
     "LEVELS",
     "MODALITIES",
@@ -56,6 +56,7 @@ __all__ = [
     "Finding",
     "Measurement",
     "Phantom",
+    "appearances_of",
     "article",
     "caption",
     "change_document",
@@ -70,5 +71,4 @@ __all__ = [
     "prompt_for",
     "questions",
     "report",
-    "signs_of",
 ]

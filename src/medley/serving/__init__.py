@@ -1,1 +1,1 @@
-"""A server: OpenAI's protocol with pictures in and out, and LLaVA's."""
+"""HTTP server: OpenAI's API with image input and output, LLaVA's worker protocol, and a web UI."""

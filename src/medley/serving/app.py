@@ -1,4 +1,4 @@
-"""The application: routes, who may ask, how much, and what is said of errors."""
+"""The FastAPI application: routes, authentication, body limit, timeouts and error responses."""
 
 from __future__ import annotations
 
@@ -7,34 +7,31 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medley.serving import llava_api, openai_api
 from medley.serving.limits import QueueFullError, RequestError
 from medley.serving.metrics import CONTENT_TYPE
 from medley.serving.schema import ErrorBody
-from medley.serving.state import State, error_body
+from medley.serving.state import ServerState, error_body
 from medley.version import __version__
 
 log = logging.getLogger("medley.serving")
-GRACE = 30.0  # seconds that a client has beside what the model takes, to send and to read
-ONCE = {"x-should-retry": "false"}  # OpenAI's client would ask again for the whole work
-PROTOCOLS = ("/v1/", "/worker_", "/metrics", "/openapi.json")
-OPEN = ("/health",)  # without a token: what a load balancer asks
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+TRANSFER_SECONDS = 30.0  # time for the transfer of a request and its response, beside the timeout
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's client would repeat a request that timed out.
+API_PREFIXES = ("/v1/", "/worker_", "/metrics", "/openapi.json")
+PUBLIC_PATHS = ("/health",)  # no token: load balancers request it
 
 
-def make_app(state: State) -> FastAPI:
-    """The application of some models. Their threads begin and end with it."""
+def make_app(state: ServerState) -> FastAPI:
+    """The application. Its lifespan starts and stops the threads of the models."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,7 +39,7 @@ def make_app(state: State) -> FastAPI:
             worker.start()
         yield
         state.draining = True
-        # In another thread: what runs is told its end through this loop.
+        # In other threads: the last events of running requests need this loop.
         await asyncio.gather(*(asyncio.to_thread(w.stop) for w in state.workers.values()))
 
     app = FastAPI(
@@ -55,27 +52,28 @@ def make_app(state: State) -> FastAPI:
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
     for kind, handler in (
-        (RequestError, on_error), (RequestValidationError, on_bad_request),
-        (HTTPException, on_http), (Exception, on_error),
+        (RequestError, on_error), (RequestValidationError, on_validation_error),
+        (HTTPException, on_http_error), (Exception, on_error),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # narrower than Exception
-    app.add_middleware(RequestMiddleware, state=state, seconds=state.limits.seconds + GRACE)
+    timeout = state.limits.request_timeout + TRANSFER_SECONDS
+    app.add_middleware(RequestMiddleware, state=state, timeout=timeout)
     return app
 
 
 async def health(request: Request) -> Response:
-    """Whether requests are taken: 503 while it drains, and where a model's thread has died."""
-    state: State = request.app.state.medley
-    dead = [name for name, worker in state.workers.items() if not worker.alive]
-    status = "draining" if state.draining else f"dead: {', '.join(dead)}" if dead else "ok"
-    rows = {name: {"running": worker.running, "waiting": worker.waiting}
-            for name, worker in state.workers.items()}  # fmt: skip
-    body = {"status": status, "models": rows, "version": __version__, "instance": state.instance}
+    """Status 200; 503 while the server drains, or if the thread of a model has stopped."""
+    state: ServerState = request.app.state.medley
+    stopped = state.stopped_models()
+    status = "draining" if state.draining else f"dead: {', '.join(stopped)}" if stopped else "ok"
+    models = {name: {"running": worker.running, "waiting": worker.waiting}
+              for name, worker in state.workers.items()}  # fmt: skip
+    body = {"status": status, "models": models, "version": __version__, "instance": state.instance}
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:
-    return Response(request.app.state.medley.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(request.app.state.medley.metrics.render(), media_type=CONTENT_TYPE)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -86,106 +84,118 @@ async def on_error(request: Request, error: Exception) -> Response:
     if status >= 500 and not isinstance(error, RequestError):
         log.error("%s %s", request.method, request.url.path, exc_info=error)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFullError) else {}
-    return JSONResponse(body, status, headers | (ONCE if status == 408 else {}))
+    return JSONResponse(body, status, headers | (NO_RETRY if status == 408 else {}))
 
 
-async def on_bad_request(request: Request, error: RequestValidationError) -> Response:
-    """The first thing that is wrong, with its place; never the value, which may be a picture."""
+async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+    return await on_error(request, validation_error(error))
+
+
+def validation_error(error: RequestValidationError) -> RequestError:
+    """The first error with its field, without the value, which may be an image."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    return await on_error(request, RequestError(f"{place}: {first['msg']}", 400, place))
+    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    return RequestError(f"{field}: {first['msg']}.", 400, field)
 
 
-async def on_http(request: Request, error: HTTPException) -> Response:
-    answer = await on_error(request, RequestError(str(error.detail), error.status_code))
-    answer.headers.update(error.headers or {})  # of 405, what is allowed
-    return answer
+async def on_http_error(request: Request, error: HTTPException) -> Response:
+    response = await on_error(request, RequestError(str(error.detail), error.status_code))
+    response.headers.update(error.headers or {})  # for example Allow, with status 405
+    return response
 
 
-# --- the gate ---------------------------------------------------------------------------------
+# --- the middleware ---------------------------------------------------------------------------
 
 
 class RequestMiddleware:
-    """Before every request: a token where one is wanted, a body within its limit, no new work
-    while the server drains; after it a line for the log, without what was asked or said. A request
-    that takes longer than it may ends, whatever it waits for."""
+    """Checks and logs every request.
 
-    def __init__(self, app: Any, state: State, seconds: float | None = None) -> None:
-        self.app, self.state = app, state
-        self.seconds = seconds  # of a whole request, the client's part of it too
+    Rejects requests without the token, with a body above the limit, and new API requests while the
+    server drains. Ends an API request after `timeout` seconds. The log line contains neither the
+    prompt nor the response.
+    """
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, timeout: float | None = None) -> None:
+        self.app, self.state, self.timeout = app, state, timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, name = time.monotonic(), 0, secrets.token_hex(6)
+        start, status, request_id = time.monotonic(), 0, secrets.token_hex(6)
 
-        async def telling(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+                headers = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = headers
             await send(message)
 
         try:
-            refused = self._refused(scope)
-            if refused is not None:
-                code, body = error_body(refused)
-                headers = {"WWW-Authenticate": "Bearer"} if code == 401 else None
-                await JSONResponse(body, code, headers)(scope, receive, telling)
+            rejection = self._check(scope)
+            if rejection is not None:
+                code, body = error_body(rejection)
+                challenge = {"WWW-Authenticate": "Bearer"} if code == 401 else None
+                await JSONResponse(body, code, challenge)(scope, receive, send_with_id)
             else:
-                protocol = scope["method"] == "POST" and scope["path"].startswith(PROTOCOLS)
-                self.state.asked += protocol
+                is_api = scope["method"] == "POST" and scope["path"].startswith(API_PREFIXES)
+                self.state.in_flight += is_api
                 try:
-                    working = self.app(scope, self._counted(receive), telling)
-                    await asyncio.wait_for(working, self.seconds if protocol else None)
+                    response = self.app(scope, self._limit_body(receive), send_with_id)
+                    await asyncio.wait_for(response, self.timeout if is_api else None)
                 finally:
-                    self.state.asked -= protocol
+                    self.state.in_flight -= is_api
         except asyncio.TimeoutError:
             if status:
-                raise  # the connection is cut: its answer cannot be taken back
-            late = RequestError(f"not done after {self.seconds:.0f} s, which is the limit", 408)
-            await JSONResponse(error_body(late)[1], 408, ONCE)(scope, receive, telling)
+                raise  # The response has begun; only closing the connection can end it.
+            error = RequestError(f"Timeout: not finished after {self.timeout:.0f} s.", 408)
+            await JSONResponse(error_body(error)[1], 408, NO_RETRY)(scope, receive, send_with_id)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
             self.state.metrics.requests.labels(path, str(status)).inc()
-            took = time.monotonic() - start
-            # Balancers ask for health, and browsers for the page's files, all the time.
-            level = logging.INFO if status >= 400 or path.startswith(PROTOCOLS) else logging.DEBUG
-            log.log(level, "%s %s %s %d %.3f s", name, scope["method"], path, status, took)
+            seconds = time.monotonic() - start
+            # Health checks and the web UI's files are requested all the time.
+            is_notable = status >= 400 or path.startswith(API_PREFIXES)
+            level = logging.INFO if is_notable else logging.DEBUG
+            log.log(level, "%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
 
-    def _refused(self, scope: MutableMapping[str, Any]) -> RequestError | None:
+    def _check(self, scope: Scope) -> RequestError | None:
+        """The reason to reject a request before its body is read."""
         headers = {key.lower(): value for key, value in scope["headers"]}
         path = scope["path"]
-        # The page has a login of its own.
-        asked = path.startswith(PROTOCOLS) if self.state.page else path not in OPEN
-        if self.state.token is not None and asked:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-            if not hmac.compare_digest(given, self.state.token.encode()):
-                return RequestError("a bearer token is needed, and this is not it", 401)
-        # What the page's browsers send to end something is taken to the end.
-        new = scope["method"] == "POST" and path.startswith(PROTOCOLS)
-        if self.state.draining and new:
-            return RequestError("the server is shutting down: ask another one", 503)
+        is_api = path.startswith(API_PREFIXES)
+        # The web UI has its own login.
+        needs_token = is_api if self.state.has_ui else path not in PUBLIC_PATHS
+        if self.state.token is not None and needs_token:
+            token = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
+            if not hmac.compare_digest(token, self.state.token.encode()):
+                return RequestError("Missing or invalid bearer token.", 401)
+        # The web UI may still send events, for example to stop a response.
+        if self.state.draining and is_api and scope["method"] == "POST":
+            return RequestError("The server is shutting down. Use another server.", 503)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.state.limits.body:
+        if length.isdigit() and int(length) > self.state.limits.max_body_bytes:
             return self._too_large()
         return None
 
     def _too_large(self) -> RequestError:
-        return RequestError(f"the body is larger than {self.state.limits.body} bytes", 413)
+        limit = self.state.limits.max_body_bytes
+        return RequestError(f"The request body is too large (limit {limit} bytes).", 413)
 
-    def _counted(self, receive: Receive) -> Receive:
+    def _limit_body(self, receive: Receive) -> Receive:
+        """`receive` with a check of the size, for bodies without a Content-Length."""
         size = 0
 
-        async def counted() -> Message:
+        async def limited() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.state.limits.body:
-                refused = self._too_large()  # of a kind that FastAPI lets through
-                raise HTTPException(refused.status, str(refused))
+            if size > self.state.limits.max_body_bytes:
+                error = self._too_large()
+                # FastAPI converts other exceptions of `receive` to a status of 400.
+                raise HTTPException(error.status, str(error))
             return message
 
-        return counted
+        return limited

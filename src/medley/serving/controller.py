@@ -1,7 +1,8 @@
-"""LLaVA's controller: workers register, clients ask it which one to use, or through it.
+"""LLaVA's controller: workers register with it; clients ask it for a worker, or send requests
+through it.
 
-It talks only to workers on hosts that its owner named (this machine unless told otherwise): an
-address in a request is no reason to open a connection.
+The controller connects only to workers on hosts that its operator allowed (by default, this
+machine). A URL in a request never makes it connect to another host.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import random
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,17 +23,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from medley.serving.app import RequestMiddleware
+from medley.serving.app import RequestMiddleware, validation_error
 from medley.serving.limits import RequestError
-from medley.serving.llava_api import message
-from medley.serving.state import State, error_body
-from medley.serving.untrusted_inputs import shown
+from medley.serving.llava_api import encode_message
+from medley.serving.state import ServerState, error_body
+from medley.serving.untrusted_inputs import repr_short
 
-EXPIRES = 30.0  # seconds without a heart beat, after which a worker is forgotten
-ASKS = 5.0  # seconds that a worker has to tell its status
-NO_WORKER, NOT_REACHED = 2, 3
-LOCAL = frozenset(("127.0.0.1", "localhost", "::1"))
-Dispatch = Literal["shortest_queue", "lottery"]
+EXPIRATION_SECONDS = 30.0  # A worker without a heartbeat for so long is removed.
+STATUS_TIMEOUT = 5.0  # seconds
+NO_WORKER, UNREACHABLE = 2, 3  # LLaVA's error codes
+LOCAL_HOSTS = frozenset(("127.0.0.1", "localhost", "::1"))
+DispatchMethod = Literal["shortest_queue", "lottery"]
 
 
 class WorkerStatus(BaseModel):
@@ -43,110 +44,127 @@ class WorkerStatus(BaseModel):
     queue_length: int = Field(0, ge=0)
 
 
+StatusRequest = Callable[[str], Awaitable[WorkerStatus | None]]
+
+
 @dataclass
 class RegisteredWorker:
-    """A worker: what it told, and when it was heard last."""
+    """A worker's last status; `check_heartbeat` is False for one that never expires."""
 
     status: WorkerStatus
-    check: bool
-    heard: float
+    check_heartbeat: bool
+    last_heartbeat: float  # time.monotonic()
 
 
 class Controller:
-    """Workers by their addresses. `ask` gives a worker's status, or None where it is not there."""
+    """Registered workers by URL.
+
+    `request_status` returns the status of a worker, or None if it does not respond.
+    """
 
     def __init__(
         self,
-        ask: Callable[[str], Any],
-        dispatch: Dispatch = "shortest_queue",
-        hosts: frozenset[str] = LOCAL,
+        request_status: StatusRequest,
+        dispatch_method: DispatchMethod = "shortest_queue",
+        hosts: frozenset[str] = LOCAL_HOSTS,
         seed: int | None = None,
     ) -> None:
-        self.ask, self.dispatch, self.hosts = ask, dispatch, hosts
+        self.request_status, self.dispatch_method = request_status, dispatch_method
+        self.hosts = hosts
         self.workers: dict[str, RegisteredWorker] = {}
-        self._choose = random.Random(seed)
+        self._random = random.Random(seed)
 
-    async def register(self, name: str, check: bool, status: WorkerStatus | None) -> bool:
-        """Raises RequestError for a worker on a host that was not named."""
-        if not self._takes(name):
+    async def register(self, url: str, check_heartbeat: bool, status: WorkerStatus | None) -> bool:
+        """Adds a worker. Returns False if it does not respond to a status request.
+
+        Raises RequestError for a worker on a host that is not allowed.
+        """
+        if not self._is_allowed(url):
             raise RequestError(
-                f"{shown(name)}: not on one of this controller's hosts "
-                f"({', '.join(sorted(self.hosts))}), or more than scheme://host:port; "
-                "--worker_hosts names others",
+                f"worker_name: Not scheme://host:port of an allowed host (got {repr_short(url)}, "
+                f"allowed hosts: {', '.join(sorted(self.hosts))}). --worker_hosts allows others.",
                 403,
             )
         if status is None:
-            status = await self.ask(name)
+            status = await self.request_status(url)
         if status is None:
             return False
-        self.workers[name] = RegisteredWorker(status, check, time.monotonic())
+        self.workers[url] = RegisteredWorker(status, check_heartbeat, time.monotonic())
         return True
 
-    def _takes(self, name: str) -> bool:
-        """A worker's own address and nothing behind it: we send there what we are sent."""
+    def _is_allowed(self, url: str) -> bool:
+        """Whether a URL is `scheme://host:port` of an allowed host, without anything else.
+
+        The controller forwards requests to the URL, so it must not have a path or credentials.
+        """
         try:
-            parts = urllib.parse.urlsplit(name)
+            parts = urllib.parse.urlsplit(url)
             port = parts.port
         except ValueError:
             return False
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         plain = f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
-        known = parts.scheme in ("http", "https") and parts.hostname in self.hosts
-        return known and name.lower() == plain.lower()
+        is_allowed = parts.scheme in ("http", "https") and parts.hostname in self.hosts
+        return is_allowed and url.lower() == plain.lower()
 
     async def refresh(self) -> None:
-        """Asks every worker anew; those that do not answer are forgotten. Until all have answered,
-        or not, the others are there."""
-        names = list(self.workers)
-        for name, status in zip(
-            names, await asyncio.gather(*(self.ask(n) for n in names)), strict=True
-        ):
-            known = self.workers.get(name)
-            if known is None:
+        """Requests the status of all workers, then removes those that did not respond."""
+        urls = list(self.workers)
+        statuses = await asyncio.gather(*(self.request_status(url) for url in urls))
+        for url, status in zip(urls, statuses, strict=True):
+            worker = self.workers.get(url)
+            if worker is None:
                 continue
             if status is None:
-                del self.workers[name]
+                del self.workers[url]
             else:
-                self.workers[name] = RegisteredWorker(status, known.check, time.monotonic())
+                self.workers[url] = RegisteredWorker(
+                    status, worker.check_heartbeat, time.monotonic()
+                )
 
-    def forget_silent(self, now: float) -> None:
+    def remove_expired(self, now: float) -> None:
+        """Removes workers whose last heartbeat is too old."""
         self.workers = {
-            name: known for name, known in self.workers.items()
-            if not known.check or now - known.heard <= EXPIRES
+            url: worker for url, worker in self.workers.items()
+            if not worker.check_heartbeat or now - worker.last_heartbeat <= EXPIRATION_SECONDS
         }  # fmt: skip
 
     def models(self) -> list[str]:
-        lists = [known.status.model_names for known in self.workers.values()]
-        return sorted({name for names in lists for name in names})
+        """Models of all workers."""
+        return sorted({name for w in self.workers.values() for name in w.status.model_names})
 
-    def heart_beat(self, name: str, queue_length: int) -> bool:
-        known = self.workers.get(name)
-        if known is None:
+    def record_heartbeat(self, url: str, queue_length: int) -> bool:
+        """Returns False for a worker that is not registered."""
+        worker = self.workers.get(url)
+        if worker is None:
             return False
-        known.status.queue_length, known.heard = queue_length, time.monotonic()
+        worker.status.queue_length, worker.last_heartbeat = queue_length, time.monotonic()
         return True
 
-    def address(self, model: str) -> str:
-        """A worker that has the model, or nothing; it is taken to have one request more."""
-        fitting = {n: k for n, k in self.workers.items() if model in k.status.model_names}
-        if not fitting:
-            return ""
-        if self.dispatch == "lottery":
-            speeds = [known.status.speed for known in fitting.values()]
-            return self._choose.choices(list(fitting), speeds)[0]
-        load = {n: k.status.queue_length / k.status.speed for n, k in fitting.items()}
-        name = min(load, key=load.__getitem__)
-        fitting[name].status.queue_length += 1
-        return name
+    def choose_worker(self, model: str) -> str:
+        """The URL of a worker with the model, or "".
 
-    async def status(self) -> WorkerStatus:
-        """Of all workers that answer, as one."""
-        asked = await asyncio.gather(*(self.ask(name) for name in self.workers))
-        found = [status for status in asked if status is not None]
+        With `shortest_queue`, the worker's queue is counted as one request longer.
+        """
+        candidates = {u: w for u, w in self.workers.items() if model in w.status.model_names}
+        if not candidates:
+            return ""
+        if self.dispatch_method == "lottery":
+            speeds = [worker.status.speed for worker in candidates.values()]
+            return self._random.choices(list(candidates), speeds)[0]
+        load = {u: w.status.queue_length / w.status.speed for u, w in candidates.items()}
+        url = min(load, key=load.__getitem__)
+        candidates[url].status.queue_length += 1
+        return url
+
+    async def total_status(self) -> WorkerStatus:
+        """One status for all workers that respond."""
+        statuses = await asyncio.gather(*(self.request_status(url) for url in self.workers))
+        received = [status for status in statuses if status is not None]
         return WorkerStatus.model_construct(
-            model_names=sorted({name for status in found for name in status.model_names}),
-            speed=sum(status.speed for status in found),
-            queue_length=sum(status.queue_length for status in found),
+            model_names=sorted({name for status in received for name in status.model_names}),
+            speed=sum(status.speed for status in received),
+            queue_length=sum(status.queue_length for status in received),
         )
 
 
@@ -159,7 +177,7 @@ class Registration(BaseModel):
     worker_status: WorkerStatus | None = None
 
 
-class HeartBeat(BaseModel):
+class Heartbeat(BaseModel):
     worker_name: str
     queue_length: int = Field(ge=0)
 
@@ -169,37 +187,45 @@ class ModelRequest(BaseModel):
 
 
 def make_controller_app(
-    dispatch: Dispatch = "shortest_queue",
-    hosts: frozenset[str] = LOCAL,
+    dispatch_method: DispatchMethod = "shortest_queue",
+    hosts: frozenset[str] = LOCAL_HOSTS,
     client: httpx.AsyncClient | None = None,
-    state: State | None = None,
+    state: ServerState | None = None,
 ) -> FastAPI:
-    """The controller as an application; `client` talks to the workers. `state` has the token that
-    it asks for, and sends to the workers, and the largest body."""
-    limits = httpx.Limits(max_connections=None)  # streams must not keep questions waiting
-    own = client or httpx.AsyncClient(timeout=None, follow_redirects=False, limits=limits)
+    """The controller's application.
+
+    `client` connects to the workers. `state` has the limit of a request body, and the token that
+    clients send to the controller and the controller to the workers.
+    """
+    # Without a limit: open streams must not delay status requests.
+    limits = httpx.Limits(max_connections=None)
+    http = client or httpx.AsyncClient(timeout=None, follow_redirects=False, limits=limits)
     headers = {"Authorization": f"Bearer {state.token}"} if state and state.token else {}
 
-    async def ask(name: str) -> WorkerStatus | None:
+    async def request_status(url: str) -> WorkerStatus | None:
         try:
-            found = await own.post(f"{name}/worker_get_status", timeout=ASKS, headers=headers)
-            return WorkerStatus.model_validate(found.json()) if found.status_code == 200 else None
+            response = await http.post(
+                f"{url}/worker_get_status", timeout=STATUS_TIMEOUT, headers=headers
+            )
+            if response.status_code != 200:
+                return None
+            return WorkerStatus.model_validate(response.json())
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             return None
 
-    controller = Controller(ask, dispatch, hosts)
+    controller = Controller(request_status, dispatch_method, hosts)
 
-    async def watch() -> None:
+    async def remove_expired_workers() -> None:
         while True:
-            await asyncio.sleep(EXPIRES / 2)
-            controller.forget_silent(time.monotonic())
+            await asyncio.sleep(EXPIRATION_SECONDS / 2)
+            controller.remove_expired(time.monotonic())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(watch())
+        removal = asyncio.create_task(remove_expired_workers())
         yield
-        watching.cancel()
-        await own.aclose()
+        removal.cancel()
+        await http.aclose()
 
     app = FastAPI(title="Medley controller", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.controller = controller
@@ -218,15 +244,15 @@ def make_controller_app(
 
     @app.post("/get_worker_address")
     async def get_worker_address(body: ModelRequest) -> dict[str, str]:
-        return {"address": controller.address(body.model)}
+        return {"address": controller.choose_worker(body.model)}
 
     @app.post("/receive_heart_beat")
-    async def receive_heart_beat(body: HeartBeat) -> dict[str, bool]:
-        return {"exist": controller.heart_beat(body.worker_name, body.queue_length)}
+    async def receive_heart_beat(body: Heartbeat) -> dict[str, bool]:
+        return {"exist": controller.record_heartbeat(body.worker_name, body.queue_length)}
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> Response:
-        return JSONResponse((await controller.status()).model_dump())
+        return JSONResponse((await controller.total_status()).model_dump())
 
     @app.post("/worker_generate_stream", response_model=None)
     async def worker_generate_stream(request: Request) -> Response:
@@ -234,49 +260,52 @@ def make_controller_app(
             data = await request.body()
         except ClientDisconnect:
             return Response(status_code=499)
-        return StreamingResponse(_through(controller, own, data, headers),
-                                 media_type="application/octet-stream")  # fmt: skip
+        return StreamingResponse(
+            _forward(controller, http, data, headers), media_type="application/octet-stream"
+        )
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
+    async def on_request_error(request: Request, error: RequestError) -> Response:
         status, body = error_body(error)
         return JSONResponse(body, status)
 
     @app.exception_handler(RequestValidationError)
-    async def bad(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return await refused(request, RequestError(f"{place}: {first['msg']}", 400, place))
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        return await on_request_error(request, validation_error(error))
 
     if state is not None:
         app.add_middleware(RequestMiddleware, state=state)
     return app
 
 
-async def _through(
+async def _forward(
     controller: Controller, client: httpx.AsyncClient, data: bytes, headers: dict[str, str]
 ) -> AsyncIterator[bytes]:
-    """A request given on to a worker, and its answer back. One error, and then no more."""
+    """Forwards a request to a worker, and yields its response, or one error message."""
     try:
-        wanted = ModelRequest.model_validate_json(data).model
+        model = ModelRequest.model_validate_json(data).model
     except ValueError:
-        yield message("not a request of this protocol: it names no model", NO_WORKER)
+        yield encode_message("Invalid request: it has no model.", NO_WORKER)
         return
-    address = controller.address(wanted)
-    if not address:
-        known = ", ".join(controller.models()) or "none"
-        yield message(f"no worker has the model {shown(wanted)}; there is {known}", NO_WORKER)
+    url = controller.choose_worker(model)
+    if not url:
+        available = ", ".join(controller.models()) or "none"
+        yield encode_message(
+            f"No worker has the model {repr_short(model)} (available: {available}).", NO_WORKER
+        )
         return
     try:
         async with client.stream(
-            "POST", f"{address}/worker_generate_stream", content=data,
+            "POST", f"{url}/worker_generate_stream", content=data,
             headers=headers | {"Content-Type": "application/json"},
-            timeout=httpx.Timeout(None, connect=ASKS),
-        ) as answer:  # fmt: skip
-            if answer.status_code != 200:  # it drains, or wants another token
-                yield message(f"the worker {address} says {answer.status_code}", NOT_REACHED)
+            timeout=httpx.Timeout(None, connect=STATUS_TIMEOUT),
+        ) as response:  # fmt: skip
+            if response.status_code != 200:  # The worker drains, or needs another token.
+                yield encode_message(
+                    f"Worker {url} returned status {response.status_code}.", UNREACHABLE
+                )
                 return
-            async for piece in answer.aiter_bytes():
-                yield piece
+            async for data in response.aiter_bytes():
+                yield data
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        yield message(f"the worker {address} is not reached ({error})", NOT_REACHED)
+        yield encode_message(f"Worker {url} cannot be reached ({error}).", UNREACHABLE)

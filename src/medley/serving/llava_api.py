@@ -1,21 +1,22 @@
-"""LLaVA's worker protocol: its controller, front ends and scripts can ask our models.
+"""LLaVA's worker protocol, for LLaVA's controller, front ends and scripts.
 
-A prompt is one text with an `<image>` for each picture, sent as base64; the answer's text so far is
-sent again with every piece, behind the prompt, each message ended by a zero byte. LLaVA has no
-place for pictures in answers: words alone are generated.
+A prompt is one text with an `<image>` for each base64 image. A response is a stream of messages
+that end with a zero byte. Each message repeats the prompt and the text so far. LLaVA's protocol has
+no images in responses, so only text is generated.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from medley.data.document import ContentPart, Document, ImagePart, Turn
@@ -24,68 +25,76 @@ from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.serving.limits import RequestError
 from medley.serving.response_stream import ResponseStream
-from medley.serving.schema import StopWord, any_seed
-from medley.serving.state import State, error_body
+from medley.serving.schema import MAX_SCALE, StopString, random_seed
+from medley.serving.state import ServerState, error_body
 from medley.serving.untrusted_inputs import RequestReader
 
 log = logging.getLogger("medley.serving")
 router = APIRouter()
-MOST_TOKENS = 1024  # that LLaVA's worker gives
-GREEDY = 0.001  # temperatures up to this are none
-OWN_ERROR = 1  # of the worker; 2: the controller has no worker, 3: the worker is not reached
+MAX_NEW_TOKENS = 1024  # LLaVA's limit
+GREEDY_TEMPERATURE = 0.001  # LLaVA decodes greedily up to this temperature.
+WORKER_ERROR = 1  # error_code of a worker; the controller uses 2 (no worker) and 3 (unreachable)
 END = b"\0"
 
 
 class GenerateRequest(BaseModel):
-    """`POST /worker_generate_stream`; fields that LLaVA's clients add are left unread."""
+    """`POST /worker_generate_stream`; other fields of LLaVA's clients are ignored.
+
+    The defaults and the ranges are LLaVA's. Its sliders send 0 for `top_p` and `max_new_tokens`.
+    """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = None
     prompt: str
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: float = Field(1.0, ge=0, le=MAX_SCALE)
     top_p: float = Field(1.0, ge=0, le=1)
-    max_new_tokens: int = Field(256, ge=0)  # its sliders reach down to 0, and its top-p as well
-    stop: StopWord | None = None
+    max_new_tokens: int = Field(256, ge=0)
+    stop: StopString | None = None
     images: list[str] | None = None
 
-    @property
-    def tokens(self) -> int:
-        return max(1, min(self.max_new_tokens, MOST_TOKENS))
-
-    def options(self) -> GenerationOptions:
-        greedy = self.temperature <= GREEDY or self.top_p == 0
+    def to_options(self) -> GenerationOptions:
+        greedy = self.temperature <= GREEDY_TEMPERATURE or self.top_p == 0
         return GenerationOptions(
-            mode="text", text_greedy=greedy, text_top_p=self.top_p or 1.0,
-            max_new_tokens=self.tokens, text_temperature=1.0 if greedy else self.temperature,
-            repetition_penalty=1.0, seed=any_seed(),
-        )  # fmt: skip
+            mode="text",
+            max_new_tokens=max(1, min(self.max_new_tokens, MAX_NEW_TOKENS)),
+            text_greedy=greedy,
+            text_temperature=1.0 if greedy else self.temperature,
+            text_top_p=self.top_p or 1.0,
+            repetition_penalty=1.0,
+            seed=random_seed(),
+        )
 
-    def document(self, reader: RequestReader) -> Document:
-        """Raises RequestError where pictures and marks are not as many, or one is none."""
-        own = self.images or []
-        texts = self.prompt.split(IMAGE) if own else [self.prompt]
-        if len(texts) - 1 != len(own):
-            raise RequestError(f"{len(own)} pictures for {len(texts) - 1} {IMAGE} in the prompt")
-        reader.refuse_many(len(own))
+    def to_document(self, reader: RequestReader) -> Document:
+        """Raises RequestError for an invalid image, or another number of images than `<image>`."""
+        images = self.images or []
+        texts = self.prompt.split(IMAGE) if images else [self.prompt]
+        if len(texts) - 1 != len(images):
+            raise RequestError(
+                f"images: The prompt has {len(texts) - 1} {IMAGE}, the request {len(images)} "
+                "images. Send as many of both."
+            )
+        reader.check_image_count(len(images))
         reader.text(self.prompt, "prompt")
         parts: list[ContentPart] = [texts[0]] if texts[0] else []
-        for number, (text, image) in enumerate(zip(texts[1:], own, strict=True)):
-            picture = reader.base64(image, f"images[{number}]")
-            parts += [ImagePart(image=picture), text] if text else [ImagePart(image=picture)]
+        for number, (data, text) in enumerate(zip(images, texts[1:], strict=True)):
+            parts.append(ImagePart(image=reader.image_from_base64(data, f"images[{number}]")))
+            if text:
+                parts.append(text)
         return Document((Turn("user", tuple(parts)),))
 
 
-def message(text: str, code: int = 0) -> bytes:
-    return json.dumps({"text": text, "error_code": code}).encode() + END
+def encode_message(text: str, error_code: int = 0) -> bytes:
+    """One message of the protocol."""
+    return json.dumps({"text": text, "error_code": error_code}).encode() + END
 
 
-async def told(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    """Pieces of text as LLaVA's messages."""
-    said = ""
+async def encode_stream(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    """Pieces of text -> messages with the prompt and the text so far."""
+    text = prompt
     async for piece in pieces:
-        said += piece
-        yield message(prompt + said)
+        text += piece
+        yield encode_message(text)
 
 
 @router.post(
@@ -94,57 +103,59 @@ async def told(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterator[bytes]:
 )  # fmt: skip
 async def generate(request: Request) -> Response:
     try:
-        data = await request.body()  # before the answer begins, which listens for the client's end
+        # The streaming response receives from the client itself, to detect its disconnect.
+        data = await request.body()
     except ClientDisconnect:
         return Response(status_code=499)
     stream = _generate(request.app.state.medley, data)
     return StreamingResponse(stream, media_type="application/octet-stream")
 
 
-async def _generate(state: State, data: bytes) -> AsyncIterator[bytes]:
-    """Errors are messages, too: LLaVA's clients read nothing else."""
+async def _generate(state: ServerState, data: bytes) -> AsyncIterator[bytes]:
+    """The messages of a response. Errors are messages, too; LLaVA's clients ignore the status."""
     try:
         body = GenerateRequest.model_validate_json(data)
         worker = state.worker(body.model)
-        reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.most_characters)
-        async with state.reading:
-            document = await state.in_thread(body.document, reader)
-        stops = [body.stop] if body.stop else []
-        answers = ResponseStream(worker, document, body.options(), 1, stops)
+        reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.max_characters)
+        async with state.decode_slots:
+            document = await asyncio.to_thread(body.to_document, reader)
+        stop_strings = [body.stop] if body.stop else []
+        responses = ResponseStream(worker, document, body.to_options(), 1, stop_strings)
 
         async def texts() -> AsyncIterator[str]:
-            async for piece in pieces:
-                if piece.event.text:
-                    yield piece.event.text
+            async for chunk in chunks:
+                if chunk.event.text:
+                    yield chunk.event.text
 
-        async with aclosing(state.instrument(worker, answers)) as pieces:
-            async for part in told(body.prompt, texts()):
-                yield part
-        yield message(body.prompt + "".join(p for p in answers.parts[0] if isinstance(p, str)))
+        async with aclosing(state.instrument(worker, responses)) as chunks:
+            async for message in encode_stream(body.prompt, texts()):
+                yield message
+        text = "".join(part for part in responses.parts[0] if isinstance(part, str))
+        yield encode_message(body.prompt + text)
     except UserError as error:
-        yield message(str(error), OWN_ERROR)
-    except ValueError as error:  # not as the protocol has it
-        yield message(f"not a request of this protocol: {_first_line(error)}", OWN_ERROR)
+        yield encode_message(str(error), WORKER_ERROR)
+    except ValueError as error:
+        yield encode_message(f"Invalid request: {_describe(error)}.", WORKER_ERROR)
     except Exception as error:
-        log.exception("an answer to LLaVA's client has failed")
-        yield message(error_body(error)[1]["error"]["message"], OWN_ERROR)
+        log.exception("a response to a LLaVA client failed")
+        yield encode_message(error_body(error)[1]["error"]["message"], WORKER_ERROR)
 
 
-def _first_line(error: ValueError) -> str:
-    """What is wrong, without the value, which may be a picture."""
-    errors: Sequence[Any] = error.errors() if hasattr(error, "errors") else []
-    if not errors:
-        return "no JSON object"
-    place = ".".join(str(part) for part in errors[0]["loc"]) or "body"
-    return f"{place}: {errors[0]['msg']}"
+def _describe(error: ValueError) -> str:
+    """The first error of a request, without the value, which may be an image."""
+    if not isinstance(error, ValidationError):
+        return "expected a JSON object"
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "body"
+    return f"{field}: {first['msg']}"
 
 
-def status_of(state: State) -> dict[str, Any]:
-    """What a worker tells of itself."""
-    waiting = sum(worker.running + worker.waiting for worker in state.workers.values())
-    return {"model_names": list(state.workers), "speed": 1, "queue_length": waiting}
+def worker_status(state: ServerState) -> dict[str, Any]:
+    """LLaVA's status of a worker: its models, and the number of unfinished requests."""
+    jobs = sum(worker.running + worker.waiting for worker in state.workers.values())
+    return {"model_names": list(state.workers), "speed": 1, "queue_length": jobs}
 
 
 @router.post("/worker_get_status")
-async def worker_status(request: Request) -> Response:
-    return JSONResponse(status_of(request.app.state.medley))
+async def get_status(request: Request) -> Response:
+    return JSONResponse(worker_status(request.app.state.medley))

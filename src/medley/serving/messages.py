@@ -1,4 +1,4 @@
-"""Messages as clients of OpenAI's protocol send them -> documents."""
+"""OpenAI chat messages -> documents."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Any
 
 from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
 from medley.serving.limits import RequestError
-from medley.serving.untrusted_inputs import RequestReader, shown
+from medley.serving.untrusted_inputs import RequestReader, repr_short
 
-_TEXT_KINDS = ("text", "input_text", "output_text")
-_IMAGE_KINDS = ("image_url", "input_image")
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_IMAGE_TYPES = ("image_url", "input_image")
 
 
-def document_of(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Document:
-    """A talk that ends with the user's turn. A system's text joins the first user turn; turns of
-    one role that follow each other are one.
+def to_document(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Document:
+    """A conversation that ends with a user turn.
 
-    Raises RequestError with the place of what is wrong.
+    System messages are prepended to the first user turn. Consecutive messages of one role become
+    one turn. Raises RequestError that names the invalid message.
     """
-    contents = [_content(message) for message in messages]
-    reader.refuse_many(sum(map(_pictures, contents)))
+    contents = [_content_of(message) for message in messages]
+    reader.check_image_count(sum(map(_count_images, contents)))
     turns: list[tuple[str, list[ContentPart]]] = []
-    told: list[ContentPart] = []
+    system: list[ContentPart] = []
     for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
-        place = f"messages[{number}]"
+        where = f"messages[{number}]"
         role = message.get("role")
-        parts = _parts(content, f"{place}.content", reader)
+        parts = _read_parts(content, f"{where}.content", reader)
         if role in ("system", "developer"):
             if turns:
-                raise RequestError(f"{place}: a system message stands before the talk", param=place)
-            told += [*parts, "\n"]
+                raise RequestError(
+                    f"{where}: A system message must come before all other messages.", param=where
+                )
+            system += [*parts, "\n"]
         elif role in ("user", "assistant"):
             if turns and turns[-1][0] == role:
                 turns[-1][1].extend(["\n", *parts])
@@ -38,57 +40,63 @@ def document_of(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Do
                 turns.append((role, parts))
         else:
             raise RequestError(
-                f"{place}.role is {shown(role)}, expected system, user or assistant", param=place
+                f"{where}.role: Unsupported role (got {repr_short(role)}, expected system, user "
+                "or assistant).",
+                param=where,
             )
     if not turns or turns[-1][0] != "user":
-        raise RequestError("the last message has to be the user's", param="messages")
+        raise RequestError("messages: The last message must be a user message.", param="messages")
     if turns[0][0] != "user":
-        raise RequestError("the talk has to begin with the user", param="messages")
-    turns[0][1][:0] = told
+        raise RequestError("messages: The first message must be a user message.", param="messages")
+    turns[0][1][:0] = system
     try:
         return Document(tuple(Turn(role, tuple(parts)) for role, parts in turns))
     except DocumentError as error:
-        raise RequestError(str(error), param="messages") from error
+        raise RequestError(f"messages: {error}", param="messages") from error
 
 
-def _content(message: dict[str, Any]) -> Any:
-    """Of a message. Our own answers, sent back as they came, hold their pictures beside the words:
-    in `parts` in their order, in `images` without it."""
+def _content_of(message: dict[str, Any]) -> Any:
+    """The content of a message, with its images.
+
+    A response of this server that is sent back as it came has its images beside `content`: in
+    `parts` with the text in their order, and in `images` without the text.
+    """
     content = message.get("content")
-    if isinstance(content, list) and _pictures(content):
+    if isinstance(content, list) and _count_images(content):
         return content
     if isinstance(message.get("parts"), list):
         return message["parts"]
     if isinstance(message.get("images"), list):
-        words = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        return [*words, *message["images"]] if isinstance(words, list) else content
+        text = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        return [*text, *message["images"]] if isinstance(text, list) else content
     return content
 
 
-def _pictures(content: Any) -> int:
+def _count_images(content: Any) -> int:
     parts = content if isinstance(content, list) else []
-    return sum(isinstance(part, dict) and part.get("type") in _IMAGE_KINDS for part in parts)
+    return sum(isinstance(part, dict) and part.get("type") in _IMAGE_TYPES for part in parts)
 
 
-def _parts(content: Any, place: str, reader: RequestReader) -> list[ContentPart]:
+def _read_parts(content: Any, where: str, reader: RequestReader) -> list[ContentPart]:
     if content is None:
         return []
     if isinstance(content, str):
-        return [reader.text(content, place)]
+        return [reader.text(content, where)]
     if not isinstance(content, list):
-        raise RequestError(f"{place} is neither text nor a list of parts", param=place)
-    found: list[ContentPart] = []
+        raise RequestError(f"{where}: Must be text or a list of content parts.", param=where)
+    parts: list[ContentPart] = []
     for number, part in enumerate(content):
-        own = f"{place}[{number}]"
+        own = f"{where}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in _TEXT_KINDS and isinstance(part.get("text"), str):
-            found.append(reader.text(part["text"], own))
-        elif kind in _IMAGE_KINDS:
-            address = part.get("image_url")
-            address = address.get("url") if isinstance(address, dict) else address
-            found.append(ImagePart(image=reader.address(address, own)))
+        if kind in _TEXT_TYPES and isinstance(part.get("text"), str):
+            parts.append(reader.text(part["text"], own))
+        elif kind in _IMAGE_TYPES:
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, dict) else url
+            parts.append(ImagePart(image=reader.image_from_url(url, own)))
         else:
             raise RequestError(
-                f"{own}: type is {shown(kind)}, expected text or image_url", param=own
+                f"{own}: Unsupported type (got {repr_short(kind)}, expected text or image_url).",
+                param=own,
             )
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""Counters for Prometheus: requests, tokens, what waits, and how long the first token takes."""
+"""Prometheus metrics: requests, generated tokens, queue length and latencies."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Of one process; nothing in them tells who asked, or what."""
+    """Metrics of one process. They contain neither clients nor contents of requests."""
 
     def __init__(self, workers: Mapping[str, EngineWorker]) -> None:
-        self.registry = own = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "medley_requests", "Requests that ended", ["path", "status"], registry=own
+            "medley_requests", "Finished requests", ["path", "status"], registry=registry
         )
-        self.first_token = Histogram(
-            "medley_first_token_seconds", "Until the first token", ["model"], registry=own
+        self.first_token_seconds = Histogram(
+            "medley_first_token_seconds", "Time to the first token", ["model"], registry=registry
         )
-        self.whole = Histogram(
-            "medley_request_seconds", "Until the end of an answer", ["model"], registry=own
+        self.request_seconds = Histogram(
+            "medley_request_seconds", "Time to the end of a response", ["model"], registry=registry
         )
         gauges: dict[str, tuple[str, Callable[[EngineWorker], float]]] = {
-            "medley_waiting": ("Requests that wait", lambda worker: worker.waiting),
-            "medley_running": ("Requests at work", lambda worker: worker.running),
-            "medley_generated_tokens": ("Tokens since the start", lambda worker: worker.tokens),
-        }
-        for name, (text, read) in gauges.items():
-            gauge = Gauge(name, text, ["model"], registry=own)
+            "medley_waiting": ("Waiting requests", lambda worker: worker.waiting),
+            "medley_running": ("Running requests", lambda worker: worker.running),
+            "medley_generated_tokens": (
+                "Generated tokens since the start", lambda worker: worker.generated_tokens
+            ),
+        }  # fmt: skip
+        for name, (description, read) in gauges.items():
+            gauge = Gauge(name, description, ["model"], registry=registry)
             for model, worker in workers.items():
                 gauge.labels(model).set_function(partial(read, worker))
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,15 +1,16 @@
-"""OpenAI's protocol: models, chat completions, pictures from words.
+"""OpenAI's protocol: models, chat completions, image generation.
 
-A picture in an answer stands in `images` of its message, and in `parts`, which has words and
-pictures in their order; `content` is the words alone, as existing clients expect it.
+A message with images has them in `images`, and in `parts` together with the text in their order;
+`content` is the text alone, which existing clients expect.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,174 +19,191 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
 from medley.serving.limits import RequestError
-from medley.serving.messages import document_of
-from medley.serving.response_stream import ResponseStream
+from medley.serving.messages import to_document
+from medley.serving.response_stream import ResponsePart, ResponseStream
 from medley.serving.schema import ChatRequest, ImageRequest
-from medley.serving.state import State, error_body, first_or_disconnect, until_disconnect
-from medley.serving.untrusted_inputs import RequestReader, data_address, png_base64
+from medley.serving.state import ServerState, error_body, first_or_disconnect, until_disconnect
+from medley.serving.untrusted_inputs import RequestReader
 from medley.serving.worker import EngineWorker
+from medley.utils.html import data_url
 
 router = APIRouter()
 
 
-def state_of(request: Request) -> State:
-    found: State = request.app.state.medley
-    return found
+def get_state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.medley
+    return state
 
 
 # --- models -----------------------------------------------------------------------------------
 
 
-def model_row(worker: EngineWorker) -> dict[str, Any]:
+def describe_model(worker: EngineWorker) -> dict[str, Any]:
     model = worker.model
     return {
         "id": worker.name, "object": "model", "created": worker.created, "owned_by": "medley",
-        "context": model.engine.context, "image_size": model.image_tokenizer.size,
+        "max_model_len": model.engine.max_seq_len, "image_size": model.image_tokenizer.size,
         "codes_per_image": model.image_tokenizer.codes_per_image,
-        "draws": model.image_tokenizer.has_decoder,
+        "generates_images": model.image_tokenizer.has_decoder,
+        "context": model.engine.max_seq_len,  # alias
+        "draws": model.image_tokenizer.has_decoder,  # alias
     }  # fmt: skip
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
-    workers = state_of(request).workers.values()
-    return {"object": "list", "data": [model_row(worker) for worker in workers]}
+async def list_models(request: Request) -> dict[str, Any]:
+    workers = get_state(request).workers.values()
+    return {"object": "list", "data": [describe_model(worker) for worker in workers]}
 
 
 @router.get("/v1/models/{name}")
-async def one_model(name: str, request: Request) -> dict[str, Any]:
-    return model_row(state_of(request).worker(name))
+async def get_model(name: str, request: Request) -> dict[str, Any]:
+    return describe_model(get_state(request).worker(name))
 
 
 # --- chat -------------------------------------------------------------------------------------
 
 
-def image_part(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_address(image)}}
+def to_content_part(part: ResponsePart) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image_url", "image_url": {"url": data_url(part)}}
 
 
-def message_of(parts: list[Any]) -> dict[str, Any]:
-    """An answer's words and pictures as a message."""
-    words = "".join(part for part in parts if isinstance(part, str))
-    message: dict[str, Any] = {"role": "assistant", "content": words}
+def to_message(parts: Sequence[ResponsePart]) -> dict[str, Any]:
+    """Text and images of a response as a message."""
+    text = "".join(part for part in parts if isinstance(part, str))
+    message: dict[str, Any] = {"role": "assistant", "content": text}
     if any(isinstance(part, Image.Image) for part in parts):
-        shown = [{"type": "text", "text": part} if isinstance(part, str) else image_part(part)
-                 for part in parts]  # fmt: skip
-        message["images"] = [part for part in shown if part["type"] == "image_url"]
-        message["parts"] = shown
+        content = [to_content_part(part) for part in parts]
+        message["images"] = [part for part in content if part["type"] == "image_url"]
+        message["parts"] = content
     return message
 
 
-def usage_of(answers: ResponseStream) -> dict[str, int]:
-    read, written = answers.prompt_tokens, answers.generated_tokens
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+def usage_of(responses: ResponseStream) -> dict[str, int]:
+    prompt, generated = responses.prompt_tokens, responses.generated_tokens
+    return {
+        "prompt_tokens": prompt, "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+    }  # fmt: skip
 
 
 @router.post(
     "/v1/chat/completions", response_model=None, response_class=Response,
     responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
 )  # fmt: skip
-async def chat(body: ChatRequest, request: Request) -> Response:
-    state = state_of(request)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    state = get_state(request)
     worker = state.worker(body.model)
-    limits = state.limits
-    options = body.generation(limits)
-    # Pictures are unpacked in another thread: they would keep everybody waiting.
-    reader = RequestReader(limits, worker.model.image_tokenizer, worker.most_characters)
-    async with state.reading:
-        document = await state.in_thread(document_of, body.messages, reader)
-    each = worker.model.image_tokenizer.codes_per_image
-    every = max(1, each // (body.previews + 1)) if body.previews and body.stream else 0
-    answers = ResponseStream(worker, document, options, body.answers, body.stops, every)
+    tokenizer = worker.model.image_tokenizer
+    options = body.generation(state.limits)
+    reader = RequestReader(state.limits, tokenizer, worker.max_characters)
+    async with state.decode_slots:  # Decoding images in this thread would block all requests.
+        document = await asyncio.to_thread(to_document, body.messages, reader)
+    preview_every = 0
+    if body.previews and body.stream:
+        preview_every = max(1, tokenizer.codes_per_image // (body.previews + 1))
+    responses = ResponseStream(
+        worker, document, options, body.num_choices, body.stop_strings, preview_every
+    )
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
             "model": worker.name, "seed": options.seed}  # fmt: skip
     if body.stream:
-        chunks = _chunks(state, body, answers, {**head, "object": "chat.completion.chunk"})
-        # What is refused is refused with its status.
-        first = await first_or_disconnect(request, chunks)
-        return StreamingResponse(_sent(first, chunks), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store"})  # fmt: skip
+        events = _stream_events(state, body, responses, {**head, "object": "chat.completion.chunk"})
+        # A rejected request fails here, while the response can still have an error status.
+        first = await first_or_disconnect(request, events)
+        return StreamingResponse(
+            _with_error_event(first, events), media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )  # fmt: skip
     reasons: dict[int, str] = {}
     notes: dict[int, str] = {}
-    async for piece in until_disconnect(request, state.instrument(worker, answers)):
-        if piece.finish_reason:
-            reasons[piece.index] = piece.finish_reason
-            if piece.event.answer is not None and piece.event.answer.note:
-                notes[piece.index] = piece.event.answer.note
+    async for chunk in until_disconnect(request, state.instrument(worker, responses)):
+        if chunk.finish_reason:
+            reasons[chunk.index] = chunk.finish_reason
+            if chunk.event.response is not None and chunk.event.response.note:
+                notes[chunk.index] = chunk.event.response.note
     choices = [
-        {"index": i, "message": message_of(answers.parts[i]), "finish_reason": reasons[i],
+        {"index": i, "message": to_message(responses.parts[i]), "finish_reason": reasons[i],
          "logprobs": None} | ({"note": notes[i]} if i in notes else {})
-        for i in range(body.answers)
+        for i in range(body.num_choices)
     ]  # fmt: skip
     return JSONResponse(
-        {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(answers)}
+        {**head, "object": "chat.completion", "choices": choices, "usage": usage_of(responses)}
     )
 
 
-async def _chunks(
-    state: State, body: ChatRequest, answers: ResponseStream, head: dict[str, Any]
+async def _stream_events(
+    state: ServerState, body: ChatRequest, responses: ResponseStream, head: dict[str, Any]
 ) -> AsyncGenerator[str, None]:
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
-        return _event({**head, "choices": [choice]})
+    """The server-sent events of a streamed response."""
 
-    begun: set[int] = set()
-    async with aclosing(state.instrument(answers.worker, answers)) as pieces:
-        async for piece in pieces:
-            event, index = piece.event, piece.index
-            if index not in begun:
-                begun.add(index)
-                yield chunk(index, {"role": "assistant", "content": ""})
-            if event.text:
-                yield chunk(index, {"content": event.text})
-            elif event.image is not None:
-                yield chunk(index, {"images": [image_part(event.image)]})
-            elif event.preview is not None and (event.progress or 0) < 1:  # else the whole is next
-                shown = {"progress": round(event.progress or 0, 4), **image_part(event.preview)}
-                yield chunk(index, {"preview": shown})
-            if piece.finish_reason:
-                note = event.answer.note if event.answer is not None else None
-                yield chunk(index, {}, piece.finish_reason, **({"note": note} if note else {}))
+    def event(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
+        return _encode_event({**head, "choices": [choice]})
+
+    started: set[int] = set()
+    async with aclosing(state.instrument(responses.worker, responses)) as chunks:
+        async for chunk in chunks:
+            new, index = chunk.event, chunk.index
+            if index not in started:
+                started.add(index)
+                yield event(index, {"role": "assistant", "content": ""})
+            if new.text:
+                yield event(index, {"content": new.text})
+            elif new.image is not None:
+                yield event(index, {"images": [to_content_part(new.image)]})
+            elif new.preview is not None and (progress := new.progress or 0) < 1:
+                # At a progress of 1 the complete image follows at once.
+                preview = {"progress": round(progress, 4), **to_content_part(new.preview)}
+                yield event(index, {"preview": preview})
+            if chunk.finish_reason:
+                note = new.response.note if new.response is not None else None
+                yield event(index, {}, chunk.finish_reason, **({"note": note} if note else {}))
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield _event({**head, "choices": [], "usage": usage_of(answers)})
+        yield _encode_event({**head, "choices": [], "usage": usage_of(responses)})
     yield "data: [DONE]\n\n"
 
 
-async def _sent(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    """The stream; what fails on its way ends it with an error in its place."""
+async def _with_error_event(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    """The events; if one fails, an error event ends the stream."""
     async with aclosing(rest):
         try:
             yield first
-            async for text in rest:
-                yield text
+            async for event in rest:
+                yield event
         except Exception as error:
-            yield _event(error_body(error)[1])
+            yield _encode_event(error_body(error)[1])
 
 
-def _event(value: dict[str, Any]) -> str:
-    # In ASCII: some clients take U+2028 for the end of a line.
+def _encode_event(value: dict[str, Any]) -> str:
+    # ASCII: some clients treat U+2028 as the end of a line.
     return f"data: {json.dumps(value)}\n\n"
 
 
-# --- pictures ---------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
 @router.post("/v1/images/generations", response_model=None)
-async def images(body: ImageRequest, request: Request) -> Response:
-    state = state_of(request)
+async def create_images(body: ImageRequest, request: Request) -> Response:
+    state = get_state(request)
     worker = state.worker(body.model)
-    options = body.generation(state.limits, worker.model.image_tokenizer.size)
-    reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.most_characters)
-    answers = ResponseStream(worker, [reader.text(body.prompt, "prompt")], options, body.answers)
-    async for _ in until_disconnect(request, state.instrument(worker, answers)):
+    tokenizer = worker.model.image_tokenizer
+    options = body.generation(state.limits, tokenizer.size)
+    reader = RequestReader(state.limits, tokenizer, worker.max_characters)
+    prompt = [reader.text(body.prompt, "prompt")]
+    responses = ResponseStream(worker, prompt, options, body.num_choices)
+    async for _ in until_disconnect(request, state.instrument(worker, responses)):
         pass
-    drawn = [part for parts in answers.parts for part in parts if isinstance(part, Image.Image)]
-    if len(drawn) < body.answers:
+    images = [part for parts in responses.parts for part in parts if isinstance(part, Image.Image)]
+    if len(images) < body.num_choices:
         raise RequestError(
-            f"{len(drawn)} of {body.answers} pictures were drawn: no room in the model's context"
+            f"The model's context has no room for all images (generated {len(images)} of "
+            f"{body.num_choices}). Shorten the prompt."
         )
-    data = [{"b64_json": png_base64(image)} for image in drawn]
+    data = [{"b64_json": data_url(image).partition(",")[2]} for image in images]
     return JSONResponse({"created": int(time.time()), "data": data, "seed": options.seed, "usage": {
-        "input_tokens": answers.prompt_tokens, "output_tokens": answers.generated_tokens,
-        "total_tokens": answers.prompt_tokens + answers.generated_tokens,
+        "input_tokens": responses.prompt_tokens, "output_tokens": responses.generated_tokens,
+        "total_tokens": responses.prompt_tokens + responses.generated_tokens,
     }})  # fmt: skip

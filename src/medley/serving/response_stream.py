@@ -1,4 +1,4 @@
-"""From a worker's thread to a client: events of one or several answers, as they come."""
+"""Responses as streams of chunks: from the worker's thread to the event loop of a request."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from PIL import Image
 
 from medley.data.document import Document
 from medley.generation import GenerationOptions
-from medley.inference.model import Prompt, StreamEvent
-from medley.serving.stop_strings import StopWords
-from medley.serving.worker import EngineWorker, GenerationJob, Tell
+from medley.inference.model import Prompt
+from medley.inference.response import StreamEvent
+from medley.serving.stop_strings import StopStringFilter
+from medley.serving.worker import EngineWorker, EventCallback, GenerationJob
 
-Events = asyncio.Queue[tuple[int, StreamEvent | Exception]]
+EventQueue = asyncio.Queue[tuple[int, StreamEvent | Exception]]
+ResponsePart = str | Image.Image
 
 
-def _teller(events: Events, index: int) -> Tell:
-    """Puts a job's events into a queue of this loop, from any thread. It knows the queue alone:
-    what held more would be garbage in a circle, with the job's pictures in it."""
+def _callback(events: EventQueue, index: int) -> EventCallback:
+    """A function that puts a job's events into a queue of this loop, from any thread.
+
+    The callback captures only the queue. Capturing the job would create a reference cycle that
+    keeps its images alive.
+    """
     loop = asyncio.get_running_loop()
 
-    def tell(event: StreamEvent | Exception) -> None:
+    def put(event: StreamEvent | Exception) -> None:
         loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-    return tell
+    return put
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """An event of answer number `index`; `finish_reason` with its last one."""
+    """An event of response number `index`; the last one has a `finish_reason`."""
 
     index: int
     event: StreamEvent
@@ -38,7 +44,10 @@ class Chunk:
 
 
 class ResponseStream:
-    """Jobs for `count` answers to one prompt. Leaving the block frees their rows."""
+    """`count` responses to one prompt, each a job of a worker.
+
+    `parts` are the text and the images of each response, as far as they were yielded.
+    """
 
     def __init__(
         self,
@@ -46,19 +55,21 @@ class ResponseStream:
         prompt: Prompt | Document,
         options: GenerationOptions,
         count: int = 1,
-        stops: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
         preview_every: int = 0,
     ) -> None:
-        self.worker, self.stops = worker, [StopWords(stops) for _ in range(count)]
-        self._events: Events = asyncio.Queue()
-        until = time.monotonic() + worker.limits.seconds
+        self.worker = worker
+        self._filters = [StopStringFilter(stop_strings) for _ in range(count)]
+        self._events: EventQueue = asyncio.Queue()
+        deadline = time.monotonic() + worker.limits.request_timeout
         self.jobs = [
             GenerationJob(
-                prompt, options, _teller(self._events, index), index, preview_every, until=until
+                prompt, options, _callback(self._events, index), index, preview_every,
+                deadline=deadline,
             )
             for index in range(count)
-        ]
-        self.parts: list[list[Any]] = [[] for _ in range(count)]  # str and pictures, as told
+        ]  # fmt: skip
+        self.parts: list[list[ResponsePart]] = [[] for _ in range(count)]
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,47 +77,51 @@ class ResponseStream:
 
     @property
     def generated_tokens(self) -> int:
-        return sum(job.generated for job in self.jobs)
+        return sum(job.generated_tokens for job in self.jobs)
 
-    async def pieces(self) -> AsyncGenerator[Chunk, None]:
-        """Events of all answers; raises what a job failed with. Busy comes before anything."""
-        left = len(self.jobs)
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Submits the jobs and yields the chunks of all responses.
+
+        Raises QueueFullError before the first chunk, and later the error of a failed job. Closing
+        the generator cancels the jobs.
+        """
+        unfinished = len(self.jobs)
         try:
             for job in self.jobs:
                 self.worker.submit(job)
-            while left:
+            while unfinished:
                 index, event = await self._events.get()
                 if isinstance(event, Exception):
                     raise event
-                for piece in self._told(index, event):
-                    left -= piece.finish_reason is not None
-                    yield piece
+                for chunk in self._to_chunks(index, event):
+                    unfinished -= chunk.finish_reason is not None
+                    yield chunk
         finally:
             for job in self.jobs:
-                if not job.over:
+                if not job.done:
                     self.worker.cancel(job)
 
-    def _told(self, index: int, event: StreamEvent) -> list[Chunk]:
-        stop, job = self.stops[index], self.jobs[index]
+    def _to_chunks(self, index: int, event: StreamEvent) -> list[Chunk]:
+        stop, job = self._filters[index], self.jobs[index]
         if stop.found:
-            return []  # what the row had done before it was freed
-        found: list[Chunk] = []
+            return []  # The job generated this event before it was cancelled.
+        chunks: list[Chunk] = []
         if event.text is not None:
-            found += self._text(index, stop(event.text))
+            chunks += self._text_chunks(index, stop(event.text))
             if stop.found:
                 self.worker.cancel(job)
-                found.append(Chunk(index, StreamEvent(), "stop"))
-            return found
-        if event.image is not None or event.answer is not None:
-            found += self._text(index, stop.rest())
+                chunks.append(Chunk(index, StreamEvent(), "stop"))
+            return chunks
+        if event.image is not None or event.response is not None:
+            chunks += self._text_chunks(index, stop.flush())
         if event.image is not None:
             self.parts[index].append(event.image)
-        if event.answer is not None:
-            reason = "length" if event.answer.finish_reason == "length" else "stop"
-            return [*found, Chunk(index, event, reason)]
-        return [*found, Chunk(index, event)]
+        if event.response is not None:
+            reason = "length" if event.response.finish_reason == "length" else "stop"
+            return [*chunks, Chunk(index, event, reason)]
+        return [*chunks, Chunk(index, event)]
 
-    def _text(self, index: int, text: str) -> list[Chunk]:
+    def _text_chunks(self, index: int, text: str) -> list[Chunk]:
         if not text:
             return []
         self.parts[index].append(text)

@@ -1,4 +1,7 @@
-"""What a request of OpenAI's protocol may hold, and generation's options made of it."""
+"""Request bodies of OpenAI's protocol, and the generation options that they ask for.
+
+`GenerationOptions` has the defaults and checks the values. A limit here is the server's own.
+"""
 
 from __future__ import annotations
 
@@ -9,66 +12,69 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.generation.config import COLDEST, Mode
+from medley.generation.config import MIN_TEMPERATURE, Mode
 from medley.serving.limits import Limits, RequestError
 
-_DEFAULTS = GenerationOptions()
-Share = Annotated[float, Field(gt=0, le=1)]
-Nothing = Annotated[float, Field(ge=0, le=0)]
-Most = 2**31 - 1
-Limit = Annotated[int, Field(ge=0, le=Most)]
-Tokens = Annotated[int, Field(ge=1, le=Most)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
-StopWord = Annotated[str, Field(max_length=256)]
+MAX_INT = 2**31 - 1
+MAX_SCALE = 100  # Larger scales may overflow the logits, which ends all running requests.
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_INT)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+StopString = Annotated[str, Field(max_length=256)]
 
 
-class Generation(BaseModel):
-    """Our options of generation, which any request may carry beside OpenAI's."""
+class GenerationFields(BaseModel):
+    """Fields of every request: generation options under the names of `GenerationOptions`, and
+    fields that clients send by default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     mode: Mode | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    text_greedy: bool = False
-    text_top_k: Limit = _DEFAULTS.text_top_k
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = _DEFAULTS.repetition_penalty
-    image_greedy: bool = False
-    image_temperature: Annotated[float, Field(ge=COLDEST, le=100)] = _DEFAULTS.image_temperature
-    image_top_p: Share = _DEFAULTS.image_top_p
-    image_top_k: Limit = _DEFAULTS.image_top_k
-    guidance_scale_text: Annotated[float, Field(ge=0, le=100)] = _DEFAULTS.guidance_scale_text
-    guidance_scale_image: Annotated[float, Field(ge=0, le=100)] = _DEFAULTS.guidance_scale_image
-    min_images: Limit = _DEFAULTS.min_images
-    max_images: Limit | None = None
-    n: Annotated[int, Field(ge=1, le=Most)] | None = None
-    # What clients send on their own and we need not know.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    seed: int | None = None
+    text_greedy: bool = GenerationOptions.text_greedy
+    text_top_k: Count = GenerationOptions.text_top_k
+    repetition_penalty: float = GenerationOptions.repetition_penalty
+    image_greedy: bool = GenerationOptions.image_greedy
+    image_temperature: Scale = GenerationOptions.image_temperature
+    image_top_p: float = GenerationOptions.image_top_p
+    image_top_k: Count = GenerationOptions.image_top_k
+    guidance_scale_text: Scale = GenerationOptions.guidance_scale_text
+    guidance_scale_image: Scale = GenerationOptions.guidance_scale_image
+    min_images: Count = GenerationOptions.min_images
+    max_images: Count | None = GenerationOptions.max_images
+    n: Tokens | None = None
+    user: str | None = None  # ignored
+    metadata: dict[str, Any] | None = None  # ignored
 
     @property
-    def answers(self) -> int:
+    def num_choices(self) -> int:
         return self.n or 1
 
-    def options(self, mode: Mode, tokens: int, limits: Limits, **more: Any) -> GenerationOptions:
-        """Without a seed, another one each time. Raises RequestError for values that are beyond
-        the limits, or do not go together."""
-        if self.answers > limits.answers:
-            raise RequestError(f"n is {self.n}, the limit is {limits.answers}", param="n")
-        kept = {
-            name: getattr(self, name)
-            for name in GenerationOptions.__dataclass_fields__.keys() & Generation.model_fields
-            if name not in ("mode", "seed") and name not in more
-        }
+    def to_options(
+        self, mode: Mode, max_new_tokens: int, limits: Limits, **overrides: Any
+    ) -> GenerationOptions:
+        """Generation options; with a random seed if the request has none.
+
+        Raises RequestError for a value beyond a limit, and for values that contradict each other.
+        """
+        if self.num_choices > limits.max_choices:
+            raise RequestError(
+                f"n: Too large (got {self.n}, limit {limits.max_choices}).", param="n"
+            )
+        names = GenerationOptions.__dataclass_fields__.keys() & GenerationFields.model_fields
+        values = {name: getattr(self, name) for name in names} | {
+            "mode": mode, "max_new_tokens": max_new_tokens,
+            "seed": random_seed() if self.seed is None else self.seed, **overrides,
+        }  # fmt: skip
         try:
-            return GenerationOptions(
-                mode=mode, seed=any_seed() if self.seed is None else self.seed,
-                max_new_tokens=tokens, **kept, **more,
-            )  # fmt: skip
+            return GenerationOptions(**values)
         except UserError as error:
-            raise RequestError(str(error)) from error
+            name = str(error).partition(" ")[0]
+            raise RequestError(str(error), param=name if name in values else None) from error
 
 
-def any_seed() -> int:
+def random_seed() -> int:
     return secrets.randbelow(2**31)
 
 
@@ -78,8 +84,11 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(Generation):
-    """`POST /v1/chat/completions`. `previews` asks for that many pictures of a growing picture."""
+class ChatRequest(GenerationFields):
+    """`POST /v1/chat/completions`.
+
+    `previews` is the number of previews of each image while a streamed response generates it.
+    """
 
     model: str
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -87,45 +96,45 @@ class ChatRequest(Generation):
     stream_options: StreamOptions | None = None
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    stop: StopWord | Annotated[list[StopWord], Field(max_length=16)] | None = None
+    temperature: Scale | None = None
+    top_p: float | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     previews: Annotated[int, Field(ge=0, le=64)] = 0
-    # Of OpenAI's protocol, where only the value that changes nothing is served.
-    frequency_penalty: Nothing | None = None
-    presence_penalty: Nothing | None = None
+    # Fields of OpenAI's protocol of which only the default value is supported.
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
     logprobs: Literal[False] | None = None
     store: Literal[False] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text", "image"]] | None = None
 
     def generation(self, limits: Limits) -> GenerationOptions:
-        """Raises RequestError for what is beyond the limits."""
-        tokens = self.max_completion_tokens or self.max_tokens or limits.tokens
-        if tokens > limits.tokens:
+        """Generation options of the request. Raises RequestError for an invalid value."""
+        max_new_tokens = self.max_completion_tokens or self.max_tokens or limits.max_tokens
+        if max_new_tokens > limits.max_tokens:
             raise RequestError(
-                f"max_tokens is {tokens}, the limit is {limits.tokens}", param="max_tokens"
+                f"max_tokens: Too large (got {max_new_tokens}, limit {limits.max_tokens}).",
+                param="max_tokens",
             )
         mode: Mode = "any"
-        if self.modalities is not None:
-            only = set(self.modalities)
-            mode = "any" if len(only) != 1 else "text" if only == {"text"} else "image"
-        sampled: dict[str, Any] = {}
-        if self.temperature is not None and self.temperature < COLDEST:
-            sampled["text_greedy"] = True
+        if self.modalities is not None and len(modalities := set(self.modalities)) == 1:
+            mode = "text" if modalities == {"text"} else "image"
+        sampling: dict[str, Any] = {}
+        if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
+            sampling["text_greedy"] = True
         elif self.temperature is not None:
-            sampled["text_temperature"] = self.temperature
+            sampling["text_temperature"] = self.temperature
         if self.top_p is not None:
-            sampled["text_top_p"] = self.top_p
-        return self.options(self.mode or mode, tokens, limits, **sampled)
+            sampling["text_top_p"] = self.top_p
+        return self.to_options(self.mode or mode, max_new_tokens, limits, **sampling)
 
     @property
-    def stops(self) -> list[str]:
-        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [word for word in found if word]
+    def stop_strings(self) -> list[str]:
+        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [string for string in strings if string]
 
 
-class ImageRequest(Generation):
+class ImageRequest(GenerationFields):
     """`POST /v1/images/generations`."""
 
     prompt: Annotated[str, Field(min_length=1)]
@@ -135,15 +144,18 @@ class ImageRequest(Generation):
     quality: Literal["auto", "standard"] | None = None
 
     def generation(self, limits: Limits, size: int) -> GenerationOptions:
-        """Raises RequestError for what is beyond the limits, and for another size than the
-        model's."""
+        """Generation options of one image; `size` is the model's image size.
+
+        Raises RequestError for an invalid value.
+        """
         if self.size not in ("auto", f"{size}x{size}"):
             raise RequestError(
-                f"size is {self.size!r}, this model draws {size}x{size} (or auto)", param="size"
+                f"size: Unsupported (got {self.size!r}, expected {size}x{size} or auto).",
+                param="size",
             )
         if self.mode not in (None, "image"):
-            raise RequestError(f"mode is {self.mode!r}, here it is image", param="mode")
-        return self.options("image", limits.tokens, limits, min_images=1, max_images=1)
+            raise RequestError(f"mode: Must be image (got {self.mode!r}).", param="mode")
+        return self.to_options("image", limits.max_tokens, limits, min_images=1, max_images=1)
 
 
 class ErrorDetail(BaseModel):
@@ -154,6 +166,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every refusal and every fault is told as, whatever its status."""
+    """The body of every response with an error status."""
 
     error: ErrorDetail

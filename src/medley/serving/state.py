@@ -1,4 +1,4 @@
-"""What the server's requests share: models by name, limits, counters, and how errors are said."""
+"""State shared by all requests of a server: models, limits and metrics; and error bodies."""
 
 from __future__ import annotations
 
@@ -9,23 +9,36 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import torch
 from fastapi import Request
 
 from medley.errors import UserError
+from medley.generation.engine import MAX_NUM_SEQS
+from medley.inference.model import Model
 from medley.serving.limits import Limits, QueueFullError, RequestError
 from medley.serving.metrics import Metrics
 from medley.serving.response_stream import Chunk, ResponseStream
 from medley.serving.worker import EngineWorker
 
-Result = TypeVar("Result")
 Item = TypeVar("Item")
 _END: Any = object()
-READERS = 4  # requests whose pictures are unpacked at once: each may take gigabytes
-LONGEST = 1000  # characters of a message: a request's own words come back in some
+DECODE_SLOTS = 4  # Requests whose images are decoded at once; each may need gigabytes.
+MAX_MESSAGE = 1000  # Characters of an error message; some messages quote the request.
 
 
-class State:
-    """Of one server. `draining` says that it takes no more requests."""
+class ServerState:
+    """State of one server process.
+
+    Attributes:
+        workers: served models by name
+        token: bearer token that requests need; None for no authentication
+        draining: whether new requests are rejected because the server is shutting down
+        has_ui: whether the web UI is mounted
+        in_flight: API requests in progress
+        on_shutdown: called before the server waits for open connections
+        decode_slots: limits the requests whose images are decoded at once
+        instance: random id of the process, different after each start
+    """
 
     def __init__(
         self, workers: Mapping[str, EngineWorker], limits: Limits, token: str | None
@@ -33,92 +46,113 @@ class State:
         self.workers, self.limits, self.token = dict(workers), limits, token
         self.metrics = Metrics(self.workers)
         self.draining = False
-        self.page = False  # whether there is one
-        self.asked = 0  # requests for answers that are under way
-        self.closing: list[Callable[[], None]] = []  # called before connections are waited for
-        self.reading = asyncio.Semaphore(READERS)
-        self.instance = secrets.token_hex(6)  # another one after each start
+        self.has_ui = False
+        self.in_flight = 0
+        self.on_shutdown: list[Callable[[], None]] = []
+        self.decode_slots = asyncio.Semaphore(DECODE_SLOTS)
+        self.instance = secrets.token_hex(6)
+
+    @classmethod
+    def of_models(
+        cls,
+        models: Mapping[str, Model],
+        limits: Limits,
+        token: str | None,
+        max_num_seqs: int = MAX_NUM_SEQS,
+    ) -> ServerState:
+        """The state of a server of some models."""
+        # The image tokenizer disables TF32 while it encodes. The setting belongs to the process:
+        # of two concurrent threads, the first to end would enable it again for the other.
+        torch.backends.cudnn.allow_tf32 = False
+        workers = {
+            name: EngineWorker(name, model, limits, max_num_seqs) for name, model in models.items()
+        }
+        return cls(workers, limits, token)
 
     @property
-    def idle(self) -> bool:
-        at_work = any(worker.running or worker.waiting for worker in self.workers.values())
-        return not (at_work or self.asked)
+    def is_idle(self) -> bool:
+        has_jobs = any(worker.running or worker.waiting for worker in self.workers.values())
+        return not (has_jobs or self.in_flight)
+
+    def stopped_models(self) -> list[str]:
+        """Models whose engine thread has ended."""
+        return [name for name, worker in self.workers.items() if not worker.is_alive]
 
     def worker(self, name: str | None) -> EngineWorker:
-        """Raises RequestError for a model that is not there; the first one, where none is named."""
+        """The worker of a model, or of the first model. Raises RequestError if it is unknown."""
         if name is None:
             return next(iter(self.workers.values()))
         if name not in self.workers:
             raise RequestError(
-                f"no model {name!r}, there is {', '.join(self.workers)}", 404, "model"
+                f"Unknown model {name!r} (available: {', '.join(self.workers)}).", 404, "model"
             )
         return self.workers[name]
 
-    async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.to_thread(work, *arguments)
-
     async def instrument(
-        self, worker: EngineWorker, answers: ResponseStream
+        self, worker: EngineWorker, responses: ResponseStream
     ) -> AsyncGenerator[Chunk, None]:
-        """The pieces, with what they took told to the counters."""
-        start, first = time.monotonic(), True
-        async with aclosing(answers.pieces()) as pieces:
-            async for piece in pieces:
-                if first:
-                    self.metrics.first_token.labels(worker.name).observe(time.monotonic() - start)
-                    first = False
-                yield piece
-        self.metrics.whole.labels(worker.name).observe(time.monotonic() - start)
+        """The chunks of a stream; records their latencies in the metrics."""
+        start, is_first = time.monotonic(), True
+        async with aclosing(responses.chunks()) as chunks:
+            async for chunk in chunks:
+                if is_first:
+                    seconds = time.monotonic() - start
+                    self.metrics.first_token_seconds.labels(worker.name).observe(seconds)
+                    is_first = False
+                yield chunk
+        self.metrics.request_seconds.labels(worker.name).observe(time.monotonic() - start)
 
 
 async def until_disconnect(
     request: Request, items: AsyncGenerator[Item, None]
 ) -> AsyncIterator[Item]:
-    """The items, as long as the client is there; else their source is closed, which frees rows."""
-    gone = asyncio.ensure_future(_gone(request))
-    coming: asyncio.Future[Any] | None = None
+    """Yields the items. Closes their source, which cancels its jobs, if the client disconnects."""
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    upcoming: asyncio.Future[Any] | None = None
     try:
         while True:
-            coming = asyncio.ensure_future(anext(items, _END))
-            await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                raise RequestError("the client has gone", 499)
-            item, coming = coming.result(), None
+            upcoming = asyncio.ensure_future(anext(items, _END))
+            await asyncio.wait({disconnected, upcoming}, return_when=asyncio.FIRST_COMPLETED)
+            if not upcoming.done():
+                raise RequestError("The client has disconnected.", 499)
+            item, upcoming = upcoming.result(), None
             if item is _END:
                 return
             yield item
     finally:
-        await cancelled(gone, coming)
+        await cancel_tasks(disconnected, upcoming)
         await items.aclose()
 
 
 async def first_or_disconnect(request: Request, items: AsyncGenerator[Item, None]) -> Item:
-    """The first item, with the client watched until then; whoever streams the rest watches it
-    from there on."""
-    gone = asyncio.ensure_future(_gone(request))
-    coming = asyncio.ensure_future(anext(items))
+    """The first item. Closes the source and raises RequestError if the client disconnects before.
+
+    The caller streams the other items; a streaming response detects a disconnect by itself.
+    """
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    upcoming = asyncio.ensure_future(anext(items))
     try:
-        await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
-        if not coming.done():
-            raise RequestError("the client has gone", 499)
-        return coming.result()
+        await asyncio.wait({disconnected, upcoming}, return_when=asyncio.FIRST_COMPLETED)
+        if not upcoming.done():
+            raise RequestError("The client has disconnected.", 499)
+        return upcoming.result()
     except BaseException:
-        await cancelled(coming)
+        await cancel_tasks(upcoming)
         await items.aclose()
         raise
     finally:
-        await cancelled(gone)
+        await cancel_tasks(disconnected)
 
 
-async def cancelled(*tasks: asyncio.Future[Any] | None) -> None:
-    """Ends tasks, and waits until they have: a generator that runs cannot be closed."""
+async def cancel_tasks(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancels tasks and waits for their end: a running generator cannot be closed."""
     for task in tasks:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
@@ -126,15 +160,15 @@ async def _gone(request: Request) -> None:
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error, in OpenAI's form."""
+    """HTTP status and JSON body of an error, in OpenAI's format."""
     status, param, kind = 500, None, "server_error"
-    message = f"{type(error).__name__} inside of the server"
+    message = f"Internal server error ({type(error).__name__})."
     if isinstance(error, RequestError):
         status, param, message = error.status, error.param, str(error)
     elif isinstance(error, UserError):
         status, message = 400, str(error)
     if status < 500:
         kind = "rate_limit_error" if isinstance(error, QueueFullError) else "invalid_request_error"
-    if len(message) > LONGEST:
-        message = f"{message[:LONGEST]}…"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}

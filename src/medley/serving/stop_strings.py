@@ -1,37 +1,41 @@
-"""Words that end an answer, found in text that comes in pieces."""
+"""Stop strings: strings that end a response, found in text that arrives in pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-class StopWords:
-    """Called with pieces of text, gives what may be shown: without a stop word, and without what
-    may yet become one. `found` says that the answer has ended."""
+class StopStringFilter:
+    """Removes the first stop string and all text after it.
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words, self.found = words, False
-        self._held = ""
+    Each call takes a piece of text and returns the text that can be sent. It withholds the end of
+    the text while that may be the beginning of a stop string. `found` is set once a stop string
+    occurred.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self.stop_strings, self.found = stop_strings, False
+        self._withheld = ""
 
     def __call__(self, piece: str) -> str:
         if self.found:
             return ""
-        text = self._held + piece
-        places = [place for word in self.words if (place := text.find(word)) >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
-        keep = max((self._overlap(text, word) for word in self.words), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        text = self._withheld + piece
+        positions = [at for string in self.stop_strings if (at := text.find(string)) >= 0]
+        if positions:
+            self.found, self._withheld = True, ""
+            return text[: min(positions)]
+        overlap = max((self._overlap(text, string) for string in self.stop_strings), default=0)
+        self._withheld = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
-    def rest(self) -> str:
-        """What was held back, once no more text comes."""
-        held, self._held = self._held, ""
-        return held
+    def flush(self) -> str:
+        """The withheld text, once the response has ended."""
+        text, self._withheld = self._withheld, ""
+        return text
 
     @staticmethod
-    def _overlap(text: str, word: str) -> int:
-        """How much of a word's beginning the text ends with."""
-        longest = min(len(text), len(word) - 1)
-        return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
+    def _overlap(text: str, string: str) -> int:
+        """Length of the longest proper prefix of `string` that `text` ends with."""
+        longest = min(len(text), len(string) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

@@ -1,13 +1,12 @@
-"""Texts and pictures of somebody unknown: read within limits, and nothing but what was sent.
+"""Texts and images of untrusted requests, read within the server's limits.
 
-Pictures come as data addresses. An http address is fetched only from a host that was named when
-the server was started, and nothing that a request names is ever read from this machine's disk.
+Images are data URLs. An http URL is fetched only from an allowed host. No path in a request is
+read from this machine's disk.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import io
 import time
@@ -18,141 +17,146 @@ from PIL import Image, UnidentifiedImageError
 from medley.errors import UserError
 from medley.images import medical
 from medley.images.preprocess import ImageError, read_image, to_rgb
-from medley.images.remote import fetch_bytes, is_address, on_hosts
+from medley.images.remote import fetch_bytes, is_allowed_host, is_http_url
 from medley.serving.limits import Limits, RequestError
 from medley.vqgan.image_tokenizer import ImageTokenizer
 
 _DATA = "data:"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # beside DICOM
-_SHOWN = 80  # characters of what was sent, in a message
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # in addition to DICOM
+_QUOTED = 80  # characters of a value that an error message quotes
 
 
 class RequestReader:
-    """What one request holds. Its pictures become the square that the model reads at once: the
-    original may be a thousand times as large, and would wait with the request."""
+    """Reads the texts and images of one request; `where` names a part of it in errors.
 
-    def __init__(self, limits: Limits, tokenizer: ImageTokenizer, most_characters: int) -> None:
-        self.limits, self.tokenizer, self.left = limits, tokenizer, most_characters
-        self.most = most_characters
-        self.until = time.monotonic() + limits.seconds
+    Images are resized at once to the square that the model reads: the original may be a thousand
+    times as large, and would wait in the queue with the request.
+    """
 
-    def refuse_many(self, pictures: int) -> None:
-        """Before the first of them is unpacked."""
-        if pictures > self.limits.pictures:
+    def __init__(self, limits: Limits, tokenizer: ImageTokenizer, max_characters: int) -> None:
+        self.limits, self.tokenizer, self.max_characters = limits, tokenizer, max_characters
+        self._characters_left = max_characters
+        self._deadline = time.monotonic() + limits.request_timeout
+
+    def check_image_count(self, count: int) -> None:
+        """Raises RequestError for too many images, before the first one is decoded."""
+        if count > self.limits.max_images:
             raise RequestError(
-                f"{pictures} pictures, the limit is {self.limits.pictures}", param="messages"
+                f"Too many images (got {count}, limit {self.limits.max_images}).", param="messages"
             )
 
-    def text(self, text: str, place: str) -> str:
-        """Raises RequestError for more characters than the model's context has room for, and for
-        what is no Unicode."""
-        self.left -= len(text)
-        if self.left < 0:
+    def text(self, text: str, where: str) -> str:
+        """Returns the text.
+
+        Raises RequestError if it cannot be encoded, or if the request's text cannot fit the
+        model's context.
+        """
+        self._characters_left -= len(text)
+        if self._characters_left < 0:
             raise RequestError(
-                f"{place}: more than {self.most} characters of text, which the model's context "
-                "has no room for",
-                param=place,
+                f"{where}: The text does not fit the model's context (limit "
+                f"{self.max_characters} characters).",
+                param=where,
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{place}: half of a character ({error.reason})", param=place
+                f"{where}: Unpaired surrogate in the text ({error.reason}).", param=where
             ) from error
         return text
 
-    def address(self, address: Any, place: str) -> Image.Image:
-        """The picture of a data address, or of an allowed host. Raises RequestError."""
-        if not isinstance(address, str) or not address:
-            raise RequestError(f"{place}: a picture without an address", param=place)
-        if address.startswith(_DATA):
-            head, comma, body = address.partition(",")
-            if not comma or not head.endswith(";base64"):
-                raise RequestError(f"{place}: expected data:image/…;base64,…", param=place)
-            return self.base64(body, place)
-        hosts = self.limits.hosts
-        if not (is_address(address) and on_hosts(address, hosts)):
+    def image_from_url(self, url: object, where: str) -> Image.Image:
+        """The image of a data URL, or of an http URL of an allowed host. Raises RequestError."""
+        if not isinstance(url, str) or not url:
+            raise RequestError(f"{where}: The image has no URL.", param=where)
+        if url.startswith(_DATA):
+            header, comma, body = url.partition(",")
+            if not comma or not header.endswith(";base64"):
+                raise RequestError(
+                    f"{where}: Invalid data URL (expected data:image/…;base64,…).", param=where
+                )
+            return self.image_from_base64(body, where)
+        hosts = self.limits.image_hosts
+        if not (is_http_url(url) and is_allowed_host(url, hosts)):
             raise RequestError(
-                f"{place}: send the picture as a data address (data:image/png;base64,…); addresses "
-                "are fetched only from hosts that the server's owner has named",
-                param=place,
+                f"{where}: Unsupported image URL. Send the image as a data URL "
+                "(data:image/png;base64,…). This server fetches images only from the hosts of "
+                "--allowed_image_hosts.",
+                param=where,
             )
-        left = self.until - time.monotonic()
+        seconds = self._deadline - time.monotonic()
         try:
-            data = fetch_bytes(address, self.limits.body, left, lambda to: on_hosts(to, hosts))
+            data = fetch_bytes(
+                url, self.limits.max_body_bytes, seconds, lambda to: is_allowed_host(to, hosts)
+            )
         except ImageError as error:
-            raise RequestError(f"{place}: {error}", param=place) from error
-        return self.picture(data, place)
+            raise RequestError(f"{where}: {error}", param=where) from error
+        return self.image_from_bytes(data, where)
 
-    def base64(self, text: Any, place: str) -> Image.Image:
+    def image_from_base64(self, text: str, where: str) -> Image.Image:
+        """The image of a base64 string. Raises RequestError."""
         try:
             data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError, TypeError) as error:
-            raise RequestError(f"{place}: not base64 ({error})", param=place) from error
-        return self.picture(data, place)
+        except ValueError as error:  # binascii.Error, and characters that are not ASCII
+            raise RequestError(f"{where}: Invalid base64 ({error}).", param=where) from error
+        return self.image_from_bytes(data, where)
 
-    def picture(self, data: bytes, place: str, name: str = "the picture") -> Image.Image:
+    def image_from_bytes(self, data: bytes, where: str, name: str = "image") -> Image.Image:
+        """The image of a file's contents, called `name` in errors. Raises RequestError."""
         try:
-            return self.tokenizer.square(read_unknown(data, name, self.limits))
+            return self.tokenizer.square(read_untrusted_image(data, name, self.limits))
         except ImageError as error:
-            raise RequestError(f"{place}: {error}", param=place) from error
+            raise RequestError(f"{where}: {error}", param=where) from error
 
 
-def shown(value: Any) -> str:
-    """What was sent, for a message: never all of something long."""
+def repr_short(value: Any) -> str:
+    """`repr` for an error message, truncated."""
     text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
 
 
-def read_unknown(data: bytes, name: str, limits: Limits) -> Image.Image:
-    """A picture as RGB, in its own size. Raises ImageError for what is no picture, and for one with
-    too many pixels, before they are unpacked."""
-    kind = medical.kind_of(io.BytesIO(data), name)
+def read_untrusted_image(data: bytes, name: str, limits: Limits) -> Image.Image:
+    """The image of a file's contents as RGB, in its own size.
+
+    Raises ImageError for other contents, and for too many pixels before they are decoded.
+    """
+    kind = medical.detect_format(io.BytesIO(data), name)
     if kind not in (None, "dicom"):
-        raise ImageError(f"{name}: a volume; send one slice of it as a picture")
+        raise ImageError(f"{name}: Volumes are not supported. Send one slice as an image.")
     try:
         if kind == "dicom":
-            _refuse_large(medical.pixels_of_dicom(data), name, limits)
+            _check_pixels(medical.count_dicom_pixels(data), name, limits)
             if (frames := medical.count_frames(io.BytesIO(data), kind)) > 1:
-                raise ImageError(f"{name}: holds {frames} frames; send the one that is meant")
+                raise ImageError(f"{name}: Contains {frames} frames. Send one frame.")
             return read_image(io.BytesIO(data), name)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _refuse_large(image.width * image.height, name, limits)
-            if image.format == "TIFF" and _has_second(image):
-                raise ImageError(f"{name}: holds several frames; send the one that is meant")
+            _check_pixels(image.width * image.height, name, limits)
+            if image.format == "TIFF" and _has_second_frame(image):
+                raise ImageError(f"{name}: Contains several frames. Send one frame.")
             image.load()
             return to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        known = ", ".join((*FORMATS, "DICOM"))
-        raise ImageError(f"{name}: not a picture in a format that is known ({known})") from error
+        supported = ", ".join((*FORMATS, "DICOM"))
+        raise ImageError(f"{name}: Unsupported image format (expected {supported}).") from error
     except (UserError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: {error}") from error
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
+    except Exception as error:  # A corrupt file may raise any exception in a decoder.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: broken picture ({reason})") from error
+        raise ImageError(f"{name}: Corrupt image ({reason}).") from error
 
 
-def _refuse_large(pixels: int, name: str, limits: Limits) -> None:
-    if pixels > limits.pixels:
-        raise ImageError(f"{name}: {pixels} pixels, the limit is {limits.pixels}")
+def _check_pixels(pixels: int, name: str, limits: Limits) -> None:
+    if pixels > limits.max_pixels:
+        raise ImageError(f"{name}: Too many pixels (got {pixels}, limit {limits.max_pixels}).")
 
 
-def _has_second(image: Image.Image) -> bool:
-    """Without counting them all, which a made-up file can make long."""
+def _has_second_frame(image: Image.Image) -> bool:
+    """Whether a TIFF has several frames; a crafted file can make counting them very slow."""
     with contextlib.suppress(EOFError):
         image.seek(1)
         return True
     image.seek(0)
     return False
-
-
-def png_base64(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def data_address(image: Image.Image) -> str:
-    return f"data:image/png;base64,{png_base64(image)}"

@@ -1,8 +1,8 @@
-"""One model at work for many: a thread that owns its engine, and requests that join and leave.
+"""A model that serves concurrent requests: one thread owns its engine, requests join and leave.
 
-The engine is not safe for several threads; everything that touches it happens in `_run`. Whoever
-asks gets events through a function that is called in that thread. Whatever happens there, every
-request is told its end.
+The engine is not thread-safe; only `_run` uses it. Events reach a request through a callback that
+is called in that thread. Every submitted request receives a last event or an exception, whatever
+happens in the thread.
 """
 
 from __future__ import annotations
@@ -17,214 +17,236 @@ from dataclasses import dataclass
 from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
-from medley.inference.model import Model, Prompt, StreamDecoder, StreamEvent
+from medley.generation.engine import MAX_NUM_SEQS
+from medley.inference.model import Model, Prompt
+from medley.inference.response import StreamEvent
+from medley.inference.stream_decoder import StreamDecoder
 from medley.serving.limits import Limits, QueueFullError, RequestError
 
 log = logging.getLogger("medley.serving")
-Tell = Callable[[StreamEvent | Exception], None]
-JOIN_AT_ONCE = 4  # requests that are read between two steps: the others' rows wait for it
-LONGEST_WAIT = 60  # seconds; clients that are told to wait longer give up
+EventCallback = Callable[[StreamEvent | Exception], None]
+PREFILLS_PER_STEP = 4  # Prompts read between two decode steps; running requests wait for them.
+MAX_RETRY_AFTER = 60  # seconds; clients give up if they are told to wait longer
 
 
 @dataclass(eq=False)
 class GenerationJob:
-    """A request on its way. `tell` is called with every event, and with an exception if it fails;
-    nothing comes after an answer or an exception."""
+    """One response to a prompt.
 
-    prompt: Prompt | Document | None  # None once it has been read: its pictures are large
+    Attributes:
+        prompt: None once it was read, since its images are large
+        on_event: called with each event; last with an exception, or an event with the response
+        index: number of the response, which selects its random numbers together with the seed
+        raw_prompt: continue the prompt itself, without an end-of-turn token
+        deadline: time (`time.monotonic`) at which the job is ended
+        started_at: time at which the prompt was read
+        done: whether the job was cancelled or has ended
+    """
+
+    prompt: Prompt | Document | None
     options: GenerationOptions
-    tell: Tell
-    row: int = 0
+    on_event: EventCallback
+    index: int = 0
     preview_every: int = 0
-    complete: bool = False
-    until: float = float("inf")
-    began: float = 0.0  # when it got a row
+    raw_prompt: bool = False
+    deadline: float = float("inf")
+    started_at: float = 0.0
     prompt_tokens: int = 0
-    generated: int = 0  # tokens
+    generated_tokens: int = 0
     ticket: int | None = None
-    telling: StreamDecoder | None = None
-    over: bool = False  # cancelled, or ended
+    decoder: StreamDecoder | None = None
+    done: bool = False
 
 
 class EngineWorker:
-    """A model by its name. `rows` requests are worked on at once, the others wait."""
+    """A served model. `max_num_seqs` requests run at once; others wait."""
 
-    def __init__(self, name: str, model: Model, limits: Limits, rows: int = 32) -> None:
+    def __init__(
+        self, name: str, model: Model, limits: Limits, max_num_seqs: int = MAX_NUM_SEQS
+    ) -> None:
         self.name, self.model, self.limits = name, model, limits
-        model.engine.set_max_num_seqs(rows)
+        model.engine.set_max_num_seqs(max_num_seqs)
         self.created = int(time.time())
-        self.tokens = 0  # that were generated since the start
-        # Of a text whose every token were the longest: more cannot fit, and is not read at all.
-        self.most_characters = model.engine.context * model.tokenizer.longest_piece
-        self._new: deque[GenerationJob] = deque()
-        self._at_work: list[GenerationJob] = []
+        self.generated_tokens = 0  # since the start
+        # Upper bound of the text that fits the context: every token is the longest one.
+        self.max_characters = model.engine.max_seq_len * model.text_tokenizer.longest_token
+        self._queue: deque[GenerationJob] = deque()
+        self._running: list[GenerationJob] = []
         self._wake = threading.Condition()
-        self._ending: Exception | None = None  # what those who ask from now on are told
-        self._seconds_a_job = 1.0  # a moving mean of the time in a row
+        self._stop_reason: Exception | None = None  # new requests fail with it
+        self._mean_seconds = 1.0  # moving average of a job's running time
         self._thread = threading.Thread(target=self._run, name=f"medley-{name}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all requests with a word, and the thread."""
+        """Ends all requests with an error, and the thread."""
         with self._wake:
-            self._ending = RequestError("the server is shutting down", 503)
+            self._stop_reason = RequestError("The server is shutting down.", 503)
             self._wake.notify()
         self._thread.join(timeout=30)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._thread.is_alive()
 
     @property
-    def capacity(self) -> int:
-        """Requests that are worked on at once."""
-        return self.model.engine.capacity
+    def max_num_seqs(self) -> int:
+        return self.model.engine.max_num_seqs
 
     @property
     def waiting(self) -> int:
-        return len(self._new)
+        return len(self._queue)
 
     @property
     def running(self) -> int:
-        return len(self._at_work)
+        return len(self._running)
 
     def submit(self, job: GenerationJob) -> None:
-        """Raises Busy where too many wait already, RequestError where the thread has ended."""
+        """Queues a job.
+
+        Raises QueueFullError if too many jobs wait, RequestError if the thread has ended.
+        """
         with self._wake:
-            if self._ending is not None:  # a new one each time: it would gather traces
-                raise RequestError(str(self._ending), 503)
-            ahead = len(self._new) + len(self._at_work)
-            if ahead >= self.capacity + self.limits.queue:
-                wait = (1 + len(self._new) / self.capacity) * self._seconds_a_job
-                raise QueueFullError(len(self._new), min(LONGEST_WAIT, max(1, round(wait))))
-            self._new.append(job)
+            if self._stop_reason is not None:  # A shared exception would accumulate tracebacks.
+                raise RequestError(str(self._stop_reason), 503)
+            ahead = len(self._queue) + len(self._running)
+            if ahead >= self.max_num_seqs + self.limits.max_queue:
+                seconds = (1 + len(self._queue) / self.max_num_seqs) * self._mean_seconds
+                retry_after = min(MAX_RETRY_AFTER, max(1, round(seconds)))
+                raise QueueFullError(len(self._queue), retry_after)
+            self._queue.append(job)
             self._wake.notify()
 
-    def before(self, job: GenerationJob) -> int | None:
-        """How many wait before it; None for a job that waits no more."""
+    def queue_position(self, job: GenerationJob) -> int | None:
+        """Number of jobs ahead in the queue; None for a job that does not wait."""
         with self._wake:
-            return self._new.index(job) if job in self._new else None
+            return self._queue.index(job) if job in self._queue else None
 
     def cancel(self, job: GenerationJob) -> None:
-        """Frees the job's row before the next step. Nothing happens for one that has ended."""
+        """Ends a job before the next decode step. Has no effect on a job that has ended."""
         with self._wake:
-            job.over = True
-            if job in self._new:
-                self._new.remove(job)
+            job.done = True
+            if job in self._queue:
+                self._queue.remove(job)
             self._wake.notify()
 
     # --- the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        why: Exception = RequestError(f"the model {self.name} is out of order", 503)
+        reason: Exception = RequestError(
+            f"Model {self.name} is unavailable: its engine thread stopped after an error (see the "
+            "server log).",
+            503,
+        )
         try:
-            while self._ending is None:
+            while self._stop_reason is None:
                 with self._wake:
-                    while not (self._new or self._at_work or self._ending):
+                    while not (self._queue or self._running or self._stop_reason):
                         self._wake.wait()
-                self._turn()
-            why = self._ending
-        except BaseException:  # a device that answers nothing any more, say
-            log.exception("the thread of %s has ended", self.name)
+                self._step()
+            reason = self._stop_reason
+        except BaseException:  # for example a device that no longer responds
+            log.exception("%s: the engine thread stopped", self.name)
         finally:
             with self._wake:
-                self._ending = why
-                left = [*self._at_work, *self._new]
-                self._new.clear()
-            for job in left:
-                self._tell_last(job, why)
+                self._stop_reason = reason
+                unfinished = [*self._running, *self._queue]
+                self._queue.clear()
+            for job in unfinished:
+                self._send_last(job, reason)
 
-    def _turn(self) -> None:
-        """Requests join and leave, and every row gets its next token."""
-        now, seconds = time.monotonic(), self.limits.seconds
+    def _step(self) -> None:
+        """Removes ended jobs, starts waiting ones, and decodes one token for each sequence."""
+        now, timeout = time.monotonic(), self.limits.request_timeout
         with self._wake:
-            late = [job for job in (*self._at_work, *self._new) if now > job.until]
+            late = [job for job in (*self._running, *self._queue) if now > job.deadline]
         for job in late:
-            self._end(job, RequestError(f"not done after {seconds:.0f} s, which is the limit", 408))
-        for job in [job for job in self._at_work if job.over]:
-            self._leave(job)
-        room = self.capacity - len(self._at_work)
-        for _ in range(min(room, JOIN_AT_ONCE)):
+            self._finish(
+                job, RequestError(f"Timeout: not finished after {timeout:.0f} s (the limit).", 408)
+            )
+        for job in [job for job in self._running if job.done]:
+            self._release(job)
+        for _ in range(min(self.max_num_seqs - len(self._running), PREFILLS_PER_STEP)):
             with self._wake:
-                if not self._new:
+                if not self._queue:
                     break
-                job = self._new.popleft()
-                self._at_work.append(job)
-            self._join(job)
-        if not self._at_work:
+                job = self._queue.popleft()
+                self._running.append(job)
+            self._start_job(job)
+        if not self._running:
             return
         try:
             self.model.engine.step()
-        except Exception as error:  # out of memory, say: these rows are lost, the server is not
-            log.exception("%s: %d rows are lost", self.name, len(self._at_work))
-            told = error
-            if isinstance(error, UserError):  # what is wrong here is no fault of a request
-                told = RequestError(str(error), 500)
-            for job in list(self._at_work):
-                self._end(job, told)
+        except Exception as error:  # For example out of memory: the server continues without them.
+            log.exception("%s: %d running requests failed", self.name, len(self._running))
+            # An engine error is the server's fault, even if the engine raises a UserError.
+            own = RequestError(str(error), 500) if isinstance(error, UserError) else error
+            for job in list(self._running):
+                self._finish(job, own)
             return
-        for job in list(self._at_work):
-            self._pass_on(job)
+        for job in list(self._running):
+            self._deliver(job)
 
-    def _join(self, job: GenerationJob) -> None:
-        if job.over:
-            self._leave(job)
+    def _start_job(self, job: GenerationJob) -> None:
+        """Submits a job to the engine; ends it if its prompt is invalid."""
+        if job.done:
+            self._release(job)
             return
         try:
             if job.options.mode != "text":
                 self.model.image_tokenizer.require_decoder()
             assert job.prompt is not None
-            ids = self.model.encode_prompt(job.prompt, job.complete)
-            request = Request(ids, job.options, job.row)
+            ids = self.model.encode_prompt(job.prompt, job.raw_prompt)
+            request = Request(ids, job.options, job.index)
             job.ticket = self.model.engine.submit(request)
-            job.telling = StreamDecoder(self.model, request, job.preview_every)
+            job.decoder = StreamDecoder(self.model, request, job.preview_every)
         except Exception as error:
             if not isinstance(error, UserError):
-                log.exception("%s: a request could not be read", self.name)
-            self._end(job, error)
+                log.exception("%s: a prompt could not be read", self.name)
+            self._finish(job, error)
             return
-        job.prompt, job.prompt_tokens, job.began = None, len(ids), time.monotonic()
+        job.prompt, job.prompt_tokens, job.started_at = None, len(ids), time.monotonic()
 
-    def _pass_on(self, job: GenerationJob) -> None:
-        """What is new of a job to whoever asked."""
-        assert job.ticket is not None and job.telling is not None
+    def _deliver(self, job: GenerationJob) -> None:
+        """Sends the new events of a job."""
+        assert job.ticket is not None and job.decoder is not None
         try:
-            for _, token, result in self.model.engine.poll(job.ticket):
-                self.tokens += token is not None
-                job.generated += token is not None
-                for event in job.telling(token, result):
-                    if event.answer is not None:
-                        self._seconds_a_job += 0.1 * (
-                            time.monotonic() - job.began - self._seconds_a_job
-                        )
-                        self._end(job, event)
+            for _, token, output in self.model.engine.poll(job.ticket):
+                self.generated_tokens += token is not None
+                job.generated_tokens += token is not None
+                for event in job.decoder(token, output):
+                    if event.response is not None:
+                        seconds = time.monotonic() - job.started_at
+                        self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+                        self._finish(job, event)
                         return
-                    job.tell(event)
-        except Exception as error:  # of this job alone
-            log.exception("%s: an answer could not be passed on", self.name)
-            self._end(job, error)
+                    job.on_event(event)
+        except Exception as error:  # Other jobs are not affected.
+            log.exception("%s: a response could not be delivered", self.name)
+            self._finish(job, error)
 
-    def _end(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
-        """Tells first: to leave a row may fail on a device that is out of order."""
-        self._tell_last(job, last)
-        self._leave(job)
+    def _finish(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
+        """Sends the last event first: releasing a sequence may fail on a faulty device."""
+        self._send_last(job, last)
+        self._release(job)
 
-    def _tell_last(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
-        if not job.over:
-            job.over = True
+    def _send_last(self, job: GenerationJob, last: StreamEvent | Exception) -> None:
+        if not job.done:
+            job.done = True
             try:
-                job.tell(last)
-            except RuntimeError:  # the loop of whoever asked is closed
-                log.warning("%s: nobody is there to hear of an answer's end", self.name)
+                job.on_event(last)
+            except RuntimeError:  # The event loop of the request is closed.
+                log.warning("%s: the end of a response has no recipient", self.name)
 
-    def _leave(self, job: GenerationJob) -> None:
+    def _release(self, job: GenerationJob) -> None:
+        """Removes a job, and its sequence from the engine."""
         with self._wake:
-            if job in self._at_work:
-                self._at_work.remove(job)
-            elif job in self._new:
-                self._new.remove(job)
-        ticket, job.ticket, job.prompt, job.telling = job.ticket, None, None, None
+            if job in self._running:
+                self._running.remove(job)
+            elif job in self._queue:
+                self._queue.remove(job)
+        ticket, job.ticket, job.prompt, job.decoder = job.ticket, None, None, None
         if ticket is not None:
             self.model.engine.cancel(ticket)

@@ -1,1 +1,1 @@
-"""Training: what the rows are, how a run is watched, saved, proven and gone on with."""
+"""Training: options, datasets of packed sequences, trainer, callbacks, checkpoints, resuming."""

@@ -1,4 +1,4 @@
-"""What stands beside a run: proof that it learns, its course as a table and a picture, samples."""
+"""Trainer callbacks: gradient check, loss curve, and samples at validation."""
 
 from __future__ import annotations
 
@@ -16,52 +16,56 @@ from medley.errors import UserError
 from medley.utils.distributed import is_main_rank
 from medley.utils.files import atomic_file
 
-COURSE, PICTURE = "log.csv", "loss.png"
+LOG_FILE, LOSS_PLOT = "log.csv", "loss.png"
 
 
 class GradientCheckCallback(TrainerCallback):  # type: ignore[misc]
-    """Stops a run whose first step gave no gradient to what shall learn, as happens silently where
-    gradient checkpointing cuts an adapter off from the loss."""
+    """Stops a run in which trained weights get no gradient in the first step.
 
-    def __init__(self, model: torch.nn.Module, labels: Callable[[], float]) -> None:
-        """`labels` gives the weight of all labels in the last step, of all ranks."""
-        self.labels = labels
-        self.reached: set[str] = set()
-        self.alive = False
-        learned = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.names = {name for name, _ in learned}
-        self._hooks = [p.register_hook(self._hook(name)) for name, p in learned]  # type: ignore[no-untyped-call]
+    Such a run would train nothing, silently; gradient checkpointing, for example, can detach an
+    adapter from the loss.
+    """
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def see(gradient: Tensor) -> None:
-            self.reached.add(name)
-            if not self.alive:
-                self.alive = bool((gradient != 0).any())
+    def __init__(self, model: torch.nn.Module, label_weight: Callable[[], float]) -> None:
+        """`label_weight` returns the weight of all labels in the last step, of all ranks."""
+        self.label_weight = label_weight
+        self.names_with_gradient: set[str] = set()
+        self.has_nonzero_gradient = False
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.trained_names = {name for name, _ in trained}
+        self._hooks = [p.register_hook(self._make_hook(name)) for name, p in trained]  # type: ignore[no-untyped-call]
 
-        return see
+    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
+        def record(gradient: Tensor) -> None:
+            self.names_with_gradient.add(name)
+            if not self.has_nonzero_gradient:
+                self.has_nonzero_gradient = bool((gradient != 0).any())
+
+        return record
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._hooks or not self.labels():  # a step of blank rows proves nothing
+        if not self._hooks or not self.label_weight():  # a step without labels has no gradients
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        seen = [(self.reached, self.alive)]
-        if dist.is_initialized():  # one rank may have had blank rows only
-            seen *= dist.get_world_size()
-            dist.all_gather_object(seen, (self.reached, self.alive))
-        missing = sorted(self.names.difference(*(reached for reached, _ in seen)))
-        if missing or not any(alive for _, alive in seen):
-            what = f"{len(missing)} tensors, {missing[0]} among them" if missing else "all tensors"
+        own = (self.names_with_gradient, self.has_nonzero_gradient)
+        all_ranks = [own]
+        if dist.is_initialized():  # one rank may have had blank sequences only
+            all_ranks *= dist.get_world_size()
+            dist.all_gather_object(all_ranks, own)
+        missing = sorted(self.trained_names.difference(*(names for names, _ in all_ranks)))
+        if missing or not any(nonzero for _, nonzero in all_ranks):
+            affected = f"{len(missing)} tensors (first: {missing[0]})" if missing else "all tensors"
             raise UserError(
-                f"no gradient reached {what} in the first step: nothing there would be learned "
-                "(labels in the data? --gradient_checkpointing with these versions? see `medley "
-                "doctor`)"
+                f"No gradient reached {affected} in the first step, so they would not be trained. "
+                "Check that the data has labels, and the versions with `medley doctor`; try "
+                "without --gradient_checkpointing."
             )
 
 
 class LossCurveCallback(TrainerCallback):  # type: ignore[misc]
-    """`log.csv` with every logged figure, and `loss.png`, renewed at saves and at the end."""
+    """Writes `log.csv` with all logged values, and `loss.png`, at each save and at the end."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -71,28 +75,29 @@ class LossCurveCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def write_loss_curve(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Writes `log.csv` and `loss.png` from the entries of a run's log."""
     names = list(dict.fromkeys(name for entry in history for name in entry))
     with (
-        atomic_file(folder / COURSE) as temporary,
+        atomic_file(folder / LOG_FILE) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(history)
-    plot_losses(folder / PICTURE, history)
+    plot_losses(folder / LOSS_PLOT, history)
 
 
 def plot_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure  # slow to import; needs no display this way
+    from matplotlib.figure import Figure  # slow to import; this class needs no display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     names = dict.fromkeys(n for e in history for n in e if n == "loss" or n.endswith("_loss"))
     names.pop("train_loss", None)  # the mean over the whole run, logged once
     for name in names:
-        points = [(e["step"], e[name]) for e in history if name in e]
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axes.plot(*zip(*points, strict=True), label=name, marker="." * (len(points) < 30))
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     axes.grid(visible=True, alpha=0.3)
     if names:
         axes.legend()
@@ -101,21 +106,22 @@ def plot_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
 
 
 class SampleCallback(TrainerCallback):  # type: ignore[misc]
-    """Answers a few prompts at every validation, into `samples/step-N/`.
+    """Generates samples into `samples/step-N/` at every validation.
 
-    `answer` is given a folder and fills it.
+    `generate` writes the samples into the folder that it gets.
     """
 
-    def __init__(self, answer: Callable[[Path], None]) -> None:
-        self.answer = answer
+    def __init__(self, generate: Callable[[Path], None]) -> None:
+        self.generate = generate
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / "samples" / f"step-{state.global_step}"
-        if is_main_rank() and not folder.exists():  # once, where validation has several tasks
+        # This is called once for each task of a validation: only the first call generates.
+        if is_main_rank() and not folder.exists():
             model = kwargs["model"]
             training = model.training
             model.eval()
             folder.mkdir(parents=True)
-            with torch.random.fork_rng():  # the run's own randomness goes on as without samples
-                self.answer(folder)
+            with torch.random.fork_rng():  # the run's random state is the same as without samples
+                self.generate(folder)
             model.train(training)

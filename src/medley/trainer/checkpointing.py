@@ -1,12 +1,8 @@
-"""Checkpoints of a run: proven when they are written, passed over when they are torn, gone on with
-on another number of ranks."""
+"""Training checkpoints: verified after each save, and checked before a run is resumed."""
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,22 +15,27 @@ from medley.checkpoints.checkpoint import is_adapter
 from medley.errors import UserError
 from medley.utils.distributed import barrier, is_main_rank
 from medley.utils.files import read_json, write_json
+from medley.utils.run_identity import check_same_run
 
-COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it is half-written
-RUN = "run.json"  # in the output folder: what a run that is gone on with must not change
-UNIVERSAL = "latest_universal"  # where DeepSpeed looks for a state for any number of ranks
+COMPLETE = "COMPLETE"  # empty file in a checkpoint folder, written after all other files
+RUN_IDENTITY = "run.json"  # in the output folder: the options that a resumed run must share
+_OLD_FIELDS = {"rows": "sequences", "learn": "train_on"}  # alias
+_OLD_TRAIN_ON = {"answers": "assistant", "everything": "all", "pictures": "images"}  # alias
 
 
 class VerifiedCheckpointCallback(TrainerCallback):  # type: ignore[misc]
-    """Reads an adapter back after every save, marks the folder as complete when all ranks have
-    written, and only then removes the oldest ones beyond `limit`."""
+    """Verifies every checkpoint and marks it as complete; then removes the oldest ones.
+
+    A saved adapter is read back. The mark is written after all ranks have written their files.
+    At most `limit` complete checkpoints are kept.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Losses are logged as means since the last log: those of a run that is gone on with are the
-        # same only where a save is a log as well.
+        # The log has the mean loss since the last entry. A resumed run starts at a checkpoint, so
+        # its entries are those of an uninterrupted run only if each save has an entry as well.
         last = state.global_step >= state.max_steps
         control.should_log = control.should_log or control.should_save or last
 
@@ -44,17 +45,17 @@ class VerifiedCheckpointCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and is_adapter(folder):
-            # The first step of a warm-up has a learning rate of zero.
+            # With warm-up, the learning rate of the first step is zero: its adapter is zero, too.
             check_saved_adapter(folder, kwargs.get("model"), trained=state.global_step > 1)
-        barrier()  # the other ranks have written their part
+        barrier()  # waits until the other ranks have written their files
         if state.is_world_process_zero:
             (folder / COMPLETE).touch()
-            for old in checkpoints(folder.parent)[: -self.limit] if self.limit else ():
+            for old in complete_checkpoints(folder.parent)[: -self.limit] if self.limit else ():
                 shutil.rmtree(old)
 
 
 def check_saved_adapter(folder: Path, model: Any, trained: bool = True) -> None:
-    """Raises UserError for a saved adapter that is empty, zero, or lacks tensors of the model's."""
+    """Raises UserError if a saved adapter is empty or zero, or lacks tensors of the model's."""
     _, tensors = read_adapter(folder, trained)
     if model is not None and hasattr(model, "peft_config"):
         names = {n for n, _ in model.named_parameters()}
@@ -62,86 +63,70 @@ def check_saved_adapter(folder: Path, model: Any, trained: bool = True) -> None:
         missing = sorted(set(expected) - set(tensors))
         if missing:
             raise UserError(
-                f"{folder}: the adapter that was saved lacks {len(missing)} tensors, "
-                f"{', '.join(missing[:3])} among them; run `medley doctor` for the versions"
+                f"{folder}: the saved adapter lacks {len(missing)} tensors ("
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Run `medley "
+                "doctor` to check the installed versions."
             )
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    folders = [file.parent for file in output_dir.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that was saved whole; half-written ones are passed over."""
-    return next(reversed(checkpoints(folder)), None)
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None if there is none."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
 
 
-def resolve_resume(folder: Path, resume: bool, run: Mapping[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None for a fresh run, whose `run` is written down.
+def resolve_resume(output_dir: Path, resume: bool, identity: Mapping[str, Any]) -> Path | None:
+    """Finds the checkpoint to resume from; None for a new run, whose identity is recorded.
 
-    Raises UserError where there is none, where a fresh run would mix with an older one, and where
-    `run` differs from what the older one wrote down: then its steps would see other samples.
+    Removes incomplete checkpoints. Raises UserError if there is nothing to resume, if a new run
+    would mix its checkpoints with those of another run, and if `identity` differs from the
+    recorded one in more than the number of ranks.
     """
-    start = last_complete_checkpoint(folder)
-    if is_main_rank() and (resume or start is None):
-        for torn in folder.glob("checkpoint-*"):  # half-written: nothing can go on from there
-            if not (torn / COMPLETE).exists():
-                shutil.rmtree(torn)
+    checkpoint = last_complete_checkpoint(output_dir)
+    if is_main_rank() and (resume or checkpoint is None):
+        for folder in output_dir.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
     if not resume:
-        if start is not None:
+        if checkpoint is not None:
             raise UserError(
-                f"{folder}: holds checkpoints of another run; go on with --resume, or name "
-                "another --output_dir"
+                f"{output_dir}: contains checkpoints of another run. Continue that run with "
+                "--resume, or name another --output_dir."
             )
         if is_main_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RUN, dict(run))
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / RUN_IDENTITY, dict(identity))
         return None
-    if start is None:
-        raise UserError(f"{folder}: no complete checkpoint to go on from; leave out --resume")
-    before = read_json(folder / RUN) if (folder / RUN).is_file() else dict(run)
-    for name, value in run.items():
-        if name != "ranks" and before.get(name) != value:
-            hint = ""
-            if name == "global_bs":
-                hint = f": with {run['ranks']} ranks give --global_bs {before.get(name)}"
-            raise UserError(
-                f"{folder}: the run had {name} {before.get(name)}, this one has {value}; a run "
-                f"that is gone on with keeps it{hint}"
-            )
-    return start
+    if checkpoint is None:
+        raise UserError(f"{output_dir}: no complete checkpoint to resume from. Omit --resume.")
+    file = output_dir / RUN_IDENTITY
+    recorded = _read_identity(file) if file.is_file() else identity
+    advice = "name another --output_dir"
+    if recorded.get("global_bs") != identity["global_bs"]:
+        advice += (
+            f". To keep the batch on {identity['world_size']} rank(s), pass --global_bs "
+            f"{recorded.get('global_bs')}"
+        )
+    check_same_run(recorded, identity, output_dir, advice, ignored=("world_size",))
+    return checkpoint
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of a run's last step: only what comes after it is left."""
+def _read_identity(file: Path) -> dict[str, Any]:
+    """The recorded identity, with the field names of an earlier version replaced."""
+    recorded: dict[str, Any] = read_json(file)
+    recorded.pop("ranks", None)  # alias
+    identity = {_OLD_FIELDS.get(name, name): value for name, value in recorded.items()}
+    if "learn" in recorded:  # alias
+        identity["train_on"] = _OLD_TRAIN_ON.get(recorded["learn"], recorded["learn"])  # alias
+    return identity
+
+
+def is_last_step(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved after the last step of its run."""
     state = read_json(checkpoint / "trainer_state.json")
     return bool(state["global_step"] >= state["max_steps"])
-
-
-def needs_conversion(checkpoint: Path, ranks: int) -> bool:
-    """Whether a checkpoint holds DeepSpeed's state of another number of ranks."""
-    states = list(checkpoint.glob("global_step*/*_optim_states.pt"))
-    saved = {int(m[1]) for p in states if (m := re.search(r"_rank_(\d+)_", p.name))}
-    return bool(saved) and len(saved) != ranks
-
-
-def to_universal_checkpoint(checkpoint: Path) -> None:
-    """DeepSpeed's state of some ranks -> one that any number of ranks can read, beside it."""
-    tag = (checkpoint / "latest").read_text().strip()
-    output = checkpoint / f"{tag}_universal"
-    if not (checkpoint / UNIVERSAL).is_file():
-        shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(output)]
-        done = subprocess.run(
-            [*command, "--inject_missing_state"], capture_output=True, text=True, check=False
-        )
-        if done.returncode or not output.is_dir():
-            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"{checkpoint}: DeepSpeed could not convert its state to another number of ranks "
-                f"({last}); go on with the number of ranks that wrote it"
-            )
-        (checkpoint / UNIVERSAL).write_text(output.name)

@@ -1,4 +1,4 @@
-"""The rows that a run learns from: documents of one file or several, packed or one by one."""
+"""Datasets of training sequences: one document each, or several packed up to a maximum length."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 from medley.utils.manifest import check_fingerprint
 
-ROW = "row_numbers"  # in a batch: which rows it holds, so that an error can name their documents
+SEQUENCE_INDEX = "sequence_index"  # in samples and batches, so that errors can name documents
 
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A tokens file, and how often its documents stand in the rows: 2 is twice, 0.5 a half."""
+    """A tokens file and how often an epoch uses it: 2 is twice, 0.5 half of its documents."""
 
     path: Path
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> WeightedSource:
-        """`FILE` or `FILE:WEIGHT`. A file that has the whole text as its name is that file."""
+        """Parses `FILE` or `FILE:WEIGHT`. A file whose name is the whole text takes precedence."""
         name, colon, number = text.rpartition(":")
         if not colon or Path(text).exists():
             return cls(Path(text))
@@ -48,176 +48,205 @@ class WeightedSource:
         except ValueError:
             return cls(Path(text))
         if not 0 < weight < float("inf"):
-            raise UserError(f"--train_data {text}: the weight is {number}, expected above 0")
+            raise UserError(
+                f"--train_data {text}: invalid weight (got {number}, expected above 0)."
+            )
         return cls(Path(name), weight)
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """`learn` says which tokens have labels; `as_medmax` gives batches MedMax's labels instead,
-    by the rule of their first row."""
+    """How documents become sequences.
+
+    Attributes:
+        max_length: tokens of the longest sequence
+        pack: pack several documents into a sequence
+        train_on: tokens that have labels
+        medmax_labels: use MedMax's labels instead, by the rule of a batch's first sequence
+        seed: seed of the choice of documents
+        max_samples: largest number of documents
+    """
 
     max_length: int
     pack: bool = False
-    learn: TrainOn = "answers"
-    as_medmax: bool = False
+    train_on: TrainOn = "assistant"
+    medmax_labels: bool = False
     seed: int = 0
     max_samples: int | None = None
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Rows of documents: one each, or packed up to `max_length`.
+    """Sequences of one document each, or of several packed up to `max_length` tokens.
 
-    `pad_to` adds blank rows until their number is a multiple of it (a whole step of all ranks):
-    then no row is seen twice in an epoch, whatever the number of ranks.
+    Blank sequences fill the dataset up to a multiple of `multiple_of`. With the global batch size
+    there, no sequence is seen twice in an epoch, on any number of ranks.
+
+    Args:
+        sources: tokens files and their weights
+        vocabulary: the base's vocabulary
+        config: how documents become sequences
+        documents: (source, document) pairs to use, int64 (N, 2); chosen by weight unless given
+        multiple_of: the number of sequences becomes a multiple of this
 
     Raises SequenceTooLong for a document longer than `max_length`.
     """
 
     def __init__(
         self,
-        files: Sequence[tuple[TokenDataset, float]],
+        sources: Sequence[tuple[TokenDataset, float]],
         vocabulary: Vocabulary,
-        options: PackingConfig,
-        only: NDArray[np.int64] | None = None,
-        pad_to: int = 1,
+        config: PackingConfig,
+        documents: NDArray[np.int64] | None = None,
+        multiple_of: int = 1,
     ) -> None:
-        self.shards = [shards for shards, _ in files]
-        self.vocabulary, self.options = vocabulary, options
-        for shards in self.shards:
-            refuse_long(shards, options.max_length)
-        self.documents = select_documents(files, options) if only is None else only
-        lengths = lengths_of(self.shards, self.documents).tolist()
-        if options.pack:
-            self.rows = pack_balanced(lengths, options.max_length)
+        self.sources = [source for source, _ in sources]
+        self.vocabulary, self.config = vocabulary, config
+        for source in self.sources:
+            check_lengths(source, config.max_length)
+        self.documents = select_documents(sources, config) if documents is None else documents
+        lengths = document_lengths(self.sources, self.documents).tolist()
+        if config.pack:
+            self.sequences = pack_balanced(lengths, config.max_length)
         else:
-            self.rows = [[i] for i in range(len(lengths))]
-        self.lengths = [sum(lengths[i] for i in row) for row in self.rows]
-        self.blank = -len(self.rows) % pad_to
+            self.sequences = [[i] for i in range(len(lengths))]
+        self.lengths = [sum(lengths[i] for i in sequence) for sequence in self.sequences]
+        self.num_blank = -len(self.sequences) % multiple_of
 
     def __len__(self) -> int:
-        return len(self.rows) + self.blank
+        return len(self.sequences) + self.num_blank
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index >= len(self.rows):  # a blank row: one token, and no label
-            documents = [np.array([self.vocabulary.pad], np.int64)]
+        """input_ids, position_ids and labels, int64 (S,), and the index itself."""
+        if index >= len(self.sequences):  # blank: one padding token without a label
+            ids = [np.array([self.vocabulary.pad], np.int64)]
         else:
-            places = (self.documents[i] for i in self.rows[index])
-            documents = [self.shards[file][number] for file, number in places]
-        row = build_sequence(documents, self.vocabulary, self.options.learn)
-        return {**row, ROW: torch.tensor(index)}
+            pairs = (self.documents[i] for i in self.sequences[index])
+            ids = [self.sources[source][document] for source, document in pairs]
+        sequence = build_sequence(ids, self.vocabulary, self.config.train_on)
+        return {**sequence, SEQUENCE_INDEX: torch.tensor(index)}
 
-    def names(self, index: int) -> list[str]:
-        """What to call the documents of a row in a message: file and number from 0."""
-        if index >= len(self.rows):
+    def document_names(self, index: int) -> list[str]:
+        """The documents of a sequence, for messages: file and number, counted from 0."""
+        if index >= len(self.sequences):
             return []
-        places = (self.documents[i] for i in self.rows[index])
-        return [f"{self.shards[file].path} document {number}" for file, number in places]
+        pairs = (self.documents[i] for i in self.sequences[index])
+        return [f"{self.sources[source].path} document {document}" for source, document in pairs]
 
-    def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        plain = [{name: value for name, value in row.items() if name != ROW} for row in rows]
+    def collate(self, sequences: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Sequences -> a batch: input_ids, position_ids and labels (B, S), sequence_index (B,)."""
+        plain = [
+            {name: value for name, value in sequence.items() if name != SEQUENCE_INDEX}
+            for sequence in sequences
+        ]
         batch = collate(plain, self.vocabulary)
-        if self.options.as_medmax:
-            batch["labels"] = self._medmax_labels(rows, batch["labels"])
-        return {**batch, ROW: torch.stack([row[ROW] for row in rows])}
+        if self.config.medmax_labels:
+            batch["labels"] = self._medmax_labels(sequences, batch["labels"])
+        return {**batch, SEQUENCE_INDEX: torch.stack([s[SEQUENCE_INDEX] for s in sequences])}
 
-    def _medmax_labels(self, rows: Sequence[dict[str, Tensor]], plain: Tensor) -> Tensor:
-        """MedMax's labels for the rows that are not blank; nothing predicts a first token."""
-        labels = torch.full_like(plain, IGNORE_INDEX)
-        real = [i for i, row in enumerate(rows) if int(row[ROW]) < len(self.rows)]
-        if real:
+    def _medmax_labels(self, sequences: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
+        """MedMax's labels for the sequences that are not blank; first tokens have no label."""
+        labels = torch.full_like(like, IGNORE_INDEX)
+        indices = [int(sequence[SEQUENCE_INDEX]) for sequence in sequences]
+        filled = [i for i, index in enumerate(indices) if index < len(self.sequences)]
+        if filled:
             try:
-                theirs = medmax_collate(
-                    [rows[i]["input_ids"].tolist() for i in real], self.vocabulary
+                medmax = medmax_collate(
+                    [sequences[i]["input_ids"].tolist() for i in filled], self.vocabulary
                 )["labels"]
             except IndexError as error:
-                names = [name for i in real for name in self.names(int(rows[i][ROW]))]
+                names = [name for i in filled for name in self.document_names(indices[i])]
                 raise UserError(f"--compat medmax: {error} ({', '.join(names)})") from error
-            labels[torch.tensor(real), : theirs.shape[1]] = theirs
+            labels[torch.tensor(filled), : medmax.shape[1]] = medmax
         labels[:, 0] = IGNORE_INDEX
         return labels
 
 
-def refuse_long(shards: TokenDataset, max_length: int) -> None:
-    longest = int(shards.lengths.max(initial=0))
+def check_lengths(source: TokenDataset, max_length: int) -> None:
+    """Raises SequenceTooLong for a file with a document of more than `max_length` tokens."""
+    longest = int(source.lengths.max(initial=0))
     if longest > max_length:
         raise SequenceTooLong(
-            f"{shards.path}: document {int(shards.lengths.argmax())} has {longest} tokens, "
-            f"--max_length is {max_length}: raise it, or tokenize with --max_length {max_length} "
-            "--overflow drop"
+            f"{source.path}: document {int(source.lengths.argmax())} is too long (got {longest} "
+            f"tokens, --max_length is {max_length}). Raise --max_length, or tokenize with "
+            f"--max_length {max_length} --overflow drop."
         )
 
 
 def select_documents(
-    files: Sequence[tuple[TokenDataset, float]], options: PackingConfig
+    sources: Sequence[tuple[TokenDataset, float]], config: PackingConfig
 ) -> NDArray[np.int64]:
-    """Places (file, number) of all documents, int64 (N, 2), as often as the weights say.
+    """(source, document) pairs of all documents, int64 (N, 2), as often as the weights say.
 
-    The part of a file that a fraction takes, and `max_samples`, are drawn by the seed.
+    The documents of a fractional weight, and those of `max_samples`, are sampled with the seed.
     """
-    places = []
-    for number, (shards, weight) in enumerate(files):
-        generator = np.random.default_rng([options.seed, number])
-        count = round(len(shards) * weight)
-        rounds = [np.arange(len(shards))] * (count // len(shards))
-        part = generator.permutation(len(shards))[: count % len(shards)]
-        chosen = np.concatenate([*rounds, np.sort(part)]).astype(np.int64)
-        if not len(chosen):
-            raise UserError(f"{shards.path}: a weight of {weight} takes none of its documents")
-        places.append(np.stack([np.full_like(chosen, number), chosen], 1))
-    together = np.concatenate(places)
-    if options.max_samples is not None and options.max_samples < len(together):
-        generator = np.random.default_rng([options.seed, len(files)])
-        kept = generator.permutation(len(together))[: options.max_samples]
-        together = together[np.sort(kept)]
-    return together
+    selected = []
+    for number, (source, weight) in enumerate(sources):
+        generator = np.random.default_rng([config.seed, number])
+        count = round(len(source) * weight)
+        rounds = [np.arange(len(source))] * (count // len(source))
+        part = generator.permutation(len(source))[: count % len(source)]
+        documents = np.concatenate([*rounds, np.sort(part)]).astype(np.int64)
+        if not len(documents):
+            raise UserError(
+                f"{source.path}: the weight {weight} selects none of {len(source)} documents. "
+                "Use a larger weight."
+            )
+        selected.append(np.stack([np.full_like(documents, number), documents], 1))
+    pairs = np.concatenate(selected)
+    if config.max_samples is not None and config.max_samples < len(pairs):
+        generator = np.random.default_rng([config.seed, len(sources)])
+        sampled = generator.permutation(len(pairs))[: config.max_samples]
+        pairs = pairs[np.sort(sampled)]
+    return pairs
 
 
-def lengths_of(shards: Sequence[TokenDataset], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of the documents at places (N, 2), int64 (N,)."""
-    lengths = np.zeros(len(places), np.int64)
-    for file, own in enumerate(shards):
-        here = places[:, 0] == file
-        lengths[here] = own.lengths[places[here, 1]]
+def document_lengths(
+    sources: Sequence[TokenDataset], documents: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Tokens of the documents of (source, document) pairs (N, 2), int64 (N,)."""
+    lengths = np.zeros(len(documents), np.int64)
+    for number, source in enumerate(sources):
+        own = documents[:, 0] == number
+        lengths[own] = source.lengths[documents[own, 1]]
     return lengths
 
 
-def by_task(shards: TokenDataset) -> dict[str, NDArray[np.int64]]:
-    """Places of the documents of each task, in the file's order; one without a task is `other`."""
-    found: dict[str, list[int]] = {}
-    for number in range(len(shards)):
-        found.setdefault(shards.task(number) or "other", []).append(number)
+def group_by_task(source: TokenDataset) -> dict[str, NDArray[np.int64]]:
+    """(source, document) pairs of each task, in the file's order; `other` is without a task."""
+    tasks: dict[str, list[int]] = {}
+    for number in range(len(source)):
+        tasks.setdefault(source.task(number) or "other", []).append(number)
     return {
-        task: np.stack([np.zeros(len(own), np.int64), np.array(own)], 1)
-        for task, own in sorted(found.items())
+        task: np.stack([np.zeros(len(documents), np.int64), np.array(documents)], 1)
+        for task, documents in sorted(tasks.items())
     }
 
 
-def open_shards(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> TokenDataset:
-    """A tokens file that a base can learn from.
+def open_token_dataset(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> TokenDataset:
+    """Opens a tokens file and checks that it fits a base.
 
-    Raises UserError for one of another token space, without sequences, or with pictures or ids
+    Raises UserError for a file of another token space, without sequences, or with images or ids
     that the base does not have.
     """
     vqgan, fit, _ = base.vqgan()
     check_fingerprint(path, base.fingerprint(), str(base.folder), fit)
-    shards = TokenDataset(path)
-    if not len(shards):
-        raise UserError(f"{path}: no sequences in it")
+    source = TokenDataset(path)
+    if not len(source):
+        raise UserError(f"{path}: contains no sequences.")
     codes = vqgan.config.codes_per_image
-    for index in range(len(shards)):
-        ids = shards[index]
+    for index in range(len(source)):
+        ids = source[index]
         begins = (ids == vocabulary.begin_image).nonzero()[0]
         ends = (ids == vocabulary.end_image).nonzero()[0]
         if len(begins) != len(ends) or not bool(((ends - begins) == codes + 1).all()):
             raise UserError(
-                f"{path}: sequence {index} has a picture that does not have {codes} codes, as "
-                f"those of {base.folder} do"
+                f"{path}: sequence {index} contains an incomplete image (expected {codes} image "
+                f"tokens, as in {base.folder})."
             )
         largest = int(ids.max())
         if largest >= vocabulary.size:
             raise UserError(
-                f"{path}: sequence {index} has the token id {largest}, the vocabulary of "
-                f"{base.folder} ends at {vocabulary.size - 1}"
+                f"{path}: sequence {index} contains the token id {largest} (the vocabulary of "
+                f"{base.folder} ends at {vocabulary.size - 1})."
             )
-    return shards
+    return source

@@ -1,26 +1,26 @@
-"""The flags and recipes of `training.train`, and what transformers' Trainer makes of them."""
+"""The options of `medley train`, and the TrainingArguments of transformers that they become."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
-from medley.checkpoints.adapter import PROJECTIONS
 from medley.data.packing import TrainOn
 from medley.errors import UserError
 from medley.modeling.attention import Attention
 from medley.modeling.quantization import Quantize
+from medley.trainer.deepspeed import find_config, read_config
+from medley.trainer.parameters import PROJECTIONS, Trainable
+from medley.utils.cli_options import Alias
 from medley.utils.distributed import world_size
-from medley.utils.files import read_json
 
-# Fields of TrainingArguments that a flag sets, or that our rows and saves depend on.
-_OURS = {
+# Fields of TrainingArguments that a flag sets, or that our datasets and checkpoints depend on.
+_RESERVED = {
     "output_dir": "--output_dir", "per_device_train_batch_size": "--bs",
     "per_device_eval_batch_size": "--bs", "gradient_accumulation_steps": "--grad_acc",
     "num_train_epochs": "--epoch", "max_steps": "--steps", "learning_rate": "--lr",
@@ -30,74 +30,81 @@ _OURS = {
     "run_name": "--name", "gradient_checkpointing": "--gradient_checkpointing",
     "dataloader_num_workers": "--num_workers", "seed": "--seed", "data_seed": "--seed",
     "warmup_ratio": "--warmup_ratio", "train_sampling_strategy": "--group_by_length",
-    "remove_unused_columns": "nothing: the columns are all used",
-    "prediction_loss_only": "nothing: only losses are validated",
+    "remove_unused_columns": "Medley: all columns are used",
+    "prediction_loss_only": "Medley: validation computes losses only",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Trains the decoder.
+    """Trains the decoder: a LoRA adapter, the image rows of its head, or all weights.
 
     Args:
-        train_data: tokens files to learn from; FILE:2 takes a file twice, FILE:0.5 half of it
+        train_data: tokens files; FILE:2 uses every document twice, FILE:0.5 half of the documents
         ckpt: base checkpoint in any layout, or tiny
-        output_dir: folder of the adapter (or model) and its checkpoints
-        val_data: tokens file to validate on; losses are told by modality and task
-        max_samples: documents to learn from at most, drawn by the seed
-        ds: DeepSpeed configuration
+        output_dir: folder for the adapter (or model) and its checkpoints
+        val_data: tokens file for validation; its losses are reported by modality and task
+        max_samples: largest number of training documents, sampled with the seed
+        ds: DeepSpeed configuration, zero2, zero3, zero3_offload, or a JSON file
         epoch: passes over the data
-        steps: optimizer steps, in place of epochs
-        bs: rows of one device's batch
-        grad_acc: batches that one optimizer step adds up
-        global_bs: rows of one optimizer step over all devices, from which grad_acc follows
+        steps: optimizer steps, instead of epochs
+        bs: sequences in the batch of one device
+        grad_acc: batches whose gradients are accumulated for one optimizer step
+        global_bs: sequences in one optimizer step over all devices; grad_acc follows from it
         lr: peak learning rate
-        warmup_ratio: share of the steps in which the learning rate rises
-        lr_scheduler: course of the learning rate
+        warmup_ratio: fraction of the steps during which the learning rate rises
+        lr_scheduler: schedule of the learning rate
         bf16: train in bfloat16
-        fp16: train in float16, with loss scaling
-        resume: go on from the last complete checkpoint in output_dir
-        trainable: what learns
-        adapter: adapter to go on learning (of a first stage), in place of a fresh one
+        fp16: train in float16 with loss scaling
+        resume: continue from the last complete checkpoint in output_dir
+        trainable: weights that are trained
+        adapter: adapter to continue training (that of a first stage), instead of a new one
         lora: the same as --trainable lora
         lora_r: rank of the adapter
-        lora_alpha: scale of the adapter, alpha / r
-        lora_rslora: scale it by alpha / sqrt(r) instead
+        lora_alpha: scale of the adapter, which is alpha / r
+        lora_rslora: scale the adapter by alpha / sqrt(r) instead
         lora_dropout: dropout before the adapter
         lora_target: modules that get an adapter
-        quantize: keep the base's matrices in 4 or 8 bits under the adapter (QLoRA; bitsandbytes)
-        tie_head_norms: in full training, let the norms of a shard's heads learn as one, so that
-            the result can be written to Chameleon's layout
+        quantize: keep the base's matrices in 4 or 8 bits (QLoRA; needs bitsandbytes)
+        tie_head_norms: in full training, keep the norms of a shard's heads equal, so that the
+            result can be written in Chameleon's layout
         save_strategy: when checkpoints are saved
-        save_steps: steps between two of them
-        logging_steps: steps between two lines of the log
+        save_steps: steps between two checkpoints
+        logging_steps: steps between two log entries
         eval_steps: steps between two validations
-        sample_prompts: JSONL of prompts that are answered at each validation
+        sample_prompts: JSONL file of prompts to which responses are generated at each validation
         wandb: report to Weights & Biases
-        wandb_entity: its entity
+        wandb_entity: entity of Weights & Biases
         name: name of the run
-        pack: pack documents into rows of max_length
-        group_by_length: put rows of like lengths into one batch, where nothing is packed
-        learn: what has labels; answers, everything, or pictures only
-        compat: medmax masks prompts by the rule of each batch's first row, as MedMax does
-        max_length: longest row; the model's context unless given
-        attention: kernel of the attention inside of documents
-        gradient_checkpointing: compute activations again instead of keeping them
+        pack: pack documents into sequences of max_length
+        group_by_length: form batches from sequences of similar length (without pack)
+        train_on: tokens that have labels, which are those of the assistant, all, or images only
+        compat: medmax masks prompts by the rule of each batch's first sequence, as MedMax does
+        max_length: longest sequence; the model's context unless given
+        attention: attention kernel
+        gradient_checkpointing: recompute activations instead of storing them
         image_loss_weight: weight of image tokens in the loss
         z_loss: weight of the squared log-partition in the loss
-        num_workers: processes that read data
-        preflight: refuse a run that cannot fit, by estimate
-        seed: seed of order, dropout and fresh weights
+        num_workers: processes that load data
+        preflight: refuse to start a run that will not fit, by estimate
+        seed: seed of order, dropout and initial weights
         trainer: any other field of transformers' TrainingArguments (save_total_limit,
             weight_decay, max_grad_norm, optim, tf32, report_to ...)
     """
+
+    aliases: ClassVar = {
+        "learn": Alias(
+            "train_on",
+            {"answers": "assistant", "everything": "all", "pictures": "images"},  # alias
+        )
+    }
 
     train_data: list[str]
     ckpt: str
     output_dir: Path
     val_data: Path | None = None
     max_samples: int | None = None
-    ds: Path | None = None
+    ds: str | None = None
     epoch: float = 1.0
     steps: int | None = None
     bs: int = 1
@@ -109,7 +116,7 @@ class TrainOptions:
     bf16: bool = False
     fp16: bool = False
     resume: bool = False
-    trainable: Literal["lora", "full", "image_head", "lora+image_head"] = "lora"
+    trainable: Trainable = "lora"
     adapter: Path | None = None
     lora: bool = False
     lora_r: int = 16
@@ -129,7 +136,7 @@ class TrainOptions:
     name: str | None = None
     pack: bool = False
     group_by_length: bool = False
-    learn: TrainOn = "answers"
+    train_on: TrainOn = "assistant"
     compat: Literal["medmax"] | None = None
     max_length: int | None = None
     attention: Attention = "auto"
@@ -142,90 +149,98 @@ class TrainOptions:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refusals = {
-            f"--lora and --trainable {self.trainable} contradict each other": (
+        if self.ds is not None:
+            find_config(self.ds)
+        errors = {
+            f"--lora and --trainable {self.trainable} contradict each other.": (
                 self.lora and "lora" not in self.trainable
             ),
-            "--compat medmax has its own labels: leave --pack and --learn out": (
-                self.compat == "medmax" and (self.pack or self.learn != "answers")
+            "--compat medmax has its own labels. Omit --pack and --train_on.": (
+                self.compat == "medmax" and (self.pack or self.train_on != "assistant")
             ),
-            "--bf16 and --fp16 exclude each other": self.bf16 and self.fp16,
-            "--bs, --grad_acc, --max_samples and --steps are numbers from 1 on": (
-                min(self.bs, self.grad_acc, self.max_samples or 1) < 1
+            "--bf16 and --fp16 cannot be combined.": self.bf16 and self.fp16,
+            "--bs, --grad_acc, --max_samples and --steps must be at least 1.": (
+                min(self.bs, self.grad_acc) < 1
                 or (self.steps is not None and self.steps < 1)
                 or (self.max_samples is not None and self.max_samples < 1)
             ),
-            "--group_by_length and --pack exclude each other: packed rows are all full": (
-                self.group_by_length and self.pack
-            ),
-            f"--quantize and --trainable {self.trainable} exclude each other: weights of "
-            "4 or 8 bits do not learn": self.quantize is not None and self.trainable == "full",
-            "--quantize and --ds zero3 exclude each other: ZeRO-3 takes whole numbers apart; use "
-            "training/deepspeed/zero2.json": (self.quantize is not None and self.zero_stage == 3),
-            "--adapter goes on with an adapter, --trainable full has none": (
-                self.adapter is not None and self.trainable == "full"
-            ),
-            "--tie_head_norms is for --trainable full: an adapter leaves the norms alone": (
+            "--group_by_length and --pack cannot be combined: packed sequences all have about "
+            "the same length.": self.group_by_length and self.pack,
+            f"--quantize and --trainable {self.trainable} cannot be combined: weights of 4 or 8 "
+            "bits cannot be trained.": self.quantize is not None and self.trainable == "full",
+            "--quantize and ZeRO-3 cannot be combined: ZeRO-3 cannot partition quantized weights. "
+            "Use --ds zero2.": self.quantize is not None and self.zero_stage == 3,
+            "--adapter continues training a LoRA adapter and cannot be combined with --trainable "
+            "full.": self.adapter is not None and self.trainable == "full",
+            "--tie_head_norms requires --trainable full: adapters do not change the norms.": (
                 self.tie_head_norms and self.trainable != "full"
             ),
-            "--sample_prompts are answered at validations: name --val_data as well": (
+            "--sample_prompts are answered at each validation. Add --val_data.": (
                 self.sample_prompts is not None and self.val_data is None
             ),
-            "--sample_prompts and ZeRO-3 exclude each other: no rank has the whole model": (
+            "--sample_prompts and ZeRO-3 cannot be combined: no rank has all weights.": (
                 self.sample_prompts is not None and self.zero_stage == 3
             ),
         }
-        for message, applies in refusals.items():
+        for message, applies in errors.items():
             if applies:
                 raise UserError(message)
-        self.accumulation()
-        self._check_trainer()
+        self.accumulation_steps()  # raises for an impossible --global_bs
+        self._check_trainer_fields()
 
-    def _check_trainer(self) -> None:
+    def _check_trainer_fields(self) -> None:
         known = {f.name for f in dataclasses.fields(TrainingArguments)}
         for name in self.trainer:
             if name.startswith("fsdp"):
                 raise UserError(
-                    f"trainer: {name}: FSDP is not supported; ZeRO-3 shards weights, gradients and "
-                    "optimizer alike: --ds training/deepspeed/zero3.json"
+                    f"trainer: {name}: FSDP is not supported. Use --ds zero3, which partitions "
+                    "weights, gradients and optimizer states as well."
                 )
-            if name in _OURS:
-                raise UserError(f"trainer: {name} is set by {_OURS[name]}")
+            if name in _RESERVED:
+                raise UserError(f"trainer: {name} is set by {_RESERVED[name]}.")
             if name not in known:
-                raise UserError(f"trainer: {name}: TrainingArguments has no such field")
+                raise UserError(f"trainer: {name}: TrainingArguments has no such field.")
+
+    @property
+    def report_to(self) -> str:
+        """The experiment tracker: `wandb`, `tensorboard`, another name of transformers, `none`."""
+        return "wandb" if self.wandb else str(self.trainer.get("report_to", "none"))
 
     @property
     def zero_stage(self) -> int:
-        if self.ds is None:
-            return 0
-        return int(read_json(self.ds).get("zero_optimization", {}).get("stage", 0))
+        """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+        return int(read_config(self.ds).get("zero_optimization", {}).get("stage", 0))
 
     @property
     def offloads(self) -> bool:
-        """Whether DeepSpeed keeps weights and optimizer on the CPU."""
-        stage = {} if self.ds is None else read_json(self.ds).get("zero_optimization", {})
-        return stage.get("offload_param", {}).get("device") == "cpu"
+        """Whether DeepSpeed keeps weights and optimizer states in CPU memory."""
+        stage = read_config(self.ds).get("zero_optimization", {})
+        return bool(stage.get("offload_param", {}).get("device") == "cpu")
 
-    def accumulation(self) -> int:
-        """Batches of one optimizer step. Raises UserError where --global_bs cannot be had."""
+    def accumulation_steps(self) -> int:
+        """Batches in one optimizer step. Raises UserError if --global_bs is not divisible."""
         if self.global_bs is None:
             return self.grad_acc
-        rows = self.bs * world_size()
-        if self.global_bs % rows or self.global_bs < 1:
+        sequences = self.bs * world_size()
+        if self.global_bs % sequences or self.global_bs < 1:
             raise UserError(
                 f"--global_bs is {self.global_bs}, not a multiple of --bs {self.bs} times "
-                f"{world_size()} ranks; change --bs"
+                f"{world_size()} ranks. Change --bs."
             )
-        return self.global_bs // rows
+        return self.global_bs // sequences
 
     @property
-    def rows_a_step(self) -> int:
-        return self.bs * world_size() * self.accumulation()
+    def global_batch_size(self) -> int:
+        """Sequences in one optimizer step, over all devices and accumulated batches."""
+        return self.bs * world_size() * self.accumulation_steps()
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base is loaded in. Weights that learn without DeepSpeed's master copies
-        stay in float32: in half precision small updates would be rounded away."""
+        """The dtype in which the base is loaded.
+
+        Full training without DeepSpeed, which keeps float32 master copies, is done on float32
+        weights: in half precision small updates would be lost to rounding.
+        """
         if self.trainable == "full" and self.ds is None:
             return torch.float32
         return self.compute_dtype
@@ -237,25 +252,22 @@ class TrainOptions:
         return torch.float16 if self.fp16 else torch.float32
 
     def arguments(self, load_universal: bool) -> TrainingArguments:
-        """transformers' TrainingArguments. Raises UserError where options do not go together.
+        """transformers' TrainingArguments. Raises UserError for options that conflict.
 
-        `load_universal` has DeepSpeed read a state that was converted for any number of ranks.
+        `load_universal` makes DeepSpeed load a universal checkpoint.
         """
-        report_to = "wandb" if self.wandb else self.trainer.get("report_to", "none")
-        if report_to in ("wandb", "tensorboard") and importlib.util.find_spec(report_to) is None:
-            raise UserError(f"{report_to} is not installed: pip install 'medley-mm[train]'")
-        deepspeed = None if self.ds is None else read_json(self.ds)
+        deepspeed = None if self.ds is None else read_config(self.ds)
         if deepspeed is not None and load_universal:
             deepspeed["checkpoint"] = {"load_universal": True}
         fields = {
             "output_dir": str(self.output_dir),
             "per_device_train_batch_size": self.bs,
             "per_device_eval_batch_size": self.bs,
-            "gradient_accumulation_steps": self.accumulation(),
+            "gradient_accumulation_steps": self.accumulation_steps(),
             "num_train_epochs": self.epoch,
             "max_steps": self.steps or -1,
             "learning_rate": self.lr,
-            "warmup_steps": self.warmup_ratio,  # below 1 it is a share of all steps
+            "warmup_steps": self.warmup_ratio,  # a value below 1 is a fraction of all steps
             "lr_scheduler_type": self.lr_scheduler,
             "bf16": self.bf16,
             "fp16": self.fp16,
@@ -266,7 +278,7 @@ class TrainOptions:
             "eval_strategy": "steps" if self.val_data else "no",
             "eval_steps": self.eval_steps,
             "deepspeed": deepspeed,
-            "report_to": report_to,
+            "report_to": self.report_to,
             "run_name": self.name,
             "gradient_checkpointing": self.gradient_checkpointing,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -276,8 +288,10 @@ class TrainOptions:
             "prediction_loss_only": True,
             "seed": self.seed,
         }
-        own = {n: v for n, v in self.trainer.items() if n not in ("report_to", "save_total_limit")}
+        # VerifiedCheckpointCallback applies save_total_limit.
+        handled = ("report_to", "save_total_limit")
+        own = {name: value for name, value in self.trainer.items() if name not in handled}
         try:
             return TrainingArguments(**{**fields, **own})
         except (ValueError, ImportError, TypeError) as error:
-            raise UserError(f"these options do not go together: {error}") from error
+            raise UserError(f"These options cannot be combined: {error}") from error

@@ -1,4 +1,4 @@
-"""What a run will take, told before its first step: memory, time, disk. Estimates, said as such."""
+"""Estimates before the first step: memory, time and disk space of a run."""
 
 from __future__ import annotations
 
@@ -7,66 +7,80 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 
 from medley.errors import UserError
 from medley.modeling.chunked_loss import LOSS_CHUNK
+from medley.utils.files import nearest_parent
 
-ADAM_BYTES = 8  # two moments in float32
-MASTER_BYTES = 4  # a float32 copy of weights that are kept in half precision
-OVERHEAD = 600_000_000  # of python, torch and its workspaces
+if TYPE_CHECKING:
+    import transformers
+
+ADAM_BYTES = 8  # two float32 moments of a parameter
+MASTER_BYTES = 4  # float32 copy of a parameter that is kept in half precision
+OVERHEAD = 600_000_000  # Python, torch and its workspaces
 
 
 @dataclass(frozen=True)
 class FlopCounter:
-    """Operations that a token takes. `peak` is what the device reaches, operations a second.
+    """Counts the floating-point operations of training steps.
 
-    Forward 2 N, gradients of the inputs 2 N, those of weights that learn 2 N, and 2 N again
-    where activations are computed twice (N the weights; Kaplan et al. 2020, section 2.1).
+    With N weights, a token takes 2 N operations forward, 2 N for the gradients of the inputs, 2 N
+    for the gradients of trained weights, and 2 N for recomputed activations (Kaplan et al. 2020,
+    section 2.1).
+
+    Attributes:
+        layer_weights: weights of the layers
+        head_weights: weights of the output head
+        passes: passes of 2 N operations
+        peak_flops: operations per second that the device reaches
     """
 
     layer_weights: int
     head_weights: int
-    passes: int  # of 2 N each
-    peak: float
+    passes: int
+    peak_flops: float
 
-    def operations(self, tokens: float, labelled: float) -> float:
-        """`tokens` go through the layers, `labelled` of them through the head as well."""
-        return 2 * self.passes * (self.layer_weights * tokens + self.head_weights * labelled)
+    def count(self, tokens: float, labeled_tokens: float) -> float:
+        """Operations for `tokens` in the layers, `labeled_tokens` of them also in the head."""
+        weights = self.layer_weights * tokens + self.head_weights * labeled_tokens
+        return 2 * self.passes * weights
 
 
-def estimate_flops(
-    model: Any, full: bool, checkpointing: bool, device: torch.device
+def make_flop_counter(
+    model: Any, full: bool, gradient_checkpointing: bool, device: torch.device
 ) -> FlopCounter:
+    """The counter of a model; `full` if all its weights are trained."""
     decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = sum(size_of(p) for p in decoder.model.layers.parameters())
+    layers = sum(num_elements(p) for p in decoder.model.layers.parameters())
     dtype = next(decoder.model.layers.parameters()).dtype
     return FlopCounter(
         layers,
-        size_of(decoder.lm_head.weight),
-        2 + full + checkpointing,
+        num_elements(decoder.lm_head.weight),
+        2 + full + gradient_checkpointing,
         measure_peak_flops(device, dtype),
     )
 
 
-def size_of(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter, also where ZeRO-3 has taken it apart."""
+def num_elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also if ZeRO-3 has partitioned it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Operations a second of a matrix product here, measured for a tenth of a second."""
+    """Operations per second of a matrix product on a device, measured for a tenth of a second."""
     if not dtype.is_floating_point:
         dtype = torch.float32
     size = size * 8 if device.type == "cuda" else size
-    one = torch.randn(size, size, device=device).to(dtype)
-    product = one @ one
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    product = matrix @ matrix
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.1 or rounds < 3:
-        torch.matmul(one, one, out=product)
+        torch.matmul(matrix, matrix, out=product)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         rounds += 1
@@ -75,103 +89,119 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 102
 
 @dataclass(frozen=True)
 class TrainingMemoryEstimate:
-    """What the estimates are made from; sizes in tokens and bytes are of one device."""
+    """The quantities that the memory of one device depends on.
 
-    learned: int
-    total: int
-    tokens_a_batch: int
-    labelled_a_batch: int
-    bytes_a_number: int
-    checkpointing: bool
+    Attributes:
+        trainable_params: trained parameters
+        total_params: all parameters
+        tokens_per_batch: tokens in the batch of one device
+        labels_per_batch: labels in the batch of one device
+        bytes_per_param: bytes of a parameter
+        gradient_checkpointing: whether activations are recomputed
+        zero_stage: DeepSpeed's ZeRO stage, 0 without DeepSpeed
+        world_size: number of ranks
+        config: the decoder's configuration
+        weight_bytes: bytes of all weights, if not total_params times bytes_per_param (quantized)
+        offloaded: whether weights and optimizer states are in CPU memory
+    """
+
+    trainable_params: int
+    total_params: int
+    tokens_per_batch: int
+    labels_per_batch: int
+    bytes_per_param: int
+    gradient_checkpointing: bool
     zero_stage: int
-    ranks: int
-    config: Any
-    weight_bytes: float = 0  # where it is not total times bytes_a_number (quantised)
-    offloaded: bool = False  # weights and optimizer stay on the CPU
+    world_size: int
+    config: transformers.ChameleonConfig
+    weight_bytes: float = 0
+    offloaded: bool = False
 
     def memory(self) -> dict[str, float]:
-        """Bytes by what holds them."""
-        shards = {0: (1, 1, 1), 1: (1, 1, self.ranks), 2: (1, self.ranks, self.ranks)}
-        of_weights, of_gradients, of_states = shards.get(self.zero_stage, (self.ranks,) * 3)
-        half = self.bytes_a_number < 4 and self.zero_stage > 0
-        wide, feed = self.config.hidden_size, self.config.intermediate_size
-        # What one layer keeps for its gradient, with the inputs of adapters, in numbers a token.
-        layer = 12 * wide + 5 * feed
+        """Bytes on one device, by purpose."""
+        ranks = self.world_size
+        # By how many ranks ZeRO divides weights, gradients and optimizer states.
+        divisors = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks)}
+        weight_ranks, gradient_ranks, state_ranks = divisors.get(self.zero_stage, (ranks,) * 3)
+        has_master_copy = self.bytes_per_param < 4 and self.zero_stage > 0
+        width, feed_forward = self.config.hidden_size, self.config.intermediate_size
+        # Elements per token that one layer keeps for the backward pass, adapters' inputs included.
+        layer = 12 * width + 5 * feed_forward
         layers = self.config.num_hidden_layers
-        kept = layers * wide + layer if self.checkpointing else layers * layer
-        chunk = min(LOSS_CHUNK, self.labelled_a_batch)
-        weights = self.weight_bytes or self.total * self.bytes_a_number
-        away = 0 if self.offloaded else 1
+        stored = layers * width + layer if self.gradient_checkpointing else layers * layer
+        chunk = min(LOSS_CHUNK, self.labels_per_batch)
+        weights = self.weight_bytes or self.total_params * self.bytes_per_param
+        on_device = 0 if self.offloaded else 1
+        state_bytes = ADAM_BYTES + MASTER_BYTES * has_master_copy
         return {
-            "weights": away * weights / of_weights,
-            "gradients": self.learned * self.bytes_a_number / of_gradients,
-            "optimizer": away * self.learned * (ADAM_BYTES + MASTER_BYTES * half) / of_states,
-            "activations": kept * self.tokens_a_batch * self.bytes_a_number,
+            "weights": on_device * weights / weight_ranks,
+            "gradients": self.trainable_params * self.bytes_per_param / gradient_ranks,
+            "optimizer": on_device * self.trainable_params * state_bytes / state_ranks,
+            "activations": stored * self.tokens_per_batch * self.bytes_per_param,
             "loss": 2 * 4 * chunk * self.config.vocab_size
-            + self.labelled_a_batch * wide * self.bytes_a_number * 2,
+            + self.labels_per_batch * width * self.bytes_per_param * 2,
             "overhead": OVERHEAD,
         }
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of one saved checkpoint: what is trained, and the optimizer's state."""
-        return self.learned * (self.bytes_a_number + ADAM_BYTES + MASTER_BYTES)
+        """Bytes of one saved checkpoint: trained parameters and optimizer states."""
+        return self.trainable_params * (self.bytes_per_param + ADAM_BYTES + MASTER_BYTES)
 
 
 def check_memory(
-    plan: TrainingMemoryEstimate, device: torch.device, ranks_here: int, there: float = 0
+    estimate: TrainingMemoryEstimate,
+    device: torch.device,
+    local_ranks: int,
+    loaded_bytes: float = 0,
 ) -> str:
-    """One line about memory. Raises UserError with advice where it cannot fit.
+    """One line about memory. Raises UserError with advice if the run does not fit.
 
-    `there` are bytes of weights that are in the device's memory already.
+    Args:
+        estimate: quantities of the run
+        device: device of this rank
+        local_ranks: ranks on this machine, which share its CPU memory
+        loaded_bytes: bytes of the weights that are in the device's memory already
     """
-    parts = plan.memory()
+    parts = estimate.memory()
     needed = sum(parts.values())
     if device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(device)[0]) + there
+        free = float(torch.cuda.mem_get_info(device)[0]) + loaded_bytes
     else:
-        import psutil  # accelerate brings it
-
-        free = psutil.virtual_memory().available / ranks_here + there
+        free = psutil.virtual_memory().available / local_ranks + loaded_bytes
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    line = f"memory: about {needed / 1e9:.1f} GB a rank ({listed}); {free / 1e9:.1f} GB are free"
+    line = f"memory: about {needed / 1e9:.1f} GB per rank ({listed}); {free / 1e9:.1f} GB are free"
     if needed > free:
         raise UserError(
-            f"{line}: it does not fit. In this order: --gradient_checkpointing, a smaller --bs "
-            "with a larger --grad_acc, a shorter --max_length, --bf16, --ds "
-            "training/deepspeed/zero3.json on several GPUs, --quantize 4bit; --no_preflight "
-            "starts all the same"
+            f"{line}. The run does not fit. Try in this order: --gradient_checkpointing, a smaller "
+            "--bs with a larger --grad_acc, a smaller --max_length, --bf16, --ds zero3 on several "
+            "GPUs, --quantize 4bit. --no_preflight skips this check."
         )
     return line
 
 
-def check_disk(plan: TrainingMemoryEstimate, output_dir: Path, saves: int) -> str:
-    """One line about disk. Raises UserError where the checkpoints to come find no room."""
-    needed = plan.checkpoint_bytes() * saves
+def check_disk(estimate: TrainingMemoryEstimate, output_dir: Path, checkpoints: int) -> str:
+    """One line about disk space. Raises UserError if the checkpoints do not fit on the disk."""
+    needed = estimate.checkpoint_bytes() * checkpoints
     free = shutil.disk_usage(nearest_parent(output_dir)).free
     line = (
-        f"disk: about {saves} checkpoint{'s' * (saves != 1)} of "
-        f"{plan.checkpoint_bytes() / 1e6:.0f} MB; {free / 1e9:.1f} GB are free"
+        f"disk: about {checkpoints} checkpoint{'s' * (checkpoints != 1)} of "
+        f"{estimate.checkpoint_bytes() / 1e6:.0f} MB; {free / 1e9:.1f} GB are free"
     )
     if needed > free:
         raise UserError(
-            f"{output_dir}: {line}: keep fewer (--trainer.save_total_limit 2), save "
-            "less often (--save_steps), or name another --output_dir"
+            f"{output_dir}: {line}. Keep fewer checkpoints (--trainer.save_total_limit 2), save "
+            "less often (--save_steps), or name another --output_dir."
         )
     return line
 
 
-def nearest_parent(folder: Path) -> Path:
-    return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
-
-
 def expected_checkpoints(
-    strategy: str, steps: int, every: float, epochs: float, limit: int | None
+    strategy: str, steps: int, save_steps: float, epochs: float, limit: int | None
 ) -> int:
-    """How many checkpoints will lie on the disk at once, with one that is being written."""
-    between = every * steps if every < 1 else every  # below 1 it is a share of all steps
-    count = {"steps": steps / max(between, 1), "epoch": epochs}.get(strategy, 0)
-    found = int(count) + 1
-    return min(found, limit + 1) if limit else found
+    """The largest number of checkpoints on the disk at once, one in writing included."""
+    interval = save_steps * steps if save_steps < 1 else save_steps  # below 1: fraction of steps
+    saves = int({"steps": steps / max(interval, 1), "epoch": epochs}.get(strategy, 0)) + 1
+    return min(saves, limit + 1) if limit else saves
 
 
 def format_duration(seconds: float) -> str:
@@ -181,4 +211,5 @@ def format_duration(seconds: float) -> str:
 
 
 def count_trainable(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(size_of(p) for p in parameters if p.requires_grad)
+    """Number of trained elements."""
+    return sum(num_elements(p) for p in parameters if p.requires_grad)

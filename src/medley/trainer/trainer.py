@@ -1,7 +1,4 @@
-"""transformers' Trainer over rows of documents: losses by modality, speed, and no silent NaN.
-
-Shapes: B rows, S row length.
-"""
+"""transformers' Trainer with losses by modality, throughput, and an error for non-finite losses."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -16,42 +14,49 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from medley.errors import UserError
-from medley.trainer.data import ROW, PackedDataset
+from medley.trainer.data import SEQUENCE_INDEX, PackedDataset
 from medley.trainer.preflight import FlopCounter
 
 
 class MixedModalTrainer(Trainer):  # type: ignore[misc]
-    """Counts weights rather than places; logs losses by modality, tokens by modality, tokens a
-    second, the share of the device's arithmetic that is used, memory, and the time left.
+    """Normalizes the loss by label weights, and logs more values than transformers' Trainer.
 
-    `work` says how many operations a token takes; `group_by_length` puts rows of like lengths
-    into one batch.
+    Logged are losses and tokens by modality, tokens per second, model FLOPs utilization (MFU),
+    memory and the remaining time.
+
+    Args:
+        flops: counts the operations of a step
+        group_by_length: form batches from sequences of similar length
     """
 
-    def __init__(self, *args: Any, work: FlopCounter, group_by_length: bool = False, **kwargs: Any):
+    def __init__(
+        self, *args: Any, flops: FlopCounter, group_by_length: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.work, self.group_by_length = work, group_by_length
+        self.flops, self.group_by_length = flops, group_by_length
+        # Text loss, text labels, image loss and image labels since the last log entry.
         self._sums = {kind: torch.zeros(4, dtype=torch.float64) for kind in ("train", "eval")}
-        self._validated = torch.zeros(4, dtype=torch.float64)  # over the tasks of one validation
-        self._executed = 0  # tokens that went through the layers of this rank, since the last log
-        self._since = time.monotonic()
-        self.last_labels = 0.0  # weight of the labels of the last step, of all ranks
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)  # over all tasks of one validation
+        self._tokens_processed = 0  # on this rank since the last log entry, padding included
+        self._last_log_time = time.monotonic()
+        self.last_label_weight = 0.0  # of the last step, over all ranks
 
     @property
     def decoder(self) -> Any:
+        """The decoder below an adapter."""
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.group_by_length:
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
-        assert isinstance(rows, PackedDataset)
-        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return GroupedByLength(
-            [*rows.lengths, *[1] * rows.blank],
-            a_step * self.args.world_size,
+        assert isinstance(dataset, PackedDataset)
+        per_rank = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(
+            [*dataset.lengths, *[1] * dataset.num_blank],
+            per_rank * self.args.world_size,
             lambda: self.args.seed + int((self.state.epoch or 0) + 1e-6),
         )
 
@@ -65,36 +70,36 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         total = torch.stack(weights).sum().to(device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
-        total = total.clamp(min=1e-8)  # of a step without a single label: its loss is 0
-        self.last_labels = float(total) if total > 1e-7 else 0.0
+        total = total.clamp(min=1e-8)  # the loss of a step without labels is 0, not 0 / 0
+        self.last_label_weight = float(total) if total > 1e-7 else 0.0
         return total
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
-        rows = inputs.pop(ROW)
+        indices = inputs.pop(SEQUENCE_INDEX)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not bool(loss.isfinite()):
-            self._refuse(float(loss.detach()), rows, model.training)
+            self._raise_nonfinite(float(loss.detach()), indices, model.training)
         sums = self.decoder.loss_sums
         if sums is not None:
             self._sums["train" if model.training else "eval"] += sums.cpu()
-        self._executed += inputs["input_ids"].numel() if model.training else 0
+        self._tokens_processed += inputs["input_ids"].numel() if model.training else 0
         return result
 
-    def _refuse(self, loss: float, rows: Tensor, training: bool) -> None:
-        data = self.train_dataset if training else None
+    def _raise_nonfinite(self, loss: float, indices: Tensor, training: bool) -> None:
+        dataset = self.train_dataset if training else None
         names = (
-            [n for r in rows.tolist() for n in data.names(r)]
-            if isinstance(data, PackedDataset)
+            [name for index in indices.tolist() for name in dataset.document_names(index)]
+            if isinstance(dataset, PackedDataset)
             else []
         )
         listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
         raise UserError(
-            f"the loss is {loss} at step {self.state.global_step + 1}"
-            f"{' of training' if training else ' of validation'}; the batch was: {listed or rows}. "
-            "Look at these documents; else lower --lr, or use --bf16 in place of --fp16, and go "
-            "on from the last checkpoint with --resume"
+            f"The {'training' if training else 'validation'} loss is {loss} at step "
+            f"{self.state.global_step + 1}. The batch contained: "
+            f"{listed or f'sequences {indices.tolist()}'}. Check these documents. Otherwise lower "
+            "--lr, or use --bf16 instead of --fp16, and continue with --resume."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -102,81 +107,94 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         if losses:
             prefix = losses[0].removesuffix("loss")
             kind = "eval" if prefix else "train"
-            executed = self._sums[kind].new_tensor([self._executed])
-            sums = torch.cat([self._sums[kind], executed]).to(self.args.device)
+            processed = self._sums[kind].new_tensor([self._tokens_processed])
+            sums = torch.cat([self._sums[kind], processed]).to(self.args.device)
             if self.args.world_size > 1:
                 sums = self.accelerator.gather(sums[None]).sum(0)
-            tokens = float(sums[4])
             if kind == "eval":
-                self._validated += sums[:4].cpu()
+                self._eval_sums += sums[:4].cpu()
             logs |= self._losses(prefix, sums[:4])
             if kind == "train":
-                logs |= self._speed(float(sums[1]), float(sums[3]), tokens)
+                logs |= self._throughput(float(sums[1]), float(sums[3]), float(sums[4]))
             self._sums[kind].zero_()
         super().log(logs, *args, **kwargs)
 
     def _losses(self, prefix: str, sums: Tensor) -> dict[str, float]:
-        """By modality; of validation the whole, too: transformers gives the mean of batches,
-        whatever their labels."""
-        text, texts, image, images = sums.tolist()
-        found = {f"{prefix}text_loss": text / texts} if texts else {}
-        found |= {f"{prefix}image_loss": image / images} if images else {}
-        share = self.decoder.loss_options.image_weight
-        if prefix and texts + share * images:
-            found[f"{prefix}loss"] = (text + share * image) / (texts + share * images)
-        return found | {f"{prefix}trained_tokens": texts + images}
+        """Mean losses by modality, and for a validation over both.
+
+        transformers computes the mean of the batches' losses, however many labels each has.
+        """
+        text_loss, text_tokens, image_loss, image_tokens = sums.tolist()
+        losses = {f"{prefix}text_loss": text_loss / text_tokens} if text_tokens else {}
+        losses |= {f"{prefix}image_loss": image_loss / image_tokens} if image_tokens else {}
+        image_weight = self.decoder.loss_options.image_weight
+        weight = text_tokens + image_weight * image_tokens
+        if prefix and weight:
+            losses[f"{prefix}loss"] = (text_loss + image_weight * image_loss) / weight
+        return losses | {f"{prefix}trained_tokens": text_tokens + image_tokens}
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Of several tasks each one's losses, and those of all of them as `eval_loss` and so on."""
+        """Validates. With several tasks, `eval_loss` and so on are over all of them."""
         if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
             return dict(super().evaluate(eval_dataset, *args, **kwargs))
-        self._validated.zero_()
-        found = dict(super().evaluate(eval_dataset, *args, **kwargs))
-        whole = self._losses("eval_", self._validated)
-        super().log(whole)
-        return found | whole
+        self._eval_sums.zero_()
+        metrics = dict(super().evaluate(eval_dataset, *args, **kwargs))
+        total = self._losses("eval_", self._eval_sums)
+        super().log(total)
+        return metrics | total
 
-    def _speed(self, texts: float, images: float, executed: float) -> dict[str, float]:
-        seconds = time.monotonic() - self._since
-        self._since, self._executed = time.monotonic(), 0
-        before: dict[str, Any] = next(
-            (e for e in reversed(self.state.log_history) if "seen_text_tokens" in e), {}
-        )
-        done = self.state.global_step - before.get("step", self.state.global_step)
-        left = (self.state.max_steps - self.state.global_step) * seconds / max(done, 1)
-        operations = self.work.operations(executed, texts + images)
+    def _throughput(
+        self, text_tokens: float, image_tokens: float, processed: float
+    ) -> dict[str, float]:
+        """Tokens so far, speed, memory and remaining time, for the steps since the last entry.
+
+        `text_tokens` and `image_tokens` have labels; `processed` tokens went through the layers.
+        """
+        now = time.monotonic()
+        seconds = now - self._last_log_time
+        self._last_log_time, self._tokens_processed = now, 0
+        names = ("text_tokens", "seen_text_tokens")  # alias
+        history = reversed(self.state.log_history)
+        last: dict[str, Any] = next((e for e in history if any(n in e for n in names)), {})
+        text_before = last.get("text_tokens", last.get("seen_text_tokens", 0))  # alias
+        image_before = last.get("image_tokens", last.get("seen_image_tokens", 0))  # alias
+        steps = self.state.global_step - last.get("step", self.state.global_step)
+        steps_left = self.state.max_steps - self.state.global_step
+        labeled = text_tokens + image_tokens
+        per_rank = self.flops.count(processed, labeled) / self.args.world_size
         return {
-            "seen_text_tokens": before.get("seen_text_tokens", 0) + texts,
-            "seen_image_tokens": before.get("seen_image_tokens", 0) + images,
-            "trained_tokens_per_second": (texts + images) / seconds,
-            "flop_utilisation": operations / seconds / self.args.world_size / self.work.peak,
+            "text_tokens": text_before + text_tokens,
+            "image_tokens": image_before + image_tokens,
+            "tokens_per_second": labeled / seconds,
+            "mfu": per_rank / seconds / self.flops.peak_flops,
             "memory_gb": memory_in_use(self.args.device) / 1e9,
-            "seconds_left": left,
+            "seconds_left": steps_left * seconds / max(steps, 1),
         }
 
 
-class GroupedByLength(Sampler[int]):
-    """Rows of like lengths side by side, in an order that depends on `seed()` alone: on the epoch,
-    not on what was read before, so that a run that is gone on with sees the same."""
+class LengthGroupedSampler(Sampler[int]):
+    """Orders sequences so that batches have similar lengths.
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: Callable[[], int]) -> None:
-        self.lengths, self.batch, self.seed = lengths, batch, seed
+    The order depends only on `seed()`, which differs by epoch: a resumed run sees the same
+    batches. (The sampler of transformers continues one random generator.)
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: Callable[[], int]) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed())
-        grouped: list[int] = get_length_grouped_indices(
-            self.lengths, self.batch, generator=generator
+        order: list[int] = get_length_grouped_indices(
+            self.lengths, self.batch_size, generator=generator
         )
-        return iter(grouped)
+        return iter(order)
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak on a GPU, or what this process holds on the CPU."""
+    """Bytes: the peak on a GPU, or the resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil  # accelerate brings it
-
     return int(psutil.Process().memory_info().rss)

@@ -1,1 +1,1 @@
-"""Files, command-line options, processes: nothing of the domain."""
+"""Files, command-line options, processes: nothing here depends on a type of the domain."""

@@ -1,7 +1,7 @@
-"""Arrow files that are mapped into memory, kept as caches beside what they were made of.
+"""Memory-mapped Arrow files that serve as caches next to their source files.
 
-Numbers go in and out by their buffers: pyarrow's own conversions import pandas to look whether
-they were given a Series, which takes longer than many a whole run.
+Numbers are converted through their buffers. pyarrow's own conversions import pandas to check for a
+Series, and that import takes longer than many complete runs.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-CACHE_KEY = b"medley.source"  # in an Arrow file's metadata: what it was made of
+CACHE_KEY = b"medley.source"  # key in an Arrow file's metadata that identifies its source
 
 
-def cache_place(wanted: Path) -> Path:
-    """Where a cache goes: the wanted place, or the user's cache folder where that is read-only."""
-    if os.access(wanted.parent, os.W_OK):
-        return wanted
+def writable_cache_path(preferred: Path) -> Path:
+    """The preferred path, or one in the user's cache folder if its folder is read-only."""
+    if os.access(preferred.parent, os.W_OK):
+        return preferred
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medley"
-    name = hashlib.sha256(str(wanted.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(preferred.resolve()).encode()).hexdigest()[:16]
     base.mkdir(parents=True, exist_ok=True)
-    return base / f"{wanted.name}.{name}"
+    return base / f"{preferred.name}.{name}"
 
 
-def cache_key(cache: Path) -> str | None:
-    """What an Arrow file was made of, or None for one that is not there or broken."""
+def read_cache_key(cache: Path) -> str | None:
+    """The source recorded in an Arrow file, or None if the file is missing or damaged."""
     try:
         with pa.memory_map(str(cache)) as source:
             metadata = pa.ipc.open_file(source).schema.metadata or {}
@@ -46,23 +46,23 @@ def open_mapped(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def numbers_of(values: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
-    """An Arrow array of numbers without nulls -> the same memory as a numpy array."""
+def to_numpy(values: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
+    """An Arrow array of numbers without nulls -> a numpy array of the same memory."""
     buffer = values.buffers()[1]
     if buffer is None:
         return np.zeros(0, dtype)
     return np.frombuffer(buffer, dtype)[values.offset : values.offset + len(values)]
 
 
-def array_of(kind: pa.DataType, values: array[int]) -> pa.Array:
+def to_arrow(kind: pa.DataType, values: array[int]) -> pa.Array:
     """A Python array of the same width -> an Arrow array."""
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.tobytes())])
 
 
-def strings_of(values: Sequence[str | None]) -> pa.StringArray:
-    """Strings, some of them missing -> an Arrow array."""
+def to_arrow_strings(values: Sequence[str | None]) -> pa.StringArray:
+    """Strings, with None for nulls -> an Arrow array."""
     encoded = [b"" if value is None else value.encode() for value in values]
     offsets = array("i", accumulate(map(len, encoded), initial=0))
-    there = np.packbits(np.array([v is not None for v in values], bool), bitorder="little")
-    buffers = [pa.py_buffer(b) for b in (offsets.tobytes(), b"".join(encoded), there.tobytes())]
+    valid = np.packbits(np.array([v is not None for v in values], bool), bitorder="little")
+    buffers = [pa.py_buffer(b) for b in (offsets.tobytes(), b"".join(encoded), valid.tobytes())]
     return pa.StringArray.from_buffers(len(values), *buffers)

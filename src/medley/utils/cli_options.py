@@ -13,6 +13,7 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -119,7 +120,7 @@ def aliases_of(kind: type[Any]) -> dict[str, Alias]:
 
 
 def _present_spelling(words: list[str], aliases: Mapping[str, Alias], prog: str) -> list[str]:
-    """Replaces deprecated flags and values, with one warning for each flag."""
+    """Replaces deprecated flags and values, with one warning for each."""
     result: list[str] = []
     warned: set[str] = set()
     while words:
@@ -131,23 +132,22 @@ def _present_spelling(words: list[str], aliases: Mapping[str, Alias], prog: str)
         if alias is None or not flag.startswith("--"):
             result.append(word)
             continue
-        own: list[str] = []
-        if equals:
-            own = [value]
-        else:
-            while words and not words[0].startswith("--"):
-                own.append(words.pop(0))
+        given = [value] if equals else list(takewhile(lambda w: not w.startswith("--"), words))
+        words = words if equals else words[len(given) :]
         if alias.when_set is not None:
-            value = "false" if negated else (own.pop(0) if own else "true")
-            new = [f"--{alias.flag}", str(alias.convert(value)), *own]
+            switch = "false" if negated else (given[0] if given else "true")
+            present = [f"--{alias.flag}", str(alias.convert(switch)), *given[1:]]
+            old, new = flag, " ".join(present[:2])
         else:
-            new = [f"--{'no_' * negated}{alias.flag}", *(str(alias.convert(v)) for v in own)]
-        if not (name == alias.flag and [value, *own] == new[1:]) and name not in warned:
-            warned.add(name)
-            changed = name != alias.flag or any(v in alias.values for v in [value, *own])
-            if changed:
-                _warn(prog, f"{flag} is deprecated, use {' '.join(new[: 2 if own else 1])}")
-        result += new
+            present = [f"--{'no_' * negated}{alias.flag}", *(alias.convert(v) for v in given)]
+            changed = name == alias.flag  # then a value is what is deprecated
+            old, new = (
+                (" ".join([flag, *given]), " ".join(present)) if changed else (flag, present[0])
+            )
+        if old != new and old not in warned:
+            warned.add(old)
+            _warn(prog, f"{old} is deprecated, use {new}")
+        result += present
     return result
 
 
@@ -220,7 +220,7 @@ def _read_config(
             hint = f"; did you mean {likely[0]}?" if likely else ""
             parser.error(f"--config {name}: unknown option {key!r}{hint}")
         if present in found:
-            parser.error(f"--config {name}: {key!r} and another key both set {present!r}")
+            parser.error(f"--config {name}: two keys set {present!r}, {key!r} is one of them")
         if alias is not None and (key != present or alias.convert(value) != value):
             _warn(parser.prog, f"{name}: {key!r} is deprecated, use {present!r}")
         found[present] = value if alias is None else alias.convert(value)

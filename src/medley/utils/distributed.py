@@ -1,4 +1,4 @@
-"""The ranks that torchrun starts: who this one is, and how they wait for each other."""
+"""The ranks of a torchrun job: their numbers, and how they wait for each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(days=7)  # a rank with slow pictures must not make the others give up
+TIMEOUT = timedelta(days=7)  # A rank with slow images must not abort the others.
 
 
 def rank() -> int:
@@ -25,7 +25,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine."""
+    """Number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -34,12 +34,12 @@ def is_main_rank() -> bool:
 
 
 @contextmanager
-def all_ranks() -> Iterator[None]:
-    """Joins the ranks, so that the last step knows that all have ended."""
-    import torch.distributed as dist  # here: programs that need no torch ask for ranks, too
+def process_group() -> Iterator[None]:
+    """Connects the ranks of a torchrun job by gloo; does nothing in a single process."""
+    import torch.distributed as dist  # here: programs without torch use this module as well
 
     if world_size() > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
@@ -55,9 +55,9 @@ def barrier() -> None:
 
 
 def from_main_rank(work: Callable[[], Value]) -> Value:
-    """What `work` gives on rank 0, for every rank.
+    """Runs `work` on rank 0 and returns its result on every rank.
 
-    Where it raises, the other ranks leave without a word: the error is told once.
+    If it raises, the other ranks exit silently with status 2, so that the error is printed once.
     """
     import torch.distributed as dist
 
@@ -69,7 +69,7 @@ def from_main_rank(work: Callable[[], Value]) -> Value:
             box[0] = (True, work())
     finally:
         dist.broadcast_object_list(box, src=0)
-    worked, value = box[0]
-    if not worked:
+    succeeded, value = box[0]
+    if not succeeded:
         raise SystemExit(2)
-    return value  # type: ignore[return-value]  # a tuple's second half, of the kind of its first
+    return value  # type: ignore[return-value]  # None occurs only without success

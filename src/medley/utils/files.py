@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the manifest that says where they come from."""
+"""Files and folders that are written atomically, JSON files, and hashes of files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 from medley.errors import UserError
 
-HASHED_BYTES = 1 << 20  # of a large input, its first and last megabyte and its size
+HASHED_BYTES = 1 << 20  # `partial_hash` reads as many bytes from each end of a file
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, renamed to it when the block ends well."""
+    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several machines that share a folder may have the same process numbers.
+    # Machines that share a folder may have processes with the same number: add a random part.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -35,12 +35,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `path`, renamed to it when the block ends well.
+    """Yields a temporary folder beside `path`; renames it to `path` if the block succeeds.
 
-    Raises UserError where `path` exists already and holds something.
+    Raises UserError if `path` exists and is not an empty folder.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already; name another folder or remove it")
+        raise UserError(
+            f"{path}: already exists and is not empty. Name another folder or remove it."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -53,53 +55,62 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def nearest_parent(path: Path) -> Path:
+    """The deepest existing folder that contains `path`, or `path` itself."""
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
 def require_space(target: Path, size: int) -> None:
-    """Raises UserError where the disk of `target` has no room for so many bytes."""
-    folder = target
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    """Raises UserError if the disk of `target` has less than `size` free bytes."""
+    free = shutil.disk_usage(nearest_parent(target)).free
     if size > free:
         raise UserError(
-            f"{target}: needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; "
-            "make room or name another folder"
+            f"{target}: not enough disk space (needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+            "free). Free some space or name another folder."
         )
 
 
 def escape_name(name: str) -> str:
-    """A name whose bytes are no UTF-8, or that holds a NUL, with those bytes written out."""
+    """A file name as printable text: bytes that are not UTF-8, and NUL, as escape sequences."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def check_unicode(place: str, value: Any) -> None:
-    """Raises UserError for a text with half of a character, which no file can hold."""
+def check_unicode(where: str, value: Any) -> None:
+    """Raises UserError for a string with an unpaired surrogate, which UTF-8 cannot encode."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{place}: a text with half of a character ({error.reason})") from error
+            raise UserError(
+                f"{where}: a string contains an unpaired surrogate ({error.reason}). "
+                "Write the character in full."
+            ) from error
     elif isinstance(value, dict | list):
-        for own in value.values() if isinstance(value, dict) else value:
-            check_unicode(place, own)
+        for item in value.values() if isinstance(value, dict) else value:
+            check_unicode(where, item)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Numbers that are none, or infinite, become null: JSON has no word for them."""
+    """Writes a JSON file atomically. NaN and infinity become null; JSON cannot represent them."""
     with atomic_file(path) as temporary:
         text = json.dumps(nan_to_null(value), ensure_ascii=False, indent=1)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def nan_to_null(value: Any) -> Any:
-    """The same with null for numbers that are none, or infinite."""
+    """A copy of a JSON value with None for NaN and infinity."""
     if isinstance(value, dict):
-        return {name: nan_to_null(own) for name, own in value.items()}
+        return {name: nan_to_null(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [nan_to_null(own) for own in value]
+        return [nan_to_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
+    """The value of a JSON file, with or without a byte-order mark.
+
+    Raises UserError for a file that is missing or not JSON.
+    """
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
@@ -109,7 +120,7 @@ def read_json(path: Path) -> Any:
 
 
 def partial_hash(path: Path) -> str:
-    """SHA-256 over the size, the first and the last megabyte of a file: fast at any size."""
+    """SHA-256 of a file's size and its first and last megabyte; fast for files of any size."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as handle:
@@ -121,9 +132,12 @@ def partial_hash(path: Path) -> str:
 
 
 def path_hash(path: Path) -> str:
-    """`partial_hash` of a file; of a folder over the names and hashes of the files directly in it."""
+    """`partial_hash` of a file; for a folder a hash of the names and hashes of its files.
+
+    Files in subfolders do not count.
+    """
     if not path.is_dir():
         return partial_hash(path)
-    own = sorted(file for file in path.iterdir() if file.is_file())
-    named = "".join(f"{file.name} {partial_hash(file)}\n" for file in own)
-    return hashlib.sha256(named.encode()).hexdigest()
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    listing = "".join(f"{file.name} {partial_hash(file)}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()

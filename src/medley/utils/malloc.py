@@ -1,7 +1,7 @@
-"""Memory that is freed stays with the process, so that large tensors need no new pages.
+"""Keeps freed memory in the process, so that new large tensors need no new pages.
 
-glibc hands every large block back to the kernel and asks for it again: on the machines of
-docs/log.md a sixth to a quarter of the time of encoding pictures went there.
+glibc returns every large block to the kernel and requests it again. On the machines of docs/log.md
+this took between a sixth and a quarter of the time of encoding images.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's allocator to keep what is freed. False where there is no glibc.
+    """Configures glibc's allocator to keep freed memory. Returns False if there is no glibc.
 
-    For programs that make tensors of the same sizes over and over; the process then stays at
-    its peak memory until it ends.
+    For programs that allocate tensors of the same sizes repeatedly. The process then keeps its
+    peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Manifests: what made a file or folder, from which inputs, for which token space."""
+"""Manifests: the options, inputs and token space that a file or folder was made from."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def write_manifest(
     fingerprint: str | None,
     **more: Any,
 ) -> None:
+    """Writes the manifest of a file or folder.
+
+    Args:
+        path: the output file or folder
+        options: resolved options of the command
+        inputs: input files, recorded with a hash each; folders are left out
+        fingerprint: token space of the output, if it has one
+        more: further fields
+    """
     write_json(
         manifest_path(path),
         {
@@ -39,46 +48,55 @@ def write_manifest(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a file or folder, or an empty one where there is none."""
-    place = manifest_path(path)
-    manifest: dict[str, Any] = read_json(place) if place.exists() else {}
+    """The manifest of a file or folder; empty if it has none."""
+    file = manifest_path(path)
+    manifest: dict[str, Any] = read_json(file) if file.exists() else {}
     return manifest
 
 
-def check_fingerprint(path: Path, expected: str, whose: str, fit: str | None = None) -> None:
-    """Refuses a file of another token space; warns where a file does not say which it is, and
-    where its pictures were fitted into squares in another way than `fit`.
+def check_fingerprint(path: Path, expected: str, checkpoint: str, fit: str | None = None) -> None:
+    """Compares the token space of a file or folder with that of a checkpoint.
+
+    Raises UserError if the token spaces differ. Warns if the manifest has no token space, and if
+    `fit` is given and the images were fitted into squares in another way.
+
+    Args:
+        path: file or folder with image tokens
+        expected: fingerprint of the checkpoint's token space
+        checkpoint: name of the checkpoint, for messages
+        fit: how the checkpoint fits images into squares
     """
     manifest = read_manifest(path)
     found = manifest.get("token_space")
     if fit is not None and manifest.get("fit") not in (None, fit):
         warnings.warn(
-            f"{path}: its pictures were made square by --fit {manifest['fit']}, {whose} has {fit}: "
-            "the model will see other pictures in use than in training",
+            f"{path}: the images were tokenized with --fit {manifest['fit']}, {checkpoint} uses "
+            f"{fit}. In use the model will see images that are cropped or padded in another way "
+            "than in training.",
             stacklevel=2,
         )
     if found is None:
         warnings.warn(
-            f"{path} carries no token-space fingerprint: make sure that its image codes come "
-            f"from the VQGAN of {whose}",
+            f"{path}: the token space is unknown. Make sure that its image codes come from the "
+            f"VQGAN of {checkpoint}.",
             stacklevel=2,
         )
     elif found != expected:
         raise UserError(
-            f"{path}: its image codes come from another VQGAN (token space {found[:12]}, "
-            f"{whose} has {expected[:12]}; see {manifest_path(path)}): tokenize the pictures "
-            "again with this checkpoint"
+            f"{path}: its image codes come from another VQGAN (token space {found[:12]} in "
+            f"{manifest_path(path)}, {checkpoint} has {expected[:12]}). Tokenize the images again "
+            "with this checkpoint."
         )
 
 
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     if not (here.parents[2] / ".git").exists():
-        return None  # an installed wheel: no commit to name
+        return None  # installed from a wheel
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
         )
     except OSError:
-        return None  # no git on this machine
+        return None  # git is not installed
     return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Work in several processes with its order kept and its memory bounded."""
+"""An ordered map over several processes with bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medley.errors import UserError
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
-AHEAD = 3  # items under way for each process
+PENDING_PER_WORKER = 3
 
 
 def ordered_map(
@@ -24,30 +24,31 @@ def ordered_map(
     workers: int,
     prepare: Callable[[], None],
 ) -> Iterator[Value]:
-    """What `function` gives for each item, in order, after `prepare` has run in its process.
+    """Yields `function(item)` for each item in order; `prepare` runs once in each process first.
 
-    With fewer than 2 workers it all happens in this process. No more items are read than are
-    under way, so that neither items nor results pile up.
+    With fewer than 2 workers everything runs in this process. Items are read only as workers
+    become free, so neither items nor results accumulate.
     """
-    prepare()  # here first: its complaints are the user's, and forked processes inherit its work
+    # Here first: the user sees its errors, and forked processes inherit what it has loaded.
+    prepare()
     if workers < 2:
         yield from map(function, items)
         return
-    gc.freeze()  # what is there by now is shared by forked processes, and not to be touched
-    forked = sys.platform == "linux"
-    context = multiprocessing.get_context("fork" if forked else "spawn")
-    waiting: deque[Future[Value]] = deque()
-    with ProcessPoolExecutor(workers, context, None if forked else prepare) as pool:
+    gc.freeze()  # The collector must not write to the pages that forked processes share.
+    can_fork = sys.platform == "linux"
+    context = multiprocessing.get_context("fork" if can_fork else "spawn")
+    pending: deque[Future[Value]] = deque()
+    with ProcessPoolExecutor(workers, context, None if can_fork else prepare) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) >= PENDING_PER_WORKER * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process ended (out of memory?): run with fewer --num_workers"
+                "A worker process ended unexpectedly (out of memory?). Reduce --num_workers."
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The VQGAN: pictures to codes and back, exact and fast, and how it is trained."""
+"""The VQGAN: encodes images to image codes, decodes image codes to images, and its training."""
 
 from medley.vqgan.model import VQGAN, VQGANConfig
 

@@ -1,4 +1,4 @@
-"""Tells patches of real pictures from reconstructed ones (Isola et al. 2017, PatchGAN)."""
+"""Discriminates patches of real images from reconstructed ones (Isola et al. 2017, PatchGAN)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Module):
     """Pixels (B, 3, H, W) -> a score for each patch (B, 1, h, w), high for real ones.
 
-    Group norm where the original has batch norm: a score then depends on its own picture only,
-    whatever the batch and the number of ranks.
+    Group norm replaces the batch norm of the original. Each score then depends only on its own
+    image, not on the batch or the number of ranks.
     """
 
     def __init__(self, width: int = 64, layers: int = 3) -> None:

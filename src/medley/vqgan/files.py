@@ -1,86 +1,83 @@
-"""`vqgan.yaml` and `vqgan.ckpt` as published, and the VQGAN inside a Hugging Face folder."""
+"""Finds, reads and writes a VQGAN: `vqgan.yaml` with `vqgan.ckpt`, or inside a Hugging Face folder.
+
+A model in Hugging Face's layout contains the encoder and the codebook only. The full VQGAN, with
+its decoder, is in the folder `tokenizer` of the checkpoint if the checkpoint has one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 import yaml
 from torch import Tensor
 
 from medley.errors import UserError
 from medley.images.preprocess import Fit
-from medley.utils.files import atomic_file
-from medley.vqgan import VQGAN, VQGANConfig
+from medley.tiny.embedded import TINY, checkpoint_folder
+from medley.utils.files import atomic_file, read_json
+from medley.utils.tensor_files import ShardedTensors, check_names, load_pickle
+from medley.vqgan.model import VQGAN, Decoder, VQGANConfig
 
 HUGGING_FACE_PREFIX = "model.vqmodel."
-_TRAINING_ONLY = ("loss.", "quantize.ema")  # of a training run; not part of the model
-_LIGHTNING = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
+_TRAINING_ONLY = ("loss.", "quantize.ema")  # tensors of a training run, not of the model
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """A pickle of tensors, read with weights_only=True and mapped, not copied.
+class LoadedVQGAN(NamedTuple):
+    """A VQGAN in float32 on the CPU. Without `has_decoder`, its decoder has random weights."""
 
-    Classes of Lightning, which its checkpoints mention beside the weights, are replaced by
-    inert stand-ins. Raises UserError for a file that is missing, a Git-LFS pointer, broken,
-    or one that carries code.
+    vqgan: VQGAN
+    fit: Fit
+    has_decoder: bool
+
+
+def vqgan_folder(path: str | Path) -> Path | None:
+    """The folder with `vqgan.yaml` and `vqgan.ckpt` of a checkpoint; None if there is none.
+
+    `path` is that folder, a checkpoint with a folder `tokenizer`, `CKPT/models/7b`, or `tiny`.
     """
-    check_weights_file(path)
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # an older container, or a broken file: the load below tells which
-        named = []
-    inert: list[Any] = [
-        (type(name.rpartition(".")[2], (), {}), name)
-        for name in named
-        if name.startswith(_LIGHTNING)
-    ]
-    mapped = not _is_legacy(path)
-    try:
-        with torch.serialization.safe_globals(inert):
-            loaded = torch.load(path, "cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a torn pickle makes torch raise nearly anything
-        foreign = [name for name in named if not name.startswith(_LIGHTNING)]
-        if foreign:
-            raise UserError(
-                f"{path}: this pickle holds more than tensors ({', '.join(foreign)}) and is not "
-                "read, since unpickling could run code"
-            ) from error
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: broken, cut off, or no file of weights ({first})") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds {type(loaded).__name__}, expected a table of tensors")
-    return loaded
+    folder = checkpoint_folder(path)
+    candidates = [folder, folder / "tokenizer"]
+    if folder.parent.name == "models" and (folder / "params.json").is_file():
+        candidates.append(folder.parents[1] / "tokenizer")
+    for candidate in candidates:
+        if (candidate / "vqgan.yaml").is_file() or (candidate / "vqgan.ckpt").is_file():
+            return candidate
+    return None
 
 
-def check_weights_file(path: Path) -> None:
-    """Raises UserError where weights are missing, or a Git-LFS pointer stands for them."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as handle:
-        if handle.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{path}: a Git-LFS pointer stands in place of the weights; run `git lfs pull` "
-                "in the repository it comes from"
-            )
+def open_vqgan(path: str | Path) -> LoadedVQGAN:
+    """The VQGAN of a checkpoint in any layout, of a folder with only a VQGAN, or of `tiny`.
 
-
-def _is_legacy(path: Path) -> bool:
-    with open(path, "rb") as handle:
-        return handle.read(2) != b"PK"  # only zip containers can be mapped
+    Raises UserError if there is none, or if its files are incomplete.
+    """
+    found = vqgan_folder(path)
+    if found is not None:
+        return LoadedVQGAN(*read_vqgan(found), has_decoder=True)
+    folder = checkpoint_folder(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: Folder not found (expected a checkpoint, or `{TINY}`).")
+    if (folder / "config.json").is_file():
+        return LoadedVQGAN(_read_encoder(folder), "crop", has_decoder=False)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{path}: An adapter has no VQGAN. Name its base checkpoint.")
+    raise UserError(
+        f"{path}: No VQGAN found (expected vqgan.yaml and vqgan.ckpt in this folder or in its "
+        "folder tokenizer, or a Chameleon model in Hugging Face's layout)."
+    )
 
 
 def read_vqgan(folder: Path) -> tuple[VQGAN, Fit]:
     """`vqgan.yaml` and `vqgan.ckpt` in a folder -> VQGAN with its decoder, and its fit."""
     yaml_path, weights_path = folder / "vqgan.yaml", folder / "vqgan.ckpt"
     if not yaml_path.is_file():
-        raise UserError(f"{yaml_path}: no such file; a VQGAN needs vqgan.yaml and vqgan.ckpt")
+        raise UserError(f"{yaml_path}: File not found. A VQGAN needs vqgan.yaml and vqgan.ckpt.")
     try:
         parsed = yaml.safe_load(yaml_path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{yaml_path}: not YAML ({error})") from error
+        raise UserError(f"{yaml_path}: Invalid YAML ({error}).") from error
     try:
         config = VQGANConfig.from_yaml(parsed, str(yaml_path))
     except UserError:
@@ -89,11 +86,13 @@ def read_vqgan(folder: Path) -> tuple[VQGAN, Fit]:
         raise UserError(str(error)) from error
     fit = (parsed.get("preprocessing") or {}).get("fit", "crop")
     if fit not in ("crop", "pad"):
-        raise UserError(f"{yaml_path}: preprocessing.fit is {fit!r}, expected crop or pad")
-    loaded = load_tensors(weights_path)
+        raise UserError(
+            f"{yaml_path}: Invalid preprocessing.fit (got {fit!r}, expected crop or pad)."
+        )
+    loaded = load_pickle(weights_path)
     state = loaded.get("state_dict", loaded)
-    kept = {k: v for k, v in state.items() if not k.startswith(_TRAINING_ONLY)}
-    return build_vqgan(config, kept, str(weights_path)), fit
+    state = {name: t for name, t in state.items() if not name.startswith(_TRAINING_ONLY)}
+    return build_vqgan(config, state, str(weights_path)), fit
 
 
 def write_vqgan(folder: Path, vqgan: VQGAN, fit: Fit) -> None:
@@ -101,13 +100,16 @@ def write_vqgan(folder: Path, vqgan: VQGAN, fit: Fit) -> None:
     with atomic_file(folder / "vqgan.yaml") as temporary:
         content = {**vqgan.config.to_yaml(), "preprocessing": {"fit": fit}}
         temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
-    state = {k: v.detach().cpu().contiguous() for k, v in vqgan.state_dict().items()}
+    state = {name: t.detach().cpu().contiguous() for name, t in vqgan.state_dict().items()}
     with atomic_file(folder / "vqgan.ckpt") as temporary:
         torch.save({"state_dict": state}, temporary)
 
 
 def build_vqgan(config: VQGANConfig, state: dict[str, Tensor], where: str) -> VQGAN:
-    """A VQGAN with exactly these weights. Raises UserError naming what is missing or surplus."""
+    """A VQGAN with exactly these weights, in float32.
+
+    Raises UserError that names missing and unexpected tensors and wrong shapes.
+    """
     with torch.device("meta"):
         vqgan = VQGAN(config)
     expected = vqgan.state_dict()
@@ -115,29 +117,37 @@ def build_vqgan(config: VQGANConfig, state: dict[str, Tensor], where: str) -> VQ
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise UserError(
-                f"{where}: {name} has shape {tuple(state[name].shape)}, the configuration "
-                f"makes it {tuple(tensor.shape)}"
+                f"{where}: Wrong shape of {name} (got {tuple(state[name].shape)}, expected "
+                f"{tuple(tensor.shape)} by the configuration)."
             )
     copies = {name: tensor.detach().float().clone() for name, tensor in state.items()}
     vqgan.load_state_dict(copies, assign=True)
     return vqgan.eval()
 
 
-def check_names(expected: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Raises UserError naming tensors that are missing or surplus, and what would mend it."""
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    advice = {
-        "missing": "copy all files of the checkpoint again, its configuration among them",
-        "not known": "the configuration beside these weights is that of another (smaller?) model",
-    }
-    for problem, names in (("missing", missing), ("not known", surplus)):
-        if names:
-            rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            listed = f"{', '.join(names[:5])}{rest}"
-            raise UserError(f"{where}: tensors {problem}: {listed}; {advice[problem]}")
-
-
 # --- inside a Hugging Face folder ---------------------------------------------------------
+
+
+def read_config(folder: Path) -> transformers.ChameleonConfig:
+    """`config.json` of a model in Hugging Face's layout. Raises UserError for other models."""
+    fields = read_json(folder / "config.json")
+    if fields.get("model_type") != "chameleon":
+        raise UserError(
+            f"{folder / 'config.json'}: Unsupported model_type (got {fields.get('model_type')!r}, "
+            "expected 'chameleon'). Only Chameleon models (Chameleon, Anole, MedMax) can be loaded."
+        )
+    config: transformers.ChameleonConfig = transformers.ChameleonConfig.from_dict(fields)
+    return config
+
+
+def _read_encoder(folder: Path) -> VQGAN:
+    """The VQGAN of a Hugging Face folder. Its decoder gets random weights and is unusable."""
+    config = from_hugging_face_config(read_config(folder).vq_config)
+    weights = ShardedTensors(folder)
+    own = [name for name in weights.names() if name.startswith(HUGGING_FACE_PREFIX)]
+    state = {n.removeprefix(HUGGING_FACE_PREFIX): t for n, t in weights.tensors(own)}
+    state |= {f"decoder.{name}": t for name, t in Decoder(config).state_dict().items()}
+    return build_vqgan(config, state, str(folder))
 
 
 def to_hugging_face_config(config: VQGANConfig) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def to_hugging_face_config(config: VQGANConfig) -> dict[str, Any]:
     }
 
 
-def from_hugging_face_config(fields: Any) -> VQGANConfig:
+def from_hugging_face_config(fields: transformers.ChameleonVQVAEConfig) -> VQGANConfig:
     return VQGANConfig(
         ch=fields.base_channels,
         ch_mult=tuple(fields.channel_multiplier),
@@ -172,24 +182,9 @@ def from_hugging_face_config(fields: Any) -> VQGANConfig:
 
 
 def hugging_face_tensors(vqgan: VQGAN) -> dict[str, Tensor]:
-    """What the Hugging Face model carries of a VQGAN: everything but the decoder."""
+    """The tensors of a VQGAN that Hugging Face's model contains: all except the decoder's."""
     return {
         HUGGING_FACE_PREFIX + name: tensor.detach()
         for name, tensor in vqgan.state_dict().items()
         if not name.startswith("decoder.")
     }
-
-
-def vqgan_without_decoder(
-    fields: Any, names: Iterable[str], get: Callable[[str], Tensor], where: str
-) -> VQGAN:
-    """The VQGAN of a Hugging Face folder; its decoder stays random and must not be used."""
-    config = from_hugging_face_config(fields)
-    state = {
-        name.removeprefix(HUGGING_FACE_PREFIX): get(name)
-        for name in names
-        if name.startswith(HUGGING_FACE_PREFIX)
-    }
-    fresh = VQGAN(config).decoder.state_dict()
-    state |= {f"decoder.{name}": tensor for name, tensor in fresh.items()}
-    return build_vqgan(config, state, where)

@@ -1,8 +1,8 @@
-"""Group norm with swish, exact and fast where the library's own is not.
+"""Group norm with swish for channels-last feature maps on the CPU.
 
-On channels-last maps torch's CPU group norm sums in one pass and loses half of the digits of
-float32 (docs/log.md): enough to change image codes. This one keeps them, and is faster, since it
-works on blocks that stay in the cache. Everywhere else torch's own is used.
+There, torch's group norm sums in one pass and loses half of the digits of float32 (docs/log.md),
+which is enough to change image codes. This implementation keeps the digits, and is faster because
+it works on blocks that fit in the cache. In all other cases torch's own group norm runs.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 1 << 18  # floats worked on at once: 1 MB
-_SAMPLE = 256  # places whose mean the sums are taken around
+BLOCK = 1 << 18  # numbers in one block: 1 MB of float32
+_SAMPLE = 256  # positions whose mean is subtracted before summing
 
 
 def norm(x: Tensor, layer: nn.GroupNorm) -> Tensor:
-    """Group norm of maps (B, K, H, W)."""
-    return _blocked(x, layer, swish=False) if _is_ours(x) else layer(x)
+    """Group norm of feature maps (B, K, H, W)."""
+    return _blocked(x, layer, swish=False) if _is_supported(x) else layer(x)
 
 
 def norm_swish(x: Tensor, layer: nn.GroupNorm) -> Tensor:
-    """Group norm of maps (B, K, H, W), then x * sigmoid(x)."""
-    if _is_ours(x):
+    """Group norm of feature maps (B, K, H, W), then x * sigmoid(x)."""
+    if _is_supported(x):
         return _blocked(x, layer, swish=True)
     y = layer(x)
-    # Not F.silu: its float32 results differ in the last bit, and codes near a tie would flip.
+    # F.silu differs in the last bit of float32 and would change image codes near a tie.
     gate = torch.sigmoid(y)
     return y * gate if torch.is_grad_enabled() else gate.mul_(y)
 
 
-def _is_ours(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -43,38 +43,39 @@ def _is_ours(x: Tensor) -> bool:
 def _blocked(x: Tensor, layer: nn.GroupNorm, swish: bool) -> Tensor:
     b, k, h, w = x.shape
     rows = max(1, BLOCK // k)
-    exact = x.dtype == torch.float32
+    full_precision = x.dtype == torch.float32
     flat = x.permute(0, 2, 3, 1).reshape(b, h * w, k)
     out = torch.empty_like(flat)
     for one, target in zip(flat, out, strict=True):
         scale, shift = _scale_and_shift(one, rows, layer)
-        for block, written in zip(torch.split(one, rows), torch.split(target, rows), strict=True):
+        for block, result in zip(torch.split(one, rows), torch.split(target, rows), strict=True):
             normed = torch.addcmul(shift, block.float(), scale)
-            if swish and exact:
-                torch.mul(normed, torch.sigmoid(normed), out=written)
+            if swish and full_precision:
+                torch.mul(normed, torch.sigmoid(normed), out=result)
             elif swish:
-                written.copy_(F.silu(normed, inplace=True))
+                result.copy_(F.silu(normed, inplace=True))
             else:
-                written.copy_(normed)
+                result.copy_(normed)
     return out.view(b, h, w, k).permute(0, 3, 1, 2)
 
 
 def _scale_and_shift(one: Tensor, rows: int, layer: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift (K,) that normalise places (P, K) group by group.
+    """Scale and shift (K,) that normalize positions (P, K) group by group.
 
-    Sums of values around a rough mean lose no digits; blocks are added up in double precision.
+    Sums of differences from an approximate mean lose no digits. The sums of the blocks are added
+    in double precision.
     """
-    places, k = one.shape
-    rough = one[:: max(1, places // _SAMPLE)].float().mean(0)
+    positions, k = one.shape
+    rough_mean = one[:: max(1, positions // _SAMPLE)].float().mean(0)
     total = torch.zeros(k, dtype=torch.float64)
     squares = torch.zeros(k, dtype=torch.float64)
     for block in torch.split(one, rows):
-        around = block.float() - rough
-        total += around.sum(0)
-        squares += around.square_().sum(0)
-    total, squares = total / places, squares / places
+        centered = block.float() - rough_mean
+        total += centered.sum(0)
+        squares += centered.square_().sum(0)
+    total, squares = total / positions, squares / positions
     groups = (layer.num_groups, -1)
-    means = (total + rough).view(groups)
+    means = (total + rough_mean).view(groups)
     mean = means.mean(1, keepdim=True)
     variance = ((squares - total**2).view(groups) + (means - mean) ** 2).mean(1, keepdim=True)
     scale = torch.rsqrt(variance + layer.eps) * layer.weight.double().view(groups)

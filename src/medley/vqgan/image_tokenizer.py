@@ -1,6 +1,6 @@
-"""Pictures to image codes and back, and the fingerprint of the token space.
+"""Images to image codes and back, and the fingerprint of the token space.
 
-Shapes: B batch, C codes of a picture in raster order, H and W pixels (both the resolution).
+Shapes: B batch, C image codes of an image in raster order, H and W pixels (both the resolution).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,12 +18,13 @@ from medley.errors import UserError
 from medley.images.preprocess import (
     PREPROCESSING_VERSION,
     Fit,
-    bytes_to_pixels,
     resize_square,
     to_pil,
     to_pixels,
     to_uint8_square,
+    uint8_to_pixels,
 )
+from medley.vqgan.files import open_vqgan
 from medley.vqgan.model import VQGAN, Encoder
 from medley.vqgan.winograd import Conv3x3
 
@@ -32,9 +32,10 @@ _FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
 
 
 class ImageTokenizer:
-    """A VQGAN with its preprocessing. Without a decoder it reads pictures and draws none.
+    """A VQGAN with its preprocessing. Without a decoder it encodes images and cannot decode codes.
 
-    `fit` is how pictures become squares; it belongs to the checkpoint.
+    `fit` is the way images become squares. It belongs to the checkpoint. The tokenizer takes over
+    `vqgan`: it moves and converts the module in place.
     """
 
     def __init__(
@@ -45,27 +46,28 @@ class ImageTokenizer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.fingerprint = token_space_fingerprint(vqgan)  # before any change of dtype
+        self.fingerprint = token_space_fingerprint(vqgan)  # before the dtype changes
         self.device = torch.device(device)
         self.vqgan = vqgan.to_compute(self.device, dtype)
         self.fit = fit
         self.has_decoder = has_decoder
         self.dtype = dtype
-        self._plain_encoder: Encoder | None = None
+        self._reference_encoder: Encoder | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, **options: Any) -> ImageTokenizer:
-        """Opens that of a checkpoint in any layout, of a folder with a VQGAN, or of `tiny`.
-
-        Options are `device` and `dtype`.
-        """
-        from medley.checkpoints.checkpoint import open_image_tokenizer
-
-        return open_image_tokenizer(path, **options)
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ImageTokenizer:
+        """Opens the VQGAN of a checkpoint in any layout, of a folder with a VQGAN, or of `tiny`."""
+        vqgan, fit, has_decoder = open_vqgan(path)
+        return cls(vqgan, fit, has_decoder, device, dtype)
 
     @property
     def size(self) -> int:
-        """Pixels along a side of the square that the VQGAN reads."""
+        """Width and height in pixels of the square that the VQGAN encodes."""
         return self.vqgan.config.resolution
 
     @property
@@ -73,100 +75,103 @@ class ImageTokenizer:
         return self.vqgan.config.codes_per_image
 
     def square(self, image: Image.Image) -> Image.Image:
-        """An RGB picture as small as it is read: the same codes, however large it was."""
+        """An RGB image -> the small square that is encoded. Both give the same image codes."""
         return resize_square(image, self.size, self.fit)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture -> float32 (3, size, size) in [-1, 1]."""
+        """An image of any mode -> float32 (3, size, size) in [-1, 1]."""
         return to_pixels(image, self.size, self.fit)
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any mode and size -> codes int64 (B, C), on the CPU."""
+        """Images of any mode and size -> image codes int64 (B, C), on the CPU."""
         squares = [to_uint8_square(image, self.size, self.fit) for image in images]
         return self.encode_bytes(torch.stack(squares)).cpu()
 
     def encode_bytes(self, squares: Tensor) -> Tensor:
-        """Squares uint8 (B, size, size, 3) -> codes int64 (B, C), on the tokenizer's device.
+        """Squares uint8 (B, size, size, 3) -> image codes int64 (B, C), on the tokenizer's device.
 
-        On CUDA it comes back before the work is done, if `squares` lie in pinned memory.
+        If `squares` is in pinned memory, the call returns before CUDA has finished the work.
         """
-        return self.encode_pixels(bytes_to_pixels(squares.to(self.device, non_blocking=True)))
+        return self.encode_pixels(uint8_to_pixels(squares.to(self.device, non_blocking=True)))
 
     @torch.inference_mode()
     @torch.backends.cudnn.flags(
         enabled=True, allow_tf32=False
     )  # TF32 would change codes near a tie
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels float32 (B, 3, H, W) in [-1, 1] -> codes int64 (B, C)."""
+        """Pixels float32 (B, 3, H, W) in [-1, 1] -> image codes int64 (B, C)."""
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, self.size, self.size):
             raise UserError(
-                f"pixels have shape {tuple(pixels.shape)}, expected (B, 3, {self.size}, "
-                f"{self.size})"
+                f"Wrong shape of the pixels (got {tuple(pixels.shape)}, expected (B, 3, "
+                f"{self.size}, {self.size}))."
             )
         pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
         if not len(pixels):
             return torch.zeros(0, self.codes_per_image, dtype=torch.int64, device=self.device)
         if self.device.type != "cpu":
             return self.vqgan.encode(pixels)
-        # One at a time: the maps of several would not stay in a CPU's caches.
+        # One image at a time: the feature maps of several exceed the caches of a CPU.
         return torch.cat([self._encode_on_cpu(one) for one in torch.split(pixels, 1)])
 
     def _encode_on_cpu(self, pixels: Tensor) -> Tensor:
         if self.dtype != torch.float32:
             return self.vqgan.encode(pixels)
         codes, ties = self.vqgan.quantize.codes_and_ties(self.vqgan.latents(pixels))
-        return self._plain_codes(pixels) if bool(ties.any()) else codes
+        return self._reference_codes(pixels) if bool(ties.any()) else codes
 
-    def _plain_codes(self, pixels: Tensor) -> Tensor:
-        """Codes by the library's own kernels, channels first, as the reference adds things up.
+    def _reference_codes(self, pixels: Tensor) -> Tensor:
+        """Image codes by torch's own kernels, channels first.
 
-        Slower; it settles near ties the way Chameleon does.
+        Slower, but sums in the same order as Chameleon and therefore resolves near ties equally.
         """
-        if self._plain_encoder is None:
-            plain = copy.deepcopy(self.vqgan.encoder).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            for module in plain.modules():
+        if self._reference_encoder is None:
+            encoder = copy.deepcopy(self.vqgan.encoder)
+            encoder = encoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            for module in encoder.modules():
                 if isinstance(module, Conv3x3):
                     module.thaw()
-            self._plain_encoder = plain
-        latents = self.vqgan.quant_conv(self._plain_encoder(pixels.contiguous()))
+            self._reference_encoder = encoder
+        latents = self.vqgan.quant_conv(self._reference_encoder(pixels.contiguous()))
         return self.vqgan.quantize.codes(latents)
 
     def decode(self, codes: Tensor | Sequence[Sequence[int]]) -> list[Image.Image]:
-        """Codes (B, C), each a valid code -> pictures."""
+        """Image codes (B, C), each valid -> images."""
         return [to_pil(one) for one in self.decode_pixels(torch.as_tensor(codes))]
 
     def require_decoder(self) -> None:
-        """Raises UserError where there is no decoder to draw with."""
+        """Raises UserError if the VQGAN has no decoder to generate images with."""
         if not self.has_decoder:
             raise UserError(
-                "this checkpoint carries no VQGAN decoder, so it cannot draw pictures: name a "
-                "folder that has vqgan.yaml and vqgan.ckpt with --vqgan"
+                "This checkpoint has no VQGAN decoder and cannot generate images. Name a folder "
+                "that contains vqgan.yaml and vqgan.ckpt with --vqgan."
             )
 
     @torch.inference_mode()
     def decode_pixels(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, C) -> pixels float32 (B, 3, H, W), about [-1, 1], not clamped."""
+        """Image codes int64 (B, C) -> pixels float32 (B, 3, H, W), about [-1, 1], not clamped."""
         self.require_decoder()
         config = self.vqgan.config
         if codes.ndim != 2 or codes.shape[1] != config.codes_per_image:
             raise UserError(
-                f"codes have shape {tuple(codes.shape)}, expected (B, {config.codes_per_image})"
+                f"Wrong shape of the image codes (got {tuple(codes.shape)}, expected (B, "
+                f"{config.codes_per_image}))."
             )
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < config.n_embed):
             raise UserError(
-                f"image codes run from {int(codes.min())} to {int(codes.max())}, "
-                f"valid are 0 to {config.n_embed - 1}"
+                f"Image codes out of range (got {int(codes.min())} to {int(codes.max())}, "
+                f"expected 0 to {config.n_embed - 1})."
             )
         codes = codes.to(self.device).long()
-        several = 1 if self.device.type == "cpu" else max(1, len(codes))
-        return torch.cat([self.vqgan.decode(part).float() for part in torch.split(codes, several)])
+        batch_size = 1 if self.device.type == "cpu" else max(1, len(codes))
+        batches = torch.split(codes, batch_size)
+        return torch.cat([self.vqgan.decode(batch).float() for batch in batches])
 
 
 def token_space_fingerprint(vqgan: VQGAN) -> str:
-    """SHA-256 that says which pictures and models speak the same codes.
+    """SHA-256 that identifies the meaning of the image codes.
 
-    Over the encoder, quant_conv and codebook in float32, sorted by name, and the version of
-    the preprocessing. The decoder does not count: it changes no code.
+    It covers the encoder, quant_conv and the codebook in float32, sorted by name, and the version
+    of the preprocessing. The decoder has no influence on the codes and is left out.
     """
     digest = hashlib.sha256(f"preprocessing {PREPROCESSING_VERSION}".encode())
     for name, tensor in sorted(vqgan.state_dict().items()):

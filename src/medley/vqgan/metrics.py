@@ -1,4 +1,4 @@
-"""How well a VQGAN keeps pictures, and how much of its codebook it uses."""
+"""Metrics of a VQGAN: reconstruction quality, and usage of the codebook."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from medley.errors import UserError
 from medley.images.preprocess import to_pil
 
-HIGHEST_PSNR = 100.0  # decibels; two equal pictures would have infinitely many
+HIGHEST_PSNR = 100.0  # decibels; the PSNR of two equal images is infinite
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
@@ -21,30 +20,31 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 
 
 def ssim(one: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity (B,) of pixels (B, 3, H, W) in [-1, 1] (Wang et al. 2004)."""
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise UserError("SSIM needs torchmetrics: pip install medley-mm[evaluate]") from error
-    # The measure compares means as ratios, so that it wants values from 0 up.
+    """Structural similarity (B,) of pixels (B, 3, H, W) in [-1, 1] (Wang et al. 2004).
+
+    It needs torchmetrics (extra `evaluate`).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    # SSIM compares means as ratios and therefore needs values of at least 0.
     unit = [(pixels.clamp(-1, 1) + 1) / 2 for pixels in (one, other)]
     measured = structural_similarity_index_measure(*unit, data_range=1.0, reduction="none")
     assert isinstance(measured, Tensor)
     return measured.reshape(len(one))
 
 
-def comparison(pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
-    """Pixels (3, size, size), each twice -> one picture: originals above, reconstructions below."""
+def comparison_grid(pairs: Sequence[tuple[Tensor, Tensor]]) -> Image.Image:
+    """Pairs of pixels (3, size, size) -> one image: originals above, reconstructions below."""
     side = pairs[0][0].shape[-1]
-    picture = Image.new("RGB", (side * len(pairs), 2 * side))
+    grid = Image.new("RGB", (side * len(pairs), 2 * side))
     for column, pair in enumerate(pairs):
         for row, pixels in enumerate(pair):
-            picture.paste(to_pil(pixels), (column * side, row * side))
-    return picture
+            grid.paste(to_pil(pixels), (column * side, row * side))
+    return grid
 
 
 class CodeUsage:
-    """Counts how often each code of a codebook is chosen."""
+    """Counts how often each code of a codebook is used."""
 
     def __init__(self, n_embed: int) -> None:
         self.counts = torch.zeros(n_embed, dtype=torch.int64)
@@ -59,7 +59,7 @@ class CodeUsage:
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes: as many as if all were used equally often."""
+        """exp of the entropy of the codes: the number of codes, if all were used equally often."""
         share = self.counts[self.counts > 0].double() / max(1, int(self.counts.sum()))
         return float(torch.exp(-(share * share.log()).sum()))
 

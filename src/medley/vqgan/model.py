@@ -1,8 +1,10 @@
-"""The VQGAN: pictures to codes and back, with the published names of its weights.
+"""The VQGAN: images to image codes and back, with the published names of its weights.
 
-Architecture and names follow taming-transformers (`vqgan.yaml`, `vqgan.ckpt`), as Chameleon
-ships it: encoder, `quant_conv`, a codebook, `post_quant_conv`, decoder. Shapes: B batch,
-C codes of a picture (rows * columns), H and W pixels, E codebook width.
+Architecture and names follow taming-transformers (`vqgan.yaml`, `vqgan.ckpt`), as in Chameleon:
+encoder, `quant_conv`, a codebook, `post_quant_conv`, decoder.
+
+Shapes: B batch, C image codes of an image (h * w), H and W pixels, h and w positions of the
+feature map, E codebook width.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from torch import Tensor, nn
 from medley.vqgan.group_norm import norm, norm_swish
 from medley.vqgan.winograd import Conv3x3
 
-TIE = 1e-6  # measured: other orders of additions move distances by up to 1e-6 of their scale
-DISTANCE_ELEMENTS = 1 << 25  # distances held at once while quantising: 128 MB of float32
+TIE = 1e-6  # measured: another order of additions changes distances by up to 1e-6 of their scale
+DISTANCE_ELEMENTS = 1 << 25  # distances in memory at once during quantization: 128 MB of float32
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Sizes of a VQGAN; the fields carry the names that `vqgan.yaml` uses."""
+    """Sizes of a VQGAN. The fields have the names of `vqgan.yaml`."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -42,13 +44,13 @@ class VQGANConfig:
         widths = [self.ch * multiplier for multiplier in self.ch_mult]
         if any(width % 32 for width in [self.ch, *widths]):
             raise ValueError(
-                f"vqgan: every width must be a multiple of 32 (group norm), got {widths} "
-                f"from ch={self.ch}, ch_mult={list(self.ch_mult)}"
+                f"VQGAN: Every width must be a multiple of 32 for the group norm (got {widths} "
+                f"from ch={self.ch}, ch_mult={list(self.ch_mult)})."
             )
         if self.resolution % self.downsampling:
             raise ValueError(
-                f"vqgan: resolution {self.resolution} is no multiple of the downsampling "
-                f"{self.downsampling} that ch_mult={list(self.ch_mult)} makes"
+                f"VQGAN: The resolution must be a multiple of the downsampling factor (got "
+                f"{self.resolution} and {self.downsampling} from ch_mult={list(self.ch_mult)})."
             )
 
     @property
@@ -57,7 +59,7 @@ class VQGANConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along one side of a picture."""
+        """Image codes along one side of an image."""
         return self.resolution // self.downsampling
 
     @property
@@ -68,8 +70,8 @@ class VQGANConfig:
     def from_yaml(cls, parsed: Any, where: str) -> VQGANConfig:
         """Reads the parsed `vqgan.yaml`.
 
-        Raises ValueError, naming `where`, when a size is missing or a feature is asked for
-        that Chameleon's tokenizer does not have (double_z).
+        Raises ValueError that names `where` if a size is missing, or if the file requests a
+        feature that Chameleon's tokenizer does not have (double_z).
         """
         try:
             params = parsed["model"]["params"]
@@ -89,10 +91,10 @@ class VQGANConfig:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{where}: not a VQGAN configuration, {error} is missing under model.params"
+                f"{where}: Not a VQGAN configuration ({error} is missing under model.params)."
             ) from error
         if sizes.get("double_z"):
-            raise ValueError(f"{where}: double_z is true; a VQGAN with codes has it false")
+            raise ValueError(f"{where}: Unsupported double_z (got true, expected false).")
         return config
 
     def to_yaml(self) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over all places of a feature map."""
+    """Single-head attention over all positions of a feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -170,7 +172,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and below only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads the right and bottom sides only
 
 
 class Upsample(nn.Module):
@@ -183,7 +185,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each with attention behind it where the level has it."""
+    """The blocks of one resolution. With `attends`, an attention block follows each of them."""
 
     downsample: nn.Module
     upsample: nn.Module
@@ -255,7 +257,7 @@ class Decoder(nn.Module):
         levels: list[Level] = []
         for index, multiplier in reversed(list(enumerate(config.ch_mult))):
             out = config.ch * multiplier
-            # A decoder has one block more to a level than its encoder.
+            # Each level of the decoder has one more block than in the encoder.
             widths = [(width, out)] + [(out, out)] * config.num_res_blocks
             level = Level(widths, resolution in config.attn_resolutions, config.dropout)
             width = out
@@ -289,9 +291,10 @@ class Quantizer(nn.Module):
         return torch.cat([d.argmin(1) for _, d in self._distances(z)]).reshape(z.shape[0], -1)
 
     def codes_and_ties(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes, and which of them (B, h * w, bool) have a second code about as near.
+        """Image codes, and which of them are near ties, bool (B, h * w).
 
-        "About" is what the order of additions in float32 may change: TIE of |z|^2 + |e|^2.
+        In a near tie, the two smallest distances differ by less than TIE * (|z|^2 + |e|^2), so
+        that the order of additions in float32 may decide.
         """
         lengths = (self.embedding.weight**2).sum(1)
         codes, ties = [], []
@@ -304,9 +307,9 @@ class Quantizer(nn.Module):
         return torch.cat(codes).reshape(z.shape[0], -1), torch.cat(ties).reshape(z.shape[0], -1)
 
     def _distances(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of latents (N, E) and of their squared distances (N, n_embed).
+        """Yields chunks of latents (N, E) and their squared distances (N, n_embed).
 
-        |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, one matrix product a chunk of rows.
+        |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, with one matrix product for each chunk.
         """
         table = self.embedding.weight
         flat = z.permute(0, 2, 3, 1).reshape(-1, table.shape[1])
@@ -316,7 +319,7 @@ class Quantizer(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder. `encode` and `decode` speak codes."""
+    """Encoder, codebook and decoder. `encode` returns image codes and `decode` takes them."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -328,15 +331,15 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config)
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, E, h, w) before quantisation."""
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, E, h, w) before quantization."""
         return self.quant_conv(self.encoder(pixels).to(self.quant_conv.weight.dtype))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels float (B, 3, H, W) in [-1, 1] -> codes int64 (B, C)."""
+        """Pixels float (B, 3, H, W) in [-1, 1] -> image codes int64 (B, C)."""
         return self.quantize.codes(self.latents(pixels))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, C) -> pixels (B, 3, H, W), about [-1, 1] and not clamped."""
+        """Image codes int64 (B, C) -> pixels (B, 3, H, W), about [-1, 1], not clamped."""
         b, grid = codes.shape[0], self.config.grid
         quantized = self.quantize.embedding(codes).reshape(b, grid, grid, -1)
         return self.decode_latents(quantized.permute(0, 3, 1, 2).contiguous())
@@ -346,11 +349,11 @@ class VQGAN(nn.Module):
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
 
     def to_compute(self, device: torch.device, dtype: torch.dtype) -> VQGAN:
-        """Moves it, in place, for reading only; encoder and decoder take `dtype`.
+        """Moves and converts the module in place, for inference only.
 
-        What decides between neighbouring codes stays in float32, whatever the dtype: in
-        bfloat16 most of a real codebook's distances would be equal. Channels last is faster
-        on CPU and GPU and gives the same codes.
+        Encoder and decoder get `dtype`. The quantizer stays in float32, because in bfloat16 most
+        distances to a real codebook would be equal. Channels last is faster on CPU and GPU and
+        gives the same image codes.
         """
         self.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         for half in (self.encoder, self.decoder):

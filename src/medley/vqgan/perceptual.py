@@ -1,6 +1,6 @@
-"""LPIPS: how different two pictures look, by the features of a VGG16 (Zhang et al. 2018).
+"""LPIPS: a perceptual distance between images, from the features of VGG16 (Zhang et al. 2018).
 
-Its weights come as two files, which nothing here downloads: torchvision's VGG16
+The weights are in two files, which must be downloaded beforehand: torchvision's VGG16
 (`features.0.weight`, ...) and the linear heads of LPIPS v0.1 (`lin0.model.1.weight`, ...).
 """
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medley.errors import UserError
+from medley.utils.tensor_files import load_tensors
 
-# Convolutions of VGG16 by stage, each (place in torchvision's `features`, channels out).
+# Convolutions of VGG16 by stage, each (index in torchvision's `features`, output channels).
 _STAGES = (
     ((0, 64), (2, 64)),
     ((5, 128), (7, 128)),
@@ -22,12 +23,12 @@ _STAGES = (
     ((17, 512), (19, 512), (21, 512)),
     ((24, 512), (26, 512), (28, 512)),
 )
-# Mean and spread that LPIPS takes off pixels in [-1, 1].
+# Mean and standard deviation by which LPIPS normalizes pixels in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class PerceptualDistance(nn.Module):
-    """Pixels (B, 3, H, W) in [-1, 1], twice -> distance (B,)."""
+    """Two batches of pixels (B, 3, H, W) in [-1, 1] -> distances (B,)."""
 
     shift: Tensor
     scale: Tensor
@@ -38,8 +39,8 @@ class PerceptualDistance(nn.Module):
         self.heads = nn.ParameterList()
         width = 3
         for stage in _STAGES:
-            for place, out in stage:
-                self.features[str(place)] = nn.Conv2d(width, out, 3, padding=1)
+            for layer, out in stage:
+                self.features[str(layer)] = nn.Conv2d(width, out, 3, padding=1)
                 width = out
             self.heads.append(torch.zeros(width))
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
@@ -47,17 +48,15 @@ class PerceptualDistance(nn.Module):
 
     @classmethod
     def from_files(cls, vgg: Path, linear: Path) -> PerceptualDistance:
-        """Reads both files. Raises UserError naming what is missing in which."""
-        from medley.vqgan.files import load_tensors
-
+        """Reads both files. Raises UserError that names a missing tensor and its file."""
         distance = cls()
         backbone, heads = load_tensors(vgg), load_tensors(linear)
         with torch.no_grad():
-            for place, convolution in distance.features.items():
+            for layer, convolution in distance.features.items():
                 assert isinstance(convolution, nn.Conv2d)
                 assert convolution.bias is not None
                 for name, target in (("weight", convolution.weight), ("bias", convolution.bias)):
-                    _copy(target, backbone, f"features.{place}.{name}", vgg)
+                    _copy(target, backbone, f"features.{layer}.{name}", vgg)
             for index, head in enumerate(distance.heads):
                 _copy(head, heads, f"lin{index}.model.1.weight", linear)
         return distance.eval().requires_grad_(False)
@@ -68,17 +67,17 @@ class PerceptualDistance(nn.Module):
         for index, stage in enumerate(_STAGES):
             if index:
                 x, y = F.max_pool2d(x, 2), F.max_pool2d(y, 2)
-            for place, _ in stage:
-                convolution = self.features[str(place)]
+            for layer, _ in stage:
+                convolution = self.features[str(layer)]
                 x, y = F.relu(convolution(x)), F.relu(convolution(y))
-            difference = (_unit(x) - _unit(y)) ** 2
+            difference = (_normalize(x) - _normalize(y)) ** 2
             weighted = difference * self.heads[index].view(1, -1, 1, 1)
             total = total + weighted.sum(1).mean((1, 2))
         return total
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Features (B, K, H, W), of length 1 at every place."""
+def _normalize(x: Tensor) -> Tensor:
+    """Features (B, K, H, W), scaled to length 1 at every position."""
     return x / (x.norm(dim=1, keepdim=True) + 1e-10)
 
 
@@ -86,5 +85,7 @@ def _copy(target: Tensor, tensors: dict[str, Tensor], name: str, where: Path) ->
     found = tensors.get(name)
     if found is None or found.numel() != target.numel():
         shape = None if found is None else tuple(found.shape)
-        raise UserError(f"{where}: {name} has shape {shape}, expected {tuple(target.shape)}")
+        raise UserError(
+            f"{where}: {name} has the wrong shape (got {shape}, expected {tuple(target.shape)})."
+        )
     target.copy_(found.reshape(target.shape))

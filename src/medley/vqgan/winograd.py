@@ -1,9 +1,9 @@
-"""3 x 3 convolutions of channels-last float32 maps on CPU, with 2.25 times fewer products.
+"""3 x 3 convolutions of channels-last float32 feature maps on the CPU, by Winograd's algorithm.
 
-Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016, arXiv:1509.09308): tiles of 4 x 4 inputs give
-2 x 2 outputs, and the products become 16 matrix products. Measured against double precision it
-is more exact than the library's direct convolution; on one thread it is faster (docs/log.md),
-on several its small steps are not, so that one process for each core reads fastest.
+F(2 x 2, 3 x 3) (Lavin and Gray 2016, arXiv:1509.09308) computes 2 x 2 outputs from tiles of 4 x 4
+inputs by 16 matrix products and needs 2.25 times fewer multiplications. Compared with double
+precision it is more accurate than torch's direct convolution. On one thread it is faster
+(docs/log.md), on several threads it is not. One process for each core is therefore fastest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-TILES = 256  # tiles worked on at once: what belongs to them stays in the cache
+TILES = 256  # tiles in one block, so that its data fit in the cache
 
 _FILTER = torch.tensor(
     [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64
@@ -19,34 +19,34 @@ _FILTER = torch.tensor(
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3 x 3 convolution that keeps the size of a map; `freeze` makes it fast to read with."""
+    """A 3 x 3 convolution that keeps the size of the map. `freeze` makes inference fast."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
         self._transformed: Tensor | None = None
 
     def freeze(self) -> None:
-        """Transforms the weights, which must not change from here on. Called again, it renews."""
-        worth = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        self._transformed = _transform_filter(self.weight.detach()) if worth else None
+        """Transforms the weights. Call it again after the weights change."""
+        is_supported = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        self._transformed = _transform_filter(self.weight.detach()) if is_supported else None
 
     def thaw(self) -> None:
-        """Goes back to the library's own convolution."""
+        """Restores torch's own convolution."""
         self._transformed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._transformed is None or not _fits(x):
+        if self._transformed is None or not _is_supported(x):
             return super().forward(x)
         assert self.bias is not None
         maps = [_convolve(one, self._transformed, self.bias) for one in x.permute(0, 2, 3, 1)]
-        return torch.stack(maps).permute(0, 3, 1, 2) if len(maps) > 1 else _one(maps[0])
+        return torch.stack(maps).permute(0, 3, 1, 2) if len(maps) > 1 else _with_batch(maps[0])
 
 
-def _one(y: Tensor) -> Tensor:
+def _with_batch(y: Tensor) -> Tensor:
     return y[None].permute(0, 3, 1, 2)
 
 
-def _fits(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.shape[2] % 2 == 0
@@ -58,26 +58,26 @@ def _fits(x: Tensor) -> bool:
 
 
 def _transform_filter(weight: Tensor) -> Tensor:
-    """Weights (K, D, 3, 3) -> (16, D, K), rounded once."""
+    """Weights (K, D, 3, 3) -> (16, D, K), with one rounding."""
     k, d = weight.shape[:2]
     wide = torch.einsum("ai,kdij,bj->abdk", _FILTER, weight.double(), _FILTER)
     return wide.reshape(16, d, k).float().contiguous()
 
 
 def _convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-    """One map (H, W, D) -> (H, W, K), both sides even."""
+    """One map (H, W, D) -> (H, W, K). H and W must be even."""
     h, w, d = x.shape
     k = filters.shape[2]
     across = w // 2  # tiles in a row of tiles
     padded = x.new_zeros(h + 2, w + 2, d)
     padded[1:-1, 1:-1] = x
     y = x.new_empty(h, w, k)
-    most = max(1, TILES // across)
-    rows = x.new_empty(4, most, w + 2, d)
-    tiles = x.new_empty(16, most * across, d)
-    products = x.new_empty(16, most * across, k)
-    for start in range(0, h // 2, most):
-        n = min(most, h // 2 - start)
+    max_rows = max(1, TILES // across)  # rows of tiles in one block
+    rows = x.new_empty(4, max_rows, w + 2, d)
+    tiles = x.new_empty(16, max_rows * across, d)
+    products = x.new_empty(16, max_rows * across, k)
+    for start in range(0, h // 2, max_rows):
+        n = min(max_rows, h // 2 - start)
         part = padded[2 * start : 2 * (start + n) + 2]
         _transform_input(part, rows[:, :n], tiles[:, : n * across].view(4, 4, n, across, d))
         torch.bmm(tiles[:, : n * across], filters, out=products[:, : n * across])

@@ -1,305 +1,150 @@
-"""`medley evaluate medmax`: MedMax's suite, answered and scored.
+"""`medley evaluate medmax`: answers and scores MedMax's suite.
 
-Data are MedMax's evaluation lines (task_name, question_type, prompt, answer, image_path) as JSONL,
-Parquet or CSV. OUTPUT holds answers.jsonl (a run that was stopped goes on), pictures/,
-results/NAME.json and logs/NAME.json as MedMax has them, and NAME.json with its page.
+The data are MedMax's evaluation records (task_name, question_type, prompt, answer, image_path) as
+JSONL, Parquet or CSV. OUTPUT contains answers.jsonl (from which an interrupted run resumes),
+images/, MedMax's results/NAME.json and logs/NAME.json, and NAME.json with an HTML report.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
-from medley.commands.evaluate.medmax_options import MedmaxOptions, image_path
-from medley.data.document import ContentPart, Document, ImagePart, Turn
-from medley.data.vocabulary import IMAGE
-from medley.datasets.base import RecordError
-from medley.datasets.instructions.captions import context_of
-from medley.datasets.readers import records_of
-from medley.errors import PartialFailure, UserError
+from medley.commands.evaluate.medmax_options import MedmaxOptions
+from medley.errors import PartialFailure
 from medley.evaluation import medmax_suite as suite
-from medley.evaluation.cases import Example, ScoredExample
-from medley.evaluation.judge import (
-    DryRun,
-    JudgeStats,
-    ask_judge,
-    filled,
-    read_prompts,
+from medley.evaluation.judge import DryRun, JudgeStats, read_templates
+from medley.evaluation.judge_prompts import JudgePrompts
+from medley.evaluation.medmax_answers import ANSWERS_FILE, generate_answers, read_answers
+from medley.evaluation.medmax_metrics import (
+    score_image_similarity,
+    score_text_similarity,
+    score_with_judge,
 )
-from medley.evaluation.judge_prompts import JudgeItem, JudgePrompts
-from medley.evaluation.medmax_scores import (
-    JUDGED,
-    LIKENESS,
-    Prediction,
-    Scores,
-    merged,
+from medley.evaluation.medmax_scores import JUDGED, GeneratedAnswer, MedmaxScores, merge_results
+from medley.evaluation.medmax_suite import GENERATION, MIXED, MedmaxRecord
+from medley.evaluation.report import (
+    aggregate_scores,
+    format_scores,
+    kinds_table,
+    report_path,
+    write_report,
 )
-from medley.evaluation.medmax_suite import CAPTIONING, CHAT, GENERATION, MIXED, Row
-from medley.evaluation.report import kinds_table, measures_of, report_path, text_table, write_report
-from medley.evaluation.similarity import ImageSimilarity, SentenceSimilarity
-from medley.images.preprocess import ImageError, open_image
-from medley.inference.batch import check_same_options, generate_all, read_existing
-from medley.inference.model import Response
-from medley.utils.chat_client import Message
-from medley.utils.files import check_unicode, nan_to_null, read_json, write_json
-from medley.utils.jsonl import append_jsonl
+from medley.utils.files import nan_to_null, read_json, write_json
 from medley.utils.manifest import read_manifest, write_manifest
+from medley.utils.run_identity import check_same_run
 
 
 def medmax(options: MedmaxOptions) -> None:
-    rows = list(read_rows(options))
-    places = ("question", "gold", "answer")
-    told = read_prompts(options.judge_prompts, system=(), open=places, mixed=places)
-    rules = JudgePrompts.read(options.rule)
-    scores = Scores(rows, answered(options, rows), options.as_published)
+    image_folder = options.image_folder or options.eval_data.parent
+    groups = options.groups()
+    records = suite.read_records(options.eval_data, groups, options.limit, image_folder)
+    counts = Counter(record.group for record in records)
+    for group in (group for group in suite.GROUPS if group in groups):
+        print(f"{group}: {counts[group]} records")
+    placeholders = ("question", "gold", "answer")
+    templates = read_templates(
+        options.judge_prompts, system=(), open=placeholders, mixed=placeholders
+    )
+    chat_prompts = JudgePrompts.read(options.chat_judge_prompts)
+    scores = MedmaxScores(records, answer_records(options, records), options.as_published)
     try:
-        counts = judged(options, scores, told, rules)
+        stats = judge_answers(options, scores, templates, chat_prompts)
     except DryRun:
         return
-    compare_sentences(options, scores)
-    compare_pictures(options, scores)
-    write(options, scores, counts)
+    if options.sentence_model is not None:
+        score_text_similarity(scores, options.sentence_model)
+    if options.clip_model is not None:
+        score_image_similarity(scores, options.clip_model, options.batch_size)
+    elif unscored := len(scores.with_images()):
+        print(f"{unscored} captions and images have no score. They need --clip_model.")
+    write_results(options, scores, stats)
 
 
-def read_rows(options: MedmaxOptions) -> Iterator[Row]:
-    """The rows of the tasks that were asked for. Raises UserError with the place of a bad one."""
-    wanted, counts, n = options.wanted(), dict.fromkeys(suite.TASKS, 0), 0
-    for n, (place, _, record) in enumerate(records_of(options.eval_data), 1):
-        try:
-            if isinstance(record, RecordError):
-                raise record
-            row = suite.row_of(n - 1, record)
-            if row.group in ("closed", "mcq", "open") and (fault := suite.gold_fault(row)):
-                raise UserError(fault)
-            check_unicode(place, record)
-            if row.task == CHAT:
-                suite.chat_reference(row.answer)
-            if row.image is not None:
-                image_path(options, row)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        if row.group in wanted and counts[row.group] != options.limit:
-            counts[row.group] += 1
-            yield row
-    if not any(counts.values()):
-        raise UserError(
-            f"{options.eval_data}: none of its {n} lines is of {', '.join(sorted(wanted))}"
-        )
-    for task in suite.TASKS:
-        if task in wanted:
-            print(f"{task}: {counts[task] or 'no'} rows")
-
-
-# --- answers ----------------------------------------------------------------------------------
-
-
-def answered(options: MedmaxOptions, rows: Sequence[Row]) -> dict[int, Prediction]:
-    """Answers by the rows' numbers; those of an earlier run that was stopped are kept."""
-    file = options.output / "answers.jsonl"
+def answer_records(
+    options: MedmaxOptions, records: Sequence[MedmaxRecord]
+) -> dict[int, GeneratedAnswer]:
+    """The answers by record number, resumed from an interrupted run."""
+    file = options.output / ANSWERS_FILE
     if file.exists():
-        before = read_manifest(options.output).get("options", {})
-        check_same_options(before, options.identity(), options.output)
+        recorded = read_manifest(options.output).get("options", {})
+        check_same_run(recorded, options.identity(), options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     write_manifest(options.output, options.identity(), [options.eval_data], None)
-    found = dict(_kept_of(options.output, row) for row in read_existing(file, "row"))
-    left = [row for row in rows if row.number not in found]
-    if len(left) < len(rows):
-        print(f"{file}: {len(rows) - len(left)} answers are there already")
-    if not left:
-        return found
-    drawing = any(row.task in (GENERATION, MIXED) for row in left)
-    # Where nothing is drawn no VQGAN decoder is needed.
-    loaded = options if drawing else replace(options, mode="text")
-    model = loaded.load(min(options.rows_at_once, len(left)))
-    by_number = {row.number: row for row in left}
-    asked = (
-        (row.number, Document((Turn("user", tuple(prompt_of(options, row))),)),
-         options.generation_of(row, model))
-        for row in left
+    answers = read_answers(options.output)
+    remaining = [record for record in records if record.number not in answers]
+    if len(remaining) < len(records):
+        print(f"{file}: resuming after {len(records) - len(remaining)} answers")
+    if not remaining:
+        return answers
+    # Text tasks alone need no VQGAN decoder.
+    generates_images = any(record.task in (GENERATION, MIXED) for record in remaining)
+    model_options = options if generates_images else replace(options, mode="text")
+    model = model_options.load(min(options.max_num_seqs, len(remaining)))
+    completed = generate_answers(
+        model, remaining, options.output, options.prompt_processor,
+        lambda record: options.generation_of(record, model), options.max_num_seqs,
     )  # fmt: skip
-    complete = options.prompt_processor != "sft"
-    stream = generate_all(model, asked, complete, options.rows_at_once)
-    for number, answer in tqdm(stream, desc="answering", unit=" answers", total=len(left)):
-        found[number] = _kept(options.output, by_number[number], answer)
-        if not found[number].error:
-            names = [Path(path).name for path in found[number].pictures]
-            row = {"row": number, "task": by_number[number].name, "text": found[number].text,
-                   "pictures": names}  # fmt: skip
-            append_jsonl(file, row)
-    return found
+    answers |= dict(tqdm(completed, desc="answering", unit=" answers", total=len(remaining)))
+    return answers
 
 
-def _kept_of(folder: Path, row: dict[str, Any]) -> tuple[int, Prediction]:
-    """A line of answers.jsonl. Raises UserError for one that is something else."""
-    try:
-        pictures = tuple(str(folder / "pictures" / name) for name in row["pictures"])
-        return int(row["row"]), Prediction(str(row["text"]), pictures)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'answers.jsonl'}: not an answer ({error})") from error
-
-
-def prompt_of(options: MedmaxOptions, row: Row) -> list[ContentPart]:
-    shown = None
-    if row.image is not None and row.task not in (GENERATION, MIXED):
-        shown = ImagePart(path=image_path(options, row))
-    return suite.prompt_for(options.prompt_processor, row, shown)
-
-
-def _kept(folder: Path, row: Row, answer: Response | str) -> Prediction:
-    if isinstance(answer, str):
-        return Prediction("", error=answer)
-    names = []
-    (folder / "pictures").mkdir(exist_ok=True)
-    for place, image in enumerate(answer.images):
-        path = folder / "pictures" / f"{row.number:06d}_{place}.png"
-        image.save(path)
-        names.append(str(path))
-    texts = [part.strip() for part in answer.parts if isinstance(part, str)]
-    return Prediction(" ".join(text for text in texts if text), tuple(names))
-
-
-# --- judges and models of likeness --------------------------------------------------------------
-
-
-def judged(
-    options: MedmaxOptions, scores: Scores, told: dict[str, str], rules: JudgePrompts
+def judge_answers(
+    options: MedmaxOptions,
+    scores: MedmaxScores,
+    templates: dict[str, str],
+    chat_prompts: JudgePrompts,
 ) -> JudgeStats | None:
-    """Asks a judge about all that words alone do not settle; None without one.
+    """Has the judge score open, mixed and chat answers; None without a judge."""
+    if options.endpoint is not None:
+        cache = options.output / "replies.jsonl"
+        return score_with_judge(options, scores, templates, chat_prompts, cache)
+    unscored = len(scores.answered(*JUDGED))
+    if unscored and options.sentence_model is None:
+        print(
+            f"{unscored} open, mixed and chat answers have no score. They need a judge "
+            "(--endpoint and --judge) or a --sentence_model."
+        )
+    return None
 
-    Raises DryRun where only its estimate was asked for.
+
+def write_results(options: MedmaxOptions, scores: MedmaxScores, stats: JudgeStats | None) -> None:
+    """Writes MedMax's result and log files and the report.
+
+    Raises PartialFailure if an answer or a judge's reply is missing.
     """
-    rows = scores.answered(*JUDGED)
-    if not rows or options.endpoint is None:
-        if rows and options.sentence_model is None:
-            print(
-                f"{len(rows)} open, mixed and chat answers have no score: they need a judge "
-                "(--endpoint, --judge) or a --sentence_model"
-            )
-        return None
-    asked = {row.number: messages(scores, row, told, rules) for row in rows}
-    kept = options.output / "replies.jsonl"
-    replies = ask_judge(options, asked, kept, scores.readable)
-    read = {number: scores.take_reply(number, reply) for number, reply in replies.items()}
-    return JudgeStats.of(replies, read)
-
-
-def messages(scores: Scores, row: Row, told: dict[str, str], rules: JudgePrompts) -> list[Message]:
-    given = scores.given[row.number].text
-    if row.task == CHAT:
-        known = suite.chat_reference(row.answer)
-        question = row.prompt.replace(IMAGE, "").strip()
-        context = context_of(known, True)
-        return rules.messages(
-            JudgeItem(row.number, row.kind, question, known["gpt4_answer"], given, context)
-        )
-    text = filled(
-        told["mixed" if row.task == MIXED else "open"],
-        {"question": row.prompt, "gold": str(row.answer), "answer": given},
-    )
-    return [{"role": "system", "content": told["system"]}, {"role": "user", "content": text}]
-
-
-def compare_sentences(options: MedmaxOptions, scores: Scores) -> None:
-    folder, rows = options.sentence_model, scores.answered(*JUDGED)
-    if folder is None or not rows:
-        return
-    given = [scores.given[row.number].text for row in rows]
-    found = SentenceSimilarity(folder).between(given, [suite.gold_text(row) for row in rows])
-    name = f"similarity of words ({folder.name}; no judge's score)"
-    for row, value in zip(rows, found, strict=True):
-        scores.by_row[row.number][name] = value
-
-
-def compare_pictures(options: MedmaxOptions, scores: Scores) -> None:
-    """Captions with their pictures, drawn pictures with their words, and in mixed answers with the
-    picture that is the right answer."""
-    rows = scores.with_pictures()
-    if options.similarity_model is None or not rows:
-        if rows:
-            print(f"{len(rows)} captions and pictures have no score: they need a "
-                  "--similarity_model")  # fmt: skip
-        return
-    model = ImageSimilarity(options.similarity_model)
-    for start in range(0, len(rows), options.batch_size):
-        images: dict[int, list[Image.Image]] = {}
-        for row in rows[start : start + options.batch_size]:
-            try:
-                images[row.number] = [open_image(path) for path in _compared(options, scores, row)]
-            except (ImageError, OSError) as error:
-                scores.notes[row.number] = f"a picture cannot be compared: {error}"
-        for kind in (CAPTIONING, GENERATION, MIXED):
-            own = [r for r in rows[start:] if r.number in images and r.task == kind]
-            if not own:
-                continue
-            first = [images[row.number][0] for row in own]
-            if kind == MIXED:
-                found = model.between(first, [images[row.number][1] for row in own])
-            else:
-                told = [
-                    scores.given[r.number].text if kind == CAPTIONING else r.prompt for r in own
-                ]
-                found = model.with_texts(first, told)
-            for row, value in zip(own, found, strict=True):
-                scores.by_row[row.number][f"{LIKENESS} ({model.name})"] = value
-
-
-def _compared(options: MedmaxOptions, scores: Scores, row: Row) -> list[str]:
-    """The pictures that a row's score is about."""
-    if row.task == CAPTIONING:
-        return [image_path(options, row)]
-    drawn = str(scores.given[row.number].drawn)
-    return [drawn, image_path(options, row)] if row.task == MIXED else [drawn]
-
-
-# --- results ----------------------------------------------------------------------------------
-
-
-def write(options: MedmaxOptions, scores: Scores, counts: JudgeStats | None) -> None:
-    """MedMax's result file, its log and the page. Raises DataLost where an answer is missing."""
-    output = options.output
-    results, logs = scores.results(), scores.logs()
-    for folder, found in (("results", results), ("logs", logs)):
-        path = output / folder / f"{options.name}.json"
+    results = nan_to_null(scores.results())
+    for folder, content in (("results", results), ("logs", nan_to_null(scores.logs()))):
+        path = options.output / folder / f"{options.name}.json"
         before = read_json(path) if path.exists() else {}
-        write_json(path, merged(before, nan_to_null(found)))
-    cases = [case_of(options, scores, row) for row in scores.rows]
-    measures = measures_of(cases, options.seed)
-    values: dict[str, Any] = {
-        "evaluation": "medmax", "results": nan_to_null(results), "scores": measures,
-    }  # fmt: skip
-    notes = [f"{options.ckpt}: {len(cases)} rows of {options.eval_data}."]
-    if counts is not None:
-        values["judge"] = {"model": options.judge, **counts.values()}
-        notes.append(counts.line())
-    failed = [given.error for given in scores.given.values() if given.error]
-    if failed:
-        notes.append(f"{len(failed)} rows were not answered: {failed[0]}")
-    page = output / f"{options.name}.json"
-    tables = [kinds_table("By task", cases, options.seed)]
-    write_report(page, f"MedMax's suite, {options.name}", values, tables, cases, notes)
-    print(text_table(measures))
-    for name, value in nan_to_null(results).items():
-        print(f"{name}: {json.dumps(value)}")
+        write_json(path, merge_results(before, content))
+    scored = scores.to_examples()
+    metrics = aggregate_scores(scored, options.seed)
+    values: dict[str, Any] = {"evaluation": "medmax", "results": results, "scores": metrics}
+    notes = [f"{options.ckpt}: {len(scored)} records of {options.eval_data}."]
+    if stats is not None:
+        values["judge"] = {"model": options.judge, **stats.to_json()}
+        notes.append(f"{stats.summary()}.")
+    failures = [answer.error for answer in scores.answers.values() if answer.error]
+    if failures:
+        notes.append(f"{len(failures)} records have no answer; the first error: {failures[0]}")
+    output = options.output / f"{options.name}.json"
+    tables = [kinds_table("By task", scored, options.seed)]
+    write_report(output, f"MedMax's suite, {options.name}", values, tables, scored, notes)
+    print(format_scores(metrics))
+    for name, result in results.items():
+        print(f"{name}: {json.dumps(result)}")
     print("\n".join(notes[1:]))
-    print(f"{output}: answers, results/ and logs/; {report_path(page)} shows some")
-    if failed:
+    print(f"Answers, results and logs: {options.output}. HTML report: {report_path(output)}.")
+    if failures:
         raise PartialFailure(
-            f"{len(failed)} of {len(cases)} rows were not answered, the first: {failed[0]}"
+            f"{len(failures)} of {len(scored)} records have no answer; the first error: "
+            f"{failures[0]}"
         )
-    if counts is not None:
-        counts.check()
-
-
-def case_of(options: MedmaxOptions, scores: Scores, row: Row) -> ScoredExample:
-    given = scores.given[row.number]
-    image = image_path(options, row) if row.image is not None else None
-    kind = row.name if row.group == row.kind else f"{row.task}: {row.kind}"
-    shown = image if row.task not in (GENERATION, MIXED) else None  # there it is the right answer
-    case = Example(row.number, row.prompt, suite.gold_text(row), given.text, kind, shown)
-    return ScoredExample(case, scores.by_row[row.number], scores.notes[row.number], given.drawn)
+    if stats is not None:
+        stats.check()

@@ -1,4 +1,4 @@
-"""`medley evaluate report A B`: two runs of an evaluation, compared question by question."""
+"""`medley evaluate report A B`: compares two runs of an evaluation question by question."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 
 from medley.commands.model_options import check_output, check_seed
 from medley.errors import UserError
-from medley.evaluation.cases import ScoredExample, read_scored
-from medley.evaluation.comparison import by_key, compare_runs, comparison_table, p_text
-from medley.evaluation.report import examples_path, report_path, write_report
+from medley.evaluation.comparison import (
+    changed_examples,
+    compare_runs,
+    comparison_table,
+    format_comparison,
+)
+from medley.evaluation.examples import read_scored
+from medley.evaluation.report import find_examples, report_path, write_report
 from medley.utils.cli_options import resolved
 from medley.utils.manifest import write_manifest
 
@@ -20,7 +25,7 @@ class ReportOptions:
 
     Args:
         runs: the JSON files of two evaluations, A and B
-        output: JSON file of the differences, a page beside it
+        output: JSON file of the differences; an HTML report is written beside it
         seed: seed of the bootstrap
     """
 
@@ -30,45 +35,31 @@ class ReportOptions:
 
     def __post_init__(self) -> None:
         if len(self.runs) != 2:
-            raise UserError(f"{len(self.runs)} runs, expected two: medley evaluate report A B")
+            raise UserError(
+                f"Wrong number of runs (got {len(self.runs)}, expected 2): "
+                "medley evaluate report A B"
+            )
         check_output(self.output, *self.runs)
         check_seed(self.seed)
 
 
 def report(options: ReportOptions) -> None:
-    a, b = (read_scored(examples_path(run)) for run in options.runs)
-    found = compare_runs(a, b, options.seed)
-    names = ("A", "B")
+    a, b = (read_scored(find_examples(run)) for run in options.runs)
+    comparison = compare_runs(a, b, options.seed)
     values = {
         "evaluation": "report", "a": str(options.runs[0]), "b": str(options.runs[1]),
-        "differences": found,
+        "differences": comparison,
     }  # fmt: skip
     notes = [f"A: {options.runs[0]}. B: {options.runs[1]}."]
-    left = max(own["left out"] for own in found.values())
-    if left:
-        notes.append(f"{left} questions stand in one of them only: they are left out.")
-    changed = changes(a, b)
-    table = comparison_table("B against A", found, names)
-    write_report(options.output, "Two runs compared", values, [table], changed, notes)
+    if left_out := max(own["left out"] for own in comparison.values()):
+        notes.append(f"{left_out} questions are in only one of the runs and are left out.")
+    changed = changed_examples(a, b)
+    table = comparison_table("B compared with A", comparison, ("A", "B"))
+    write_report(options.output, "Comparison of two runs", values, [table], changed, notes)
     write_manifest(options.output, resolved(options), options.runs, None)
-    print(f"{'':32}         A         B   difference              p")
-    for name, own in found.items():
-        value = own["difference"]
-        between = f"{value['percent']:+.1f} ({value['low']:+.1f} to {value['high']:+.1f})"
-        print(f"{name:32} {own['a']:9.1f} {own['b']:9.1f}   {between:22} {p_text(own['p'])}")
+    print(format_comparison(comparison))
     print("\n".join(notes[1:]))
-    page = report_path(options.output)
-    print(f"{options.output}: {len(changed)} answers became right or wrong; {page} shows some")
-
-
-def changes(a: list[ScoredExample], b: list[ScoredExample]) -> list[ScoredExample]:
-    """B's answers that are right where A's are wrong, or the other way."""
-    before = by_key(a)
-    found = []
-    for key, one in by_key(b).items():
-        other = before.get(key)
-        if other is None or one.is_right is None or other.is_right in (None, one.is_right):
-            continue
-        note = f"A answered: {other.case.answer or '(nothing)'}"
-        found.append(ScoredExample(one.case, one.scores, note, one.drawn))
-    return found
+    print(
+        f"{len(changed)} answers changed between correct and wrong. Differences: {options.output}. "
+        f"HTML report: {report_path(options.output)}."
+    )

@@ -1,34 +1,20 @@
-"""`medley evaluate science-qa` and `science-qa-judge`: answers to ScienceQA's problems."""
+"""`medley evaluate science-qa` and `science-qa-judge`: scores answers to ScienceQA's problems."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from medley.commands.model_options import check_output, check_seed
-from medley.datasets.base import RecordError
-from medley.datasets.science_qa import PROBLEMS, SPLITS, texts
-from medley.errors import UserError
-from medley.evaluation import science_qa
-from medley.evaluation.cases import ScoredExample
-from medley.evaluation.confidence import share_interval
-from medley.evaluation.judge import (
-    PROMPTS,
-    DryRun,
-    JudgeOptions,
-    JudgeStats,
-    ask_judge,
-    filled,
-    note_of,
-    read_prompts,
-)
-from medley.evaluation.predictions import by_identifier, missing_ids
-from medley.evaluation.report import confusion_table, measures_table, report_path, write_report
-from medley.utils.chat_client import Message
-from medley.utils.cli_options import resolved
-from medley.utils.files import atomic_file, read_json, write_json
+from medley.evaluation import science_qa, science_qa_judge
+from medley.evaluation.judge import PROMPTS, DryRun, JudgeOptions, ask_judge, read_templates
+from medley.evaluation.predictions import missing_ids, read_unique_answers
+from medley.evaluation.report import format_interval, report_path, write_report
+from medley.evaluation.science_qa import ScienceQaScores
+from medley.utils.cli_options import Alias, resolved
+from medley.utils.files import write_json
+from medley.utils.jsonl import write_jsonl
 from medley.utils.manifest import write_manifest
 
 
@@ -38,14 +24,15 @@ class ScienceQaOptions:
 
     Args:
         base_dir: folder of problems.json and pid_splits.json
-        pred: the answer file, JSONL of question_id and text
-        output: JSON file of the right and the wrong rows, cases and a page beside it
+        pred: answer file, JSONL with question_id and text
+        output: JSON file of the correct and incorrect rows; examples and an HTML report are written
+            beside it
         output_result: JSON file of accuracy, results and outputs
-        split: the split that was answered
-        compat: llava or llava_med for the published ways to find the letter; LLaVA-Med's leaves
-            out problems without an answer, and draws a letter where it finds none
-        image_folder: where the problems' pictures are, for the page
-        seed: seed of the letters that llava_med draws
+        split: split of the answered problems
+        compat: llava or llava_med reproduces the published parser of letters; llava_med also leaves
+            out problems without an answer, and samples a letter if an answer has none
+        image_folder: folder of the problems' images, for the HTML report
+        seed: seed of the letters that llava_med samples
     """
 
     base_dir: Path
@@ -61,85 +48,55 @@ class ScienceQaOptions:
 def score_science_qa(options: ScienceQaOptions) -> None:
     check_output(options.output, options.pred, options.output_result)
     check_seed(options.seed)
-    problems, wanted = problems_of(options.base_dir, options.split)
-    answers = by_identifier(options.pred)
-    scores = science_qa.score(problems, wanted, answers, options.compat, options.seed)
-    write_scores(options, options.output, options.output_result, problems, scores)
+    problems, wanted = science_qa.read_problems(options.base_dir, options.split)
+    answers = read_unique_answers(options.pred)
+    scores = science_qa.score_answers(problems, wanted, answers, options.compat, options.seed)
+    write_scores(options, problems, scores)
     write_manifest(options.output, resolved(options), [options.pred], None)
-    left = "left out" if options.compat == "llava_med" else "counted as wrong"
+    treatment = "left out" if options.compat == "llava_med" else "counted as wrong"
     missing = len(missing_ids(wanted, answers))
-    print(f"{missing} problems have no answer ({left}), {scores.unread} answers name no letter")
-    strangers = len(answers.keys() - set(wanted))
-    if strangers:
-        print(f"{strangers} answers are to no problem of --split {options.split}: not scored")
-
-
-def problems_of(folder: Path, split: str) -> tuple[dict[str, Any], list[str]]:
-    """All problems, and the names of those of a split."""
-    problems, splits = read_json(folder / PROBLEMS), read_json(folder / SPLITS)
-    if not isinstance(problems, dict) or not isinstance(splits, dict):
-        raise UserError(f"{folder}: {PROBLEMS} or {SPLITS} is no object")
-    if not isinstance(splits.get(split), list):
-        raise UserError(f"--split {split}: there is {', '.join(splits)}")
-    wanted = [str(identifier) for identifier in splits[split]]
-    if unknown := missing_ids(wanted, problems):
-        raise UserError(f"{folder / PROBLEMS}: no problem {unknown[0]}")
-    for name in wanted:
-        science_qa.check_problem(f"{folder / PROBLEMS}: problem {name}", problems[name])
-    return problems, wanted
+    print(f"{missing} problems have no answer ({treatment}), {scores.unparsed} answers no letter")
+    if unknown := len(answers.keys() - set(wanted)):
+        print(f"{unknown} answers belong to no problem of --split {options.split}: not scored")
 
 
 def write_scores(
     options: ScienceQaOptions | AdjudicateOptions,
-    output: Path,
-    output_result: Path | None,
     problems: dict[str, Any],
-    scores: science_qa.Scores,
+    scores: ScienceQaScores,
     notes: tuple[str, ...] = (),
-    told: dict[str, str] | None = None,
+    problem_notes: dict[str, str] | None = None,
 ) -> None:
-    """LLaVA's two files, the page, and the line that LLaVA prints. `told` are notes by problem."""
-    result = scores.result
-    if output_result is not None:
-        write_json(output_result, result)
-    n, right = result["count"], result["correct"]
-    cases = scores.cases(problems, options.image_folder)
-    cases = [ScoredExample(one.case, one.scores, (told or {}).get(one.case.identifier, ""))
-             for one in cases]  # fmt: skip
-    tables = []
-    if n:
-        measures = {"accuracy": share_interval(right, n).percent()}
-        pictured = [row for row in scores.rows if row["is_multimodal"]]
-        own = sum(row["is_multimodal"] for row in scores.correct)
-        if pictured:
-            measures["accuracy with a picture"] = share_interval(own, len(pictured)).percent()
-        chance = sum(1 / len(problems[row["question_id"]]["choices"]) for row in scores.rows) / n
-        said = f"Drawn letters would give {100 * chance:.1f} percent."
-        tables = [measures_table("All problems", measures, text=said)]
-        tables.append(confusion_table(scores.confusion()))
+    """Writes LLaVA's two files and the report, and prints LLaVA's summary."""
+    if options.output_result is not None:
+        write_json(options.output_result, scores.result)
+    examples = scores.to_examples(problems, options.image_folder, problem_notes)
     values = {"correct": scores.correct, "incorrect": scores.incorrect}
-    write_report(output, f"ScienceQA, {options.split}", values, tables, cases, notes)
-    print(scores.line())
-    if n:
-        bounds = share_interval(right, n).percent()
-        print(f"95 % interval {bounds['low']:.1f} to {bounds['high']:.1f}; {report_path(output)}")
+    title, tables = f"ScienceQA, {options.split}", scores.tables(problems)
+    write_report(options.output, title, values, tables, examples, notes)
+    print(scores.summary())
+    if scores.result["count"]:
+        interval = format_interval(scores.accuracy())
+        print(f"95% interval: {interval}. HTML report: {report_path(options.output)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdjudicateOptions(JudgeOptions):
-    """Has a judge settle two answer files to ScienceQA where they differ.
+    """Has a judge decide between two ScienceQA answer files where they differ.
 
     Args:
         base_dir: folder of problems.json and pid_splits.json
-        pred: the answer file, JSONL of question_id and text
-        other: the answers of another model: such a file, or a result file with outputs
-        output: JSON file of the right and the wrong rows, cases and a page beside it
+        pred: answer file, JSONL with question_id and text
+        other: answers of another model; an answer file, or a result file with outputs
+        output: JSON file of the correct and incorrect rows; examples and an HTML report are written
+            beside it
         output_result: JSON file of accuracy, results and outputs
-        split: the split that was answered
-        image_folder: where the problems' pictures are, for the page
-        prompts: YAML file of system and question
+        split: split of the answered problems
+        image_folder: folder of the problems' images, for the HTML report
+        judge_prompts: YAML file with the templates system and question
     """
 
+    aliases: ClassVar = {"prompts": Alias("judge_prompts")}
     base_dir: Path
     pred: Path
     other: Path
@@ -147,88 +104,51 @@ class AdjudicateOptions(JudgeOptions):
     output_result: Path | None = None
     split: str = "test"
     image_folder: Path | None = None
-    prompts: Path = PROMPTS / "science_qa.yaml"
+    judge_prompts: Path = PROMPTS / "science_qa.yaml"
 
     def __post_init__(self) -> None:
         self.check_judge()
-        self.asked_of()
+        self.judge_client()
         check_output(self.output, self.pred, self.other, self.output_result)
 
 
 def adjudicate(options: AdjudicateOptions) -> None:
-    """The letter of both where they agree; else the judge's, and where its reply names none the
-    first file's."""
-    problems, wanted = problems_of(options.base_dir, options.split)
-    first, second = by_identifier(options.pred), _outputs(options.other)
+    """Scores the common letter where both agree, else the judge's letter.
+
+    Where the judge's reply has no letter, the first file's answer counts.
+    """
+    problems, wanted = science_qa.read_problems(options.base_dir, options.split)
+    first = read_unique_answers(options.pred)
+    second = science_qa_judge.read_outputs(options.other)
     for path, answers in ((options.pred, first), (options.other, second)):
-        if absent := missing_ids(wanted, answers):
-            raise UserError(
-                f"{path}: {len(absent)} problems have no answer, the first is {absent[0]}"
-            )
-    places = ("question", "first", "second")
-    told = read_prompts(options.prompts, system=(), question=places)
-    letters = {
-        name: [science_qa.parsed_letter(str(side[name]["text"])) for side in (first, second)]
-        for name in wanted
-    }
-    # Two answers that name no letter agree on nothing.
-    differ = [
-        n for n in wanted if letters[n][0] != letters[n][1] or science_qa.FAILED in letters[n]
-    ]
-
-    def messages(name: str) -> list[Message]:
-        try:
-            question, _ = texts(problems[name], "QCM-A", False)
-        except (KeyError, TypeError, RecordError) as error:
-            raise UserError(f"{options.base_dir / PROBLEMS}: problem {name} ({error})") from error
-        both = {"first": str(first[name]["text"]), "second": str(second[name]["text"])}
-        said = filled(told["question"], {"question": question, **both})
-        return [{"role": "system", "content": told["system"]}, {"role": "user", "content": said}]
-
-    def readable(_: str, reply: str) -> bool:
-        return science_qa.last_letter(reply) != science_qa.FAILED
-
-    kept = options.output.with_name(f"{options.output.name}.replies.jsonl")
+        science_qa_judge.check_complete(path, answers, wanted)
+    placeholders = ("question", "first", "second")
+    templates = read_templates(options.judge_prompts, system=(), question=placeholders)
+    differing = science_qa_judge.disagreements(wanted, first, second)
+    requests = {
+        name: science_qa_judge.judge_messages(
+            options.base_dir, name, problems[name],
+            (str(first[name]["text"]), str(second[name]["text"])), templates,
+        )
+        for name in differing
+    }  # fmt: skip
+    cache = options.output.with_name(f"{options.output.name}.replies.jsonl")
     try:
-        replies = ask_judge(options, {n: messages(n) for n in differ}, kept, readable)
+        replies = ask_judge(options, requests, cache, science_qa_judge.has_letter)
     except DryRun:
         return
-    read = {
-        name: isinstance(reply, str) and readable(name, reply) for name, reply in replies.items()
-    }
-    notes = {n: note_of(reply, read[n]) or "the judge decided" for n, reply in replies.items()}
-    for name in [name for name in differ if read[name]]:
-        first[name] = {**first[name], "text": science_qa.last_letter(str(replies[name]))}
-    scores = science_qa.score(problems, wanted, first)
-    counts = JudgeStats.of(replies, read)
-    alone = science_qa.score(problems, wanted, by_identifier(options.pred))
-    other = science_qa.score(problems, wanted, second)
-    said = (
-        f"{len(differ)} of {len(wanted)} problems were answered differently. {counts.line()}.",
-        f"Before: {alone.result['acc']:.2f} and {other.result['acc']:.2f} percent.",
+    decision = science_qa_judge.Adjudication.from_replies(first, replies)
+    before = [science_qa.score_answers(problems, wanted, own) for own in (first, second)]
+    notes = (
+        f"The answers to {len(differing)} of {len(wanted)} problems differ. "
+        f"{decision.stats.summary()}.",
+        f"Accuracy before: {before[0].result['acc']:.2f} and {before[1].result['acc']:.2f} "
+        "percent.",
     )
-    _write_answers(options.output, wanted, first)
-    write_scores(options, options.output, options.output_result, problems, scores, said, notes)
+    answers_file = options.output.with_name(f"{options.output.name}.answers.jsonl")
+    write_jsonl(answers_file, (decision.answers[name] for name in wanted))
+    scores = science_qa.score_answers(problems, wanted, decision.answers)
+    write_scores(options, problems, scores, notes, decision.notes)
     write_manifest(options.output, resolved(options), [options.pred, options.other], None)
-    print("\n".join(said))
-    counts.check()
-
-
-def _outputs(path: Path) -> dict[str, Any]:
-    """Answers of an answer file, or of a result file (`outputs`)."""
-    if path.suffix == ".json":
-        found = read_json(path)
-        outputs = found.get("outputs") if isinstance(found, dict) else None
-        if not isinstance(outputs, dict):
-            raise UserError(f"{path}: no result file, it has no outputs by problem")
-        if odd := [name for name, text in outputs.items() if not isinstance(text, str)]:
-            raise UserError(f"{path}: the output of problem {odd[0]} is no text")
-        return {name: {"question_id": name, "text": text} for name, text in outputs.items()}
-    return by_identifier(path)
-
-
-def _write_answers(output: Path, wanted: list[str], answers: dict[str, Any]) -> None:
-    """The settled answers, as an answer file."""
-    with atomic_file(output.with_name(f"{output.name}.answers.jsonl")) as temporary:
-        rows = (json.dumps(answers[name], ensure_ascii=False) + "\n" for name in wanted)
-        temporary.write_text("".join(rows), encoding="utf-8")
+    print("\n".join(notes))
+    decision.stats.check()

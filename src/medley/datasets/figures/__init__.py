@@ -1,1 +1,1 @@
-"""Figures of published articles: fetched, checked, taken out of their archives."""
+"""Figures of published articles: downloaded, verified, extracted from their archives."""

@@ -1,5 +1,4 @@
-"""Files from web addresses: gone on with where they broke off, and never taken for whole when they
-are not."""
+"""Resumable downloads over http and https; a file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,161 +15,171 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.images.remote import HttpOnlyRedirects, is_address
+from medley.images.remote import HttpOnlyRedirects, is_http_url
 from medley.utils.files import escape_name
 
-_PIECE = 1 << 16
-_FINAL = (400, 401, 403, 404, 405, 410, 451)  # no second try will be answered otherwise
+_CHUNK = 1 << 16  # bytes
+_PERMANENT_ERRORS = (400, 401, 403, 404, 405, 410, 451)  # statuses that a retry does not change
 
 
 class FetchError(UserError):
-    """A file that cannot be had; the message says why."""
+    """A download failed for good; the message contains the reason."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, how long and how much. Seconds, bytes; `stopped` is asked at each piece."""
+    """Limits of a download.
 
-    tries: int = 5
-    pause: float = 1.0  # before the second try, doubled before each further one
-    timeout: float = 60.0  # without a byte
-    largest: int = 8 << 30
-    slowest: float = 2000.0  # bytes a second, once `timeout` has passed
-    stopped: Callable[[], bool] = lambda: False
+    Attributes:
+        max_retries: retries after a failed attempt
+        pause: seconds before the first retry, doubled before each further one
+        timeout: seconds without a byte after which an attempt fails
+        max_bytes: maximum size of a file
+        min_rate: minimum bytes per second, checked once `timeout` seconds have passed
+        cancelled: polled after each chunk; True ends the download with FetchError
+    """
+
+    max_retries: int = 4
+    pause: float = 1.0
+    timeout: float = 60.0
+    max_bytes: int = 8 << 30
+    min_rate: float = 2000.0
+    cancelled: Callable[[], bool] = lambda: False
 
 
 def download(
-    address: str,
+    url: str,
     path: Path,
-    patience: RetryPolicy,
+    policy: RetryPolicy,
     size: int | None = None,
     sha256: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Fetches an http or https address to `path`, which appears whole or not at all.
+    """Downloads a file to `path`, which appears only when it is complete and verified.
 
-    What came stays in `.NAME.part`, and the next try, or the next run, asks for the rest. Raises
-    FetchError after the last try, or at once where the server says that there is no such file.
+    Received bytes stay in `.NAME.part`; the next attempt, or the next run, requests the rest.
+    Raises FetchError after the last attempt, or at once if the server reports a permanent error.
     """
-    if not is_address(address):
-        raise FetchError(f"{escape_name(address)}: not an http or https address")
+    if not is_http_url(url):
+        raise FetchError(f"{escape_name(url)}: Not an http or https URL.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     reason = ""
-    for number in range(patience.tries):
-        if number:
-            sleep(patience.pause * 2 ** (number - 1))
+    for attempt in range(policy.max_retries + 1):
+        if attempt:
+            sleep(policy.pause * 2 ** (attempt - 1))
         try:
-            _fetch(address, part, patience)
-            _check(part, size, sha256)
+            _fetch(url, part, policy)
+            _verify(part, size, sha256)
         except FetchError as error:
-            raise FetchError(f"{address}: {error}") from error
-        except _Wrong as error:  # what is there is no beginning of the file
-            _forget(part)
+            raise FetchError(f"{url}: {error}") from error
+        except _Mismatch as error:  # The received bytes are not the beginning of the file.
+            _remove(part)
             reason = str(error)
         except UnicodeEncodeError as error:
-            raise FetchError(f"{escape_name(address)}: an address has no such letters") from error
+            raise FetchError(f"{escape_name(url)}: Invalid characters in the URL.") from error
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         else:
             part.replace(path)
-            _forget(part)
+            _remove(part)
             return
-    raise FetchError(f"{address}: {reason} ({patience.tries} tries)")
+    raise FetchError(f"{url}: {reason} ({policy.max_retries + 1} attempts)")
 
 
-class _Wrong(Exception):
-    """The bytes that came are not those of the file."""
+class _Mismatch(Exception):
+    """The received bytes do not belong to the requested file."""
 
 
-def _fetch(address: str, part: Path, patience: RetryPolicy) -> None:
-    """Appends to what is there already, where the server still has that very file."""
-    have = part.stat().st_size if part.exists() else 0
-    known = _known(part)
+def _fetch(url: str, part: Path, policy: RetryPolicy) -> None:
+    """Appends to the bytes received so far if the server still has the same version."""
+    received = part.stat().st_size if part.exists() else 0
+    source = _read_source(part)
     headers = {"User-Agent": "medley", "Accept-Encoding": "identity"}
-    if have and known.get("address") == address and known.get("version"):
-        headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
-    elif have:
-        _forget(part)
-        have = 0
+    if received and source.get("address") == url and source.get("version"):
+        headers |= {"Range": f"bytes={received}-", "If-Range": source["version"]}
+    elif received:
+        _remove(part)
+        received = 0
     opener = urllib.request.build_opener(HttpOnlyRedirects)
-    quoted = urllib.parse.quote(address, safe="%/:=&?~#+!$,;'@()*[]")
+    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
     request = urllib.request.Request(quoted, headers=headers)
     try:
-        answer = opener.open(request, timeout=patience.timeout)
+        response = opener.open(request, timeout=policy.timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416:
-            raise _Wrong("it is shorter than what came of it") from error
-        if error.code in _FINAL:
-            raise FetchError(f"the server says {error.code} {error.reason}") from error
+            raise _Mismatch(f"the file is shorter than the {received} bytes received") from error
+        if error.code in _PERMANENT_ERRORS:
+            raise FetchError(f"The server returned {error.code} {error.reason}.") from error
         raise
-    with answer:
-        whole = _whole_size(answer, have)
-        if whole is not None and whole > patience.largest:
-            raise FetchError(f"{whole} bytes, the limit is {patience.largest}")
-        again = answer.status != 206
-        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    with response:
+        total = _total_size(response, received)
+        if total is not None and total > policy.max_bytes:
+            raise FetchError(f"The file has {total} bytes (limit {policy.max_bytes}).")
+        is_full = response.status != 206
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         version = None if (version or "").startswith("W/") else version
-        _note(part).write_text(json.dumps({"address": address, "version": version}))
-        with open(part, "wb" if again else "ab") as file:
-            begun, came = time.monotonic(), 0
-            while piece := answer.read1(_PIECE):
-                file.write(piece)
-                came += len(piece)
-                taken = time.monotonic() - begun
-                if patience.stopped():
-                    raise FetchError("stopped")
-                if taken > patience.timeout and came / taken < patience.slowest:
-                    raise OSError(f"slower than {patience.slowest:.0f} bytes a second")
-                if file.tell() > patience.largest:
-                    raise FetchError(f"more than {patience.largest} bytes, which is the limit")
-    there = part.stat().st_size
-    if whole is not None and there > whole:
-        raise _Wrong(f"{there} bytes came, {whole} were promised")
-    if whole is not None and there < whole:
-        raise OSError(f"{there} of {whole} bytes came")
+        _source_file(part).write_text(json.dumps({"address": url, "version": version}))
+        with open(part, "wb" if is_full else "ab") as file:
+            start, count = time.monotonic(), 0
+            while chunk := response.read1(_CHUNK):
+                file.write(chunk)
+                count += len(chunk)
+                elapsed = time.monotonic() - start
+                if policy.cancelled():
+                    raise FetchError("The download was cancelled.")
+                if elapsed > policy.timeout and count / elapsed < policy.min_rate:
+                    raise OSError(f"slower than {policy.min_rate:.0f} bytes per second")
+                if file.tell() > policy.max_bytes:
+                    raise FetchError(f"The file is larger than the limit of {policy.max_bytes}.")
+    received = part.stat().st_size
+    if total is not None and received > total:
+        raise _Mismatch(f"received {received} bytes, expected {total}")
+    if total is not None and received < total:
+        raise OSError(f"received {received} of {total} bytes")
 
 
-def _whole_size(answer: Any, have: int) -> int | None:
-    """Bytes of the whole file. Raises _Wrong for a part that does not begin where ours ends."""
-    length = answer.headers.get("Content-Length")
-    if answer.status != 206:
+def _total_size(response: Any, received: int) -> int | None:
+    """Bytes of the file. Raises _Mismatch for a range that does not start at `received`."""
+    length = response.headers.get("Content-Length")
+    if response.status != 206:
         return None if length is None else int(length)
-    unit, _, rest = (answer.headers.get("Content-Range") or "").partition(" ")
-    span, _, whole = rest.partition("/")
-    if unit != "bytes" or not span.startswith(f"{have}-"):
-        raise _Wrong(f"asked for the bytes from {have} on, got {rest or 'something else'}")
-    return int(whole) if whole.isdigit() else None
+    unit, _, rest = (response.headers.get("Content-Range") or "").partition(" ")
+    span, _, total = rest.partition("/")
+    if unit != "bytes" or not span.startswith(f"{received}-"):
+        raise _Mismatch(f"requested bytes from {received}, received range {rest or 'none'}")
+    return int(total) if total.isdigit() else None
 
 
-def _check(part: Path, size: int | None, sha256: str | None) -> None:
-    found = part.stat().st_size
-    if size is not None and found != size:
-        raise _Wrong(f"{found} bytes, expected {size}")
-    if sha256 is not None and hash_of(part) != sha256:
-        raise _Wrong("its SHA-256 is not the expected one")
+def _verify(part: Path, size: int | None, sha256: str | None) -> None:
+    actual = part.stat().st_size
+    if size is not None and actual != size:
+        raise _Mismatch(f"received {actual} bytes, expected {size}")
+    if sha256 is not None and file_sha256(part) != sha256:
+        raise _Mismatch("the SHA-256 differs from the expected one")
 
 
-def hash_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def _note(part: Path) -> Path:
+def _source_file(part: Path) -> Path:
+    """The URL and version of an incomplete file are recorded next to it."""
     return part.with_name(f"{part.name}.json")
 
 
-def _known(part: Path) -> dict[str, Any]:
+def _read_source(part: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(_note(part).read_text())
+        source: dict[str, Any] = json.loads(_source_file(part).read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return source
 
 
-def _forget(part: Path) -> None:
+def _remove(part: Path) -> None:
     part.unlink(missing_ok=True)
-    _note(part).unlink(missing_ok=True)
+    _source_file(part).unlink(missing_ok=True)

@@ -1,4 +1,9 @@
-"""LLaVA-Med's figures: a list of articles' archives, and of the picture in each that is wanted."""
+"""LLaVA-Med's figures: download the archives of PubMed Central articles and extract the figures.
+
+figures = read_figures(Path("llava_med_image_urls.jsonl"))
+for outcome in fetch_all(figures, folder, archives, workers=8, keep=False, policy=RetryPolicy()):
+    ...
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ import re
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,17 +24,17 @@ from typing import Any
 
 from PIL import Image
 
-from medley.datasets.figures.download import FetchError, RetryPolicy, download, hash_of
+from medley.datasets.figures.download import FetchError, RetryPolicy, download, file_sha256
 from medley.errors import UserError
-from medley.utils.files import atomic_file
+from medley.utils.files import atomic_file, escape_name
 from medley.utils.jsonl import json_lines
 
 LOG = "figures.jsonl"
-_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-_LARGEST_FIGURE = 1 << 28  # bytes
-_LARGEST_ARCHIVE = 1 << 34  # bytes, unpacked
-_LARGEST_HEADER = 1 << 20  # bytes
-_MOST_MEMBERS = 1_000_000
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_MAX_FIGURE = 1 << 28  # bytes
+_MAX_ARCHIVE = 1 << 34  # bytes, unpacked
+_MAX_HEADER = 1 << 20  # bytes
+_MAX_MEMBERS = 1_000_000
 _HEADERS = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -38,7 +43,7 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: its id (it becomes ID.jpg), and its place in an article's archive."""
+    """A figure: its id (the file becomes ID.jpg), its archive's URL, its path in the archive."""
 
     identifier: str
     address: str
@@ -47,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a figure: its size and SHA-256, or why it is not there."""
+    """The result for one figure: the file's size and SHA-256, or the error."""
 
     identifier: str
     address: str
@@ -55,50 +60,59 @@ class Outcome:
     sha256: str | None = None
     error: str | None = None
 
+    def row(self) -> dict[str, Any]:
+        """The fields that are set, for a JSON Lines file; a URL may hold unpaired surrogates."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return {n: escape_name(v) if isinstance(v, str) else v for n, v in fields.items()}
+
 
 def read_figures(path: Path) -> list[Figure]:
-    """LLaVA-Med's image-URL file. Raises UserError with file and line for a bad one."""
-    found: dict[str, Figure] = {}
+    """Reads LLaVA-Med's image-URL file. Raises UserError with file and line for an invalid one."""
+    figures: dict[str, Figure] = {}
     for number, line in json_lines(path):
-        place = f"{path}:{number}"
+        where = f"{path}:{number}"
         try:
             row = json.loads(line)
             figure = Figure(row["pair_id"], row["pmc_tar_url"], row["image_file_path"])
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{place}: not JSON ({error})") from error
+            raise UserError(f"{where}: Invalid JSON ({error}).") from error
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{place}: expected pair_id, pmc_tar_url and image_file_path ({error})"
+                f"{where}: Expected an object with pair_id, pmc_tar_url and image_file_path "
+                f"({error})."
             ) from error
         values = (figure.identifier, figure.address, figure.member)
         if not all(isinstance(value, str) for value in values):
-            raise UserError(f"{place}: pair_id, pmc_tar_url and image_file_path must be texts")
-        if not _SAFE.fullmatch(figure.identifier) or figure.identifier.startswith("."):
-            raise UserError(f"{place}: pair_id {figure.identifier!r} is no name for a file")
-        if found.setdefault(figure.identifier, figure) != figure:
-            raise UserError(f"{place}: pair_id {figure.identifier!r} stands for two pictures")
-    if not found:
-        raise UserError(f"{path}: no figures in it")
-    return list(found.values())
+            raise UserError(f"{where}: pair_id, pmc_tar_url and image_file_path must be strings.")
+        if not _SAFE_NAME.fullmatch(figure.identifier) or figure.identifier.startswith("."):
+            raise UserError(f"{where}: pair_id {figure.identifier!r} is not a valid file name.")
+        if figures.setdefault(figure.identifier, figure) != figure:
+            raise UserError(f"{where}: Duplicate pair_id {figure.identifier!r} for two figures.")
+    if not figures:
+        raise UserError(f"{path}: The file contains no figures.")
+    return list(figures.values())
 
 
 def existing_figures(folder: Path, verify: bool) -> dict[str, Outcome]:
-    """Figures that an earlier run has fetched: those of the log whose files are as they were."""
-    found: dict[str, Outcome] = {}
+    """Figures in the log of an earlier run whose files are unchanged.
+
+    Compares the sizes; with `verify`, also the checksums.
+    """
+    existing: dict[str, Outcome] = {}
     for _, line in json_lines(folder / LOG) if (folder / LOG).exists() else ():
         try:
             outcome = Outcome(**json.loads(line))
         except (ValueError, TypeError):
-            continue  # cut short by a kill: that one is fetched again
+            continue  # An interrupted run left the line incomplete; its figure is fetched again.
         path = figure_path(folder, outcome.identifier)
-        there = outcome.error is None and path.is_file() and path.stat().st_size == outcome.size
-        if there and not (verify and hash_of(path) != outcome.sha256):
-            found[outcome.identifier] = outcome
-    return found
+        same = outcome.error is None and path.is_file() and path.stat().st_size == outcome.size
+        if same and not (verify and file_sha256(path) != outcome.sha256):
+            existing[outcome.identifier] = outcome
+    return existing
 
 
 def figure_path(folder: Path, identifier: str) -> Path:
-    return folder / f"{identifier}.jpg"  # as LLaVA-Med's records name them
+    return folder / f"{identifier}.jpg"  # the name that LLaVA-Med's records use
 
 
 def fetch_all(
@@ -107,48 +121,48 @@ def fetch_all(
     archives: Path,
     workers: int,
     keep: bool,
-    patience: RetryPolicy,
-) -> Iterator[Outcome]:
-    """Fetches archives side by side and takes their figures out, as they come.
+    policy: RetryPolicy,
+) -> Generator[Outcome]:
+    """Downloads archives concurrently and yields one outcome per figure as archives complete.
 
-    Closing the iterator stops what is under way; it is gone on with at the next run.
+    Closing the generator cancels the running downloads; the next run resumes them.
     """
     by_archive: dict[str, list[Figure]] = {}
     for figure in figures:
         by_archive.setdefault(figure.address, []).append(figure)
-    left = iter(by_archive.values())
+    groups = iter(by_archive.values())
     stop = threading.Event()
-    patience = replace(patience, stopped=stop.is_set)
+    policy = replace(policy, cancelled=stop.is_set)
     pool = ThreadPoolExecutor(workers)
     running: set[Future[list[Outcome]]] = set()
     try:
         while True:
-            for group in islice(left, 2 * workers - len(running)):
-                running.add(pool.submit(_fetch_group, group, folder, archives, keep, patience))
+            for group in islice(groups, 2 * workers - len(running)):
+                running.add(pool.submit(_fetch_group, group, folder, archives, keep, policy))
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield from future.result()
     finally:
-        stop.set()  # what is under way ends at its next piece
+        stop.set()  # Running downloads end after their next chunk.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _fetch_group(
-    group: Sequence[Figure], folder: Path, archives: Path, keep: bool, patience: RetryPolicy
+    group: Sequence[Figure], folder: Path, archives: Path, keep: bool, policy: RetryPolicy
 ) -> list[Outcome]:
-    """All figures of one article."""
+    """Fetches all figures of one article."""
     address = group[0].address
     name = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:32]
     archive = archives / f"{name}.tar.gz"
     try:
         if not archive.is_file():
-            download(address, archive, patience)
-        outcomes = take_out(archive, group, folder)
+            download(address, archive, policy)
+        outcomes = extract(archive, group, folder)
     except UserError as error:
         return [Outcome(f.identifier, address, error=str(error)) for f in group]
-    except Exception as error:  # of one article: the others are not to end with it
+    except Exception as error:  # An error in one article must not end the others.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return [Outcome(f.identifier, address, error=reason) for f in group]
     if not keep:
@@ -157,70 +171,70 @@ def _fetch_group(
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose headers are of a size that can be meant: tarfile reads them whole."""
+    """Rejects members with oversized headers, which tarfile would read into memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
-        if self.type in _HEADERS and not 0 <= self.size <= _LARGEST_HEADER:
+        if self.type in _HEADERS and not 0 <= self.size <= _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {self.size} bytes")
         return super()._proc_member(tar)  # type: ignore[misc]  # where tarfile reads a header
 
 
-def take_out(archive: Path, group: Sequence[Figure], folder: Path) -> list[Outcome]:
-    """Copies the wanted members of an archive to their places, and nothing else.
+def extract(archive: Path, group: Sequence[Figure], folder: Path) -> list[Outcome]:
+    """Copies the requested members of an archive to `folder`.
 
-    Only regular files are read, by name: no member's path, link or device is ever made.
+    Only regular files are read, by name. The paths, links and devices of members are never created.
     """
-    wanted: dict[str, list[Figure]] = {}
+    requested: dict[str, list[Figure]] = {}
     for figure in group:
-        wanted.setdefault(_plain(figure.member), []).append(figure)
+        requested.setdefault(_normalize(figure.member), []).append(figure)
     outcomes: dict[str, Outcome] = {}
-    seen = 0
+    unpacked = 0
     try:
         with tarfile.open(archive, "r|*", tarinfo=_Member) as tar:
             for number, member in enumerate(tar):
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
-                seen += max(member.size, 0)
-                if seen > _LARGEST_ARCHIVE or number > _MOST_MEMBERS:
-                    raise FetchError(f"{archive}: unpacks to too much")
-                here = wanted.get(_plain(member.name), [])
-                if not here or not member.isreg():
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member
+                unpacked += max(member.size, 0)
+                if unpacked > _MAX_ARCHIVE or number > _MAX_MEMBERS:
+                    raise FetchError(
+                        f"{archive}: The archive unpacks to more than {_MAX_ARCHIVE} bytes or "
+                        f"{_MAX_MEMBERS} members."
+                    )
+                figures = requested.get(_normalize(member.name), [])
+                if not figures or not member.isreg():
                     continue
-                if member.size > _LARGEST_FIGURE:
-                    reason = f"{member.size} bytes, the limit of a figure is {_LARGEST_FIGURE}"
-                    outcomes |= {f.identifier: _missing(f, reason) for f in here}
+                if member.size > _MAX_FIGURE:
+                    reason = f"The figure has {member.size} bytes (limit {_MAX_FIGURE})."
+                    outcomes |= {f.identifier: _failure(f, reason) for f in figures}
                     continue
                 source = tar.extractfile(member)
                 assert source is not None  # regular files have one
                 data = source.read()
-                outcomes |= {f.identifier: _keep(f, data, folder) for f in here}
+                outcomes |= {f.identifier: _write(f, data, folder) for f in figures}
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        archive.unlink(missing_ok=True)  # fetched anew by the next run
-        reason = f"its archive is broken ({' '.join(str(error).split())})"
-        return [outcomes.get(f.identifier) or _missing(f, reason) for f in group]
-    none = "its archive has no file "
-    return [outcomes.get(f.identifier) or _missing(f, none + f.member) for f in group]
+        archive.unlink(missing_ok=True)  # The next run downloads it again.
+        reason = f"The archive is damaged ({' '.join(str(error).split())})."
+        return [outcomes.get(f.identifier) or _failure(f, reason) for f in group]
+    return [
+        outcomes.get(f.identifier) or _failure(f, f"The archive has no file {f.member}.")
+        for f in group
+    ]
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _missing(figure: Figure, reason: str) -> Outcome:
+def _failure(figure: Figure, reason: str) -> Outcome:
     return Outcome(figure.identifier, figure.address, error=reason)
 
 
-def _keep(figure: Figure, data: bytes, folder: Path) -> Outcome:
+def _write(figure: Figure, data: bytes, folder: Path) -> Outcome:
     try:
         with Image.open(io.BytesIO(data)):
             pass
     except (OSError, Image.DecompressionBombError, ValueError):
-        return _missing(figure, f"{figure.member} is no picture in a format that is known")
+        return _failure(figure, f"{figure.member} is not an image in a supported format.")
     with atomic_file(figure_path(folder, figure.identifier)) as temporary:
         temporary.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     return Outcome(figure.identifier, figure.address, len(data), digest)
-
-
-def log_line(outcome: Outcome) -> str:
-    kept: dict[str, Any] = {n: v for n, v in asdict(outcome).items() if v is not None}
-    return json.dumps(kept)

@@ -1,7 +1,9 @@
-"""Replies of a model to LLaVA-Med's records: cut into turns, and rid of talk about captions."""
+"""Cleans generated conversations: splits replies into turns, removes references to the caption."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 from medley.data.vocabulary import IMAGE
 from medley.datasets.base import RecordError
+from medley.datasets.llava import CONVERSATION_KEYS
 from medley.errors import UserError
 
 Turns = list[dict[str, str]]
@@ -19,10 +22,13 @@ _YES_NO = re.compile(r"(?:yes|no), ", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class CleaningRules:
-    """Regular expressions: of refusals (they drop a turn), of lead-ins (cut off), of phrases inside
-    of an answer (deleted), and of what may not be left in one (it drops the turn).
+    """Regular expressions that an answer is checked against, in this order.
 
-    Refusals and lead-ins are found in any case, the others as they are written.
+    Attributes:
+        refusals: drop the answer and its question; case-insensitive
+        lead_ins: removed from the beginning of an answer; case-insensitive
+        phrases: removed from an answer without a lead-in; case-sensitive
+        forbidden: drop the answer and its question if still present; case-sensitive
     """
 
     refusals: tuple[re.Pattern[str], ...]
@@ -32,29 +38,29 @@ class CleaningRules:
 
     @classmethod
     def read(cls, path: Path) -> CleaningRules:
-        """A YAML file with a list of expressions for each. Raises UserError for a broken one."""
+        """Reads a YAML file with a list of expressions for each attribute."""
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(
-                _compiled(found["refusals"], re.IGNORECASE),
-                _compiled(found["lead_ins"], re.IGNORECASE),
-                _compiled(found["phrases"]),
-                _compiled(found["forbidden"]),
+                _compile(content["refusals"], re.IGNORECASE),
+                _compile(content["lead_ins"], re.IGNORECASE),
+                _compile(content["phrases"]),
+                _compile(content["forbidden"]),
             )
         except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file") from error
+            raise UserError(f"{path}: File not found.") from error
         except (yaml.YAMLError, KeyError, TypeError, ValueError, re.error) as error:
-            raise UserError(f"{path}: not a file of rules ({error})") from error
+            raise UserError(f"{path}: Invalid file of cleaning rules ({error}).") from error
 
     def clean(self, answer: str) -> str | None:
-        """An answer without what gives its source away; None for one that cannot be saved."""
+        """An answer without references to its source, or None if it has to be dropped."""
         if any(rule.search(answer) for rule in self.refusals):
             return None
         for rule in self.lead_ins:
-            if found := rule.match(answer):
-                rest = answer[found.end() :]
-                said = _YES_NO.match(found[0])  # stays: it is the answer
-                answer = said[0] + rest if said else rest[:1].upper() + rest[1:]
+            if match := rule.match(answer):
+                rest = answer[match.end() :]
+                yes_no = _YES_NO.match(match[0])  # kept: it is the answer
+                answer = yes_no[0] + rest if yes_no else rest[:1].upper() + rest[1:]
                 break
         else:
             for rule in self.phrases:
@@ -62,74 +68,131 @@ class CleaningRules:
         return None if any(rule.search(answer) for rule in self.forbidden) else answer
 
 
-def _compiled(rules: Any, flags: int = 0) -> tuple[re.Pattern[str], ...]:
+def _compile(rules: Any, flags: int = 0) -> tuple[re.Pattern[str], ...]:
     if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-        raise TypeError(f"{rules!r} is no list of expressions")
+        raise TypeError(f"expected a list of expressions, got {rules!r}")
     return tuple(re.compile(rule, flags) for rule in rules)
 
 
-def turns_of(reply: str) -> tuple[Turns, int]:
-    """A model's reply -> turns, and how many questions had not exactly one answer and were dropped.
+def parse_reply(reply: str) -> tuple[Turns, int]:
+    """A model's reply -> turns, and the number of questions without exactly one answer.
 
-    Raises RecordError for a reply without a single turn.
+    Those questions are dropped. Raises RecordError for a reply without any valid turn.
     """
     turns: Turns = []
-    dropped = 0
-    for piece in reply.split("User:")[1:]:
-        said = piece.split("Assistant:")
-        if len(said) != 2:
-            dropped += 1
+    invalid = 0
+    for section in reply.split("User:")[1:]:
+        texts = section.split("Assistant:")
+        if len(texts) != 2:
+            invalid += 1
             continue
-        asked, answered = (_bare(text) for text in said)
-        if not asked or not answered:
-            dropped += 1
+        question, answer = (_without_image_token(text) for text in texts)
+        if not question or not answer:
+            invalid += 1
             continue
-        turns.append({"from": "human", "value": asked})
-        turns.append({"from": "gpt", "value": answered})
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
     if not turns:
-        raise RecordError("no question with an answer in the reply")
-    return turns, dropped
+        raise RecordError("The reply contains no question with an answer.")
+    return turns, invalid
 
 
-def placed(turns: Turns, last: bool) -> Turns:
-    """The turns with the picture's mark in the first one, behind or before its words."""
-    first = turns[0]["value"]
-    marked = f"{first}\n{IMAGE}" if last else f"{IMAGE}\n{first}"
-    marked = marked if first else IMAGE
-    return [{"from": "human", "value": marked}, *turns[1:]]
+def place_image_token(turns: Turns, image_last: bool) -> Turns:
+    """Adds the image token to the first turn, before or (`image_last`) after its text."""
+    text = turns[0]["value"]
+    value = f"{text}\n{IMAGE}" if image_last else f"{IMAGE}\n{text}"
+    return [{"from": "human", "value": value if text else IMAGE}, *turns[1:]]
 
 
-def cleaned(turns: Turns, rules: CleaningRules) -> tuple[Turns, Turns]:
-    """Turns that are kept, and those that are dropped; the picture's mark moves to the first that
-    is kept."""
+def clean_turns(turns: Turns, rules: CleaningRules) -> tuple[Turns, Turns]:
+    """The turns to keep and the dropped ones.
+
+    The image token moves to the first turn that is kept.
+    """
     kept: Turns = []
     dropped: Turns = []
-    last = turns[0]["value"].rstrip().endswith(IMAGE) and turns[0]["value"].strip() != IMAGE
-    for question, answered in zip(turns[::2], turns[1::2], strict=True):
-        asked = {**question, "value": _bare(question["value"])}
-        answer = rules.clean(answered["value"].replace(IMAGE, ""))
-        if answer is None:
-            dropped += [asked, answered]
+    image_last = turns[0]["value"].rstrip().endswith(IMAGE) and turns[0]["value"].strip() != IMAGE
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        clean_question = {**question, "value": _without_image_token(question["value"])}
+        clean_answer = rules.clean(answer["value"].replace(IMAGE, ""))
+        if clean_answer is None:
+            dropped += [clean_question, answer]
         else:
-            kept += [asked, {"from": "gpt", "value": answer}]
-    has_picture = any(IMAGE in turn["value"] for turn in turns)
-    return placed(kept, last) if kept and has_picture else kept, dropped
+            kept += [clean_question, {"from": "gpt", "value": clean_answer}]
+    has_image = any(IMAGE in turn["value"] for turn in turns)
+    return place_image_token(kept, image_last) if kept and has_image else kept, dropped
 
 
-def _bare(text: str) -> str:
-    """A text without the picture's marks, its own or typed ones."""
+def _without_image_token(text: str) -> str:
     return text.replace(IMAGE, "").strip()
 
 
-def record_of(source: dict[str, Any], last: bool) -> tuple[dict[str, Any], int]:
-    """A figure with the model's `result` -> LLaVA's record, and the number of dropped questions."""
+def choose_image_last(position: str, seed: int, name: Any) -> bool:
+    """Whether the image follows the first question.
+
+    `position` is first, last or mixed; mixed depends on the seed and the record's name.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return position == "last" or (position == "mixed" and digest[0] % 2 == 1)
+
+
+def to_llava_record(source: dict[str, Any], image_last: bool) -> tuple[dict[str, Any], int]:
+    """A figure with the model's `result` -> LLaVA's record, and the number of invalid questions."""
     result = source.get("result")
     if not isinstance(result, str) or not isinstance(source.get("pair_id"), str):
-        raise RecordError("expected pair_id and result, both text")
-    turns, dropped = turns_of(result)
+        raise RecordError("pair_id and result must be strings.")
+    turns, invalid = parse_reply(result)
     name = source["pair_id"]
     record = {
         "id": name, "image": f"{name}.jpg", "domain": source.get("domain"),
-        "conversations": placed(turns, last),
+        "conversations": place_image_token(turns, image_last),
     }  # fmt: skip
-    return record, dropped
+    return record, invalid
+
+
+@dataclass(frozen=True)
+class CleanedRecord:
+    """A LLaVA record after cleaning.
+
+    Attributes:
+        record: the record with the turns that were kept, possibly none
+        dropped: turns that the rules dropped
+        invalid: number of questions without exactly one answer
+    """
+
+    record: dict[str, Any]
+    dropped: Turns
+    invalid: int
+
+
+def clean_record(
+    source: Any, rules: CleaningRules, image_position: str, seed: int
+) -> CleanedRecord:
+    """Cleans a figure with the model's `result`, or a record of LLaVA-Med's instruction file.
+
+    Raises RecordError for an invalid record.
+    """
+    if not isinstance(source, dict):
+        raise RecordError("Expected an object.")
+    key = next((name for name in CONVERSATION_KEYS if name in source), None)
+    if key is None:
+        image_last = choose_image_last(image_position, seed, source.get("pair_id"))
+        record, invalid = to_llava_record(source, image_last)
+    else:
+        record, invalid = _check_turns(source, key), 0
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"The record contains an unpaired surrogate ({error}).") from error
+    turns, dropped = clean_turns(record["conversations"], rules)
+    return CleanedRecord({**record, "conversations": turns}, dropped, invalid)
+
+
+def _check_turns(source: dict[str, Any], key: str) -> dict[str, Any]:
+    turns = source[key] if isinstance(source[key], list) else []
+    roles = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+        raise RecordError("The turns do not alternate between human and gpt.")
+    if not all(isinstance(turn.get("value"), str) for turn in turns):
+        raise RecordError("The value of a turn is not a string.")
+    return {**{name: v for name, v in source.items() if name != key}, "conversations": turns}

@@ -1,1 +1,1 @@
-"""The page: talk to a server's models in a browser, in words and pictures (Gradio)."""
+"""Web UI of the server: conversations with its models in a browser (Gradio)."""

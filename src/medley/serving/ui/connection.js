@@ -1,137 +1,143 @@
 (() => {
-  const EVERY = 3000; // milliseconds between two looks at the server
-  // `known` is the server's name, another one after each start; `lost` is set once the library has
-  // given up its connection: nothing on the page works any more, but what is shown stays.
-  let known = null, away = 0, anew = false, lost = false;
-  const fetched = window.fetch.bind(window);
-  const later = (wait) => new Promise((resolve) => setTimeout(resolve, wait));
-  const talking = () => document.querySelector("[id^=chat-] .message") !== null;
+  const INTERVAL = 3000; // milliseconds between two status requests
+  const MAX_RETRIES = 20;
+  // `instance` identifies the server process. `restarted`: another process answers now. `lost`:
+  // Gradio has given up its connection; the page no longer works, but its contents stay visible.
+  let instance = null, failures = 0, restarted = false, lost = false;
+  const originalFetch = window.fetch.bind(window);
+  const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+  const hasConversation = () => document.querySelector("[id^=chat-] .message") !== null;
 
-  const say = (text, reload = false) => {
-    const place = document.getElementById("gone");
-    if (!place || place.dataset.said === text) return;
-    place.dataset.said = text;
-    place.hidden = !text;
-    place.textContent = text;
-    if (reload) {
+  const showAlert = (text, withReload = false) => {
+    const alert = document.getElementById("alert");
+    if (!alert || alert.dataset.text === text) return;
+    alert.dataset.text = text;
+    alert.hidden = !text;
+    alert.textContent = text;
+    if (withReload) {
       const button = document.createElement("button");
       button.textContent = "Reload the page";
       button.onclick = () => window.location.reload();
-      place.append(" ", button);
+      alert.append(" ", button);
     }
   };
 
-  // One look at the server: what it is doing, and whether it is there, and still the same one.
-  const look = async () => {
-    let told;
+  // Requests the server's status: its load, whether it drains, and whether it was restarted.
+  const updateStatus = async () => {
+    let status;
     try {
-      const answer = await fetched("page/status", { cache: "no-store", signal: AbortSignal.timeout(8000) });
-      if (!answer.ok) throw new Error(String(answer.status));
-      told = await answer.json();
+      const response = await originalFetch(
+        "ui/status", { cache: "no-store", signal: AbortSignal.timeout(8000) });
+      if (!response.ok) throw new Error(String(response.status));
+      status = await response.json();
     } catch {
-      away += 1;
-      if (away > 1 && !lost) {
-        say("The server does not answer. What was said and typed stays here; trying again every " +
-            "few seconds.");
+      failures += 1;
+      if (failures > 1 && !lost) {
+        showAlert("The server does not respond. The conversation and your text stay here. " +
+                  "Retrying every few seconds.");
       }
       return;
     }
-    away = 0;
-    anew = anew || (known !== null && told.instance !== known);
-    known = known ?? told.instance;
-    const line = document.querySelector("#status .status");
-    if (line && line.textContent !== told.line) line.textContent = told.line;
-    if (anew) {
-      say("The server was started anew and does not know this talk any more. What is shown here " +
-          "can still be copied; reload the page to go on.", true);
+    failures = 0;
+    restarted = restarted || (instance !== null && status.instance !== instance);
+    instance = instance ?? status.instance;
+    const line = document.querySelector("#server-status .status");
+    if (line && line.textContent !== status.line) line.textContent = status.line;
+    if (restarted) {
+      showAlert("The server was restarted and no longer has this conversation. You can still copy " +
+                "it. Reload the page to start a new one.", true);
     } else if (lost) {
-      say("The connection was lost, and the server has forgotten this talk. What is shown here " +
-          "can still be copied; reload the page to go on.", true);
+      showAlert("The connection was lost, and the server no longer has this conversation. You can " +
+                "still copy it. Reload the page to start a new one.", true);
     } else {
-      say(told.draining ? "The server is shutting down: what runs may end, nothing new is taken." : "");
+      showAlert(status.draining
+        ? "The server is shutting down. Running responses can finish; new messages are rejected."
+        : "");
     }
   };
 
-  // Events that the server has taken, those whose end it has told, and how many are on their way.
-  const taken = new Set(), ended = new Set();
-  let underway = 0;
-  const waiting = () => [...taken].some((event) => !ended.has(event));
+  // Events that the server accepted, events that it completed, and number of events being sent.
+  const accepted = new Set(), completed = new Set();
+  let sending = 0;
+  const isWaiting = () => [...accepted].some((event) => !completed.has(event));
 
-  const join = async (asked, more) => {
-    for (let tries = 0; ; tries += 1) {
-      if (anew) throw new TypeError("the server was started anew");
+  // Sends an event; retries while the server is unreachable.
+  const sendEvent = async (resource, options) => {
+    for (let attempt = 0; ; attempt += 1) {
+      if (restarted) throw new TypeError("the server was restarted");
       try {
-        return await fetched(asked, ...more);
-      } catch (fault) {
-        if (tries > 20) throw fault;
-        await later(EVERY);
-        await look();
+        return await originalFetch(resource, ...options);
+      } catch (error) {
+        if (attempt > MAX_RETRIES) throw error;
+        await sleep(INTERVAL);
+        await updateStatus();
       }
     }
   };
 
-  // The server closes its stream of news behind the last event that it knows of. Where another one
-  // was sent before that was read here, the library would wait for its news for ever: go on reading.
-  const unbroken = async (asked, more) => {
-    const read = (answer) => answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    const first = await fetched(asked, ...more);
+  // The server closes its message stream after the last event that it has. If the browser sent
+  // another event before it read the end of the stream, Gradio would wait for that event's messages
+  // forever. This stream opens the next one instead.
+  const continuousStream = async (resource, options) => {
+    const readerOf = (response) => response.body.pipeThrough(new TextDecoderStream()).getReader();
+    const first = await originalFetch(resource, ...options);
     if (!first.ok) return first;
     const encoder = new TextEncoder();
-    let reader = read(first), text = "";
-    const pull = async (out) => {
+    let reader = readerOf(first), text = "";
+    const pull = async (controller) => {
       for (;;) {
         const end = text.indexOf("\n\n") + 2;
         if (end < 2) {
           const { done, value } = await reader.read();
-          if (done) return out.close();
+          if (done) return controller.close();
           text += value;
           continue;
         }
-        const news = text.slice(0, end);
+        const message = text.slice(0, end);
         text = text.slice(end);
-        const told = news.indexOf("{"); // a proxy may send lines of its own
-        const { msg, event_id } = told < 0 ? {} : JSON.parse(news.slice(told));
-        if (msg === "process_completed") ended.add(event_id);
+        const json = message.indexOf("{"); // A proxy may insert lines without JSON.
+        const { msg, event_id } = json < 0 ? {} : JSON.parse(message.slice(json));
+        if (msg === "process_completed") completed.add(event_id);
         if (msg === "close_stream") {
-          while (underway) await later(20);
-          const next = waiting() ? await fetched(asked, ...more) : null;
+          while (sending) await sleep(20);
+          const next = isWaiting() ? await originalFetch(resource, ...options) : null;
           if (next?.ok) {
-            reader = read(next);
+            reader = readerOf(next);
             text = "";
             continue;
           }
-          taken.clear();
-          ended.clear();
+          accepted.clear();
+          completed.clear();
         }
-        return out.enqueue(encoder.encode(news));
+        return controller.enqueue(encoder.encode(message));
       }
     };
     const { status, headers } = first;
-    return new Response(new ReadableStream({ pull, cancel: (why) => reader.cancel(why) }),
-                        { status, headers });
+    return new Response(
+      new ReadableStream({ pull, cancel: (reason) => reader.cancel(reason) }), { status, headers });
   };
 
-  // The library reloads the page, and all that is on it, as soon as a server answers again. Where
-  // there is a talk, its reader decides. What is sent while the server is away is sent again.
-  window.fetch = async (asked, ...more) => {
-    const address = String(asked?.url ?? asked).split("?")[0];
-    if (address.endsWith("/app_id") && talking()) {
+  // Gradio reloads the page, with all its contents, as soon as a server answers again. With a
+  // conversation on the page, the user decides. Events sent while the server is away are repeated.
+  window.fetch = async (resource, ...options) => {
+    const url = String(resource?.url ?? resource).split("?")[0];
+    if (url.endsWith("/app_id") && hasConversation()) {
       lost = true;
-      look();
+      updateStatus();
       return new Response("", { status: 503 });
     }
-    if (address.endsWith("/queue/data")) return unbroken(asked, more);
-    if (!address.endsWith("/queue/join")) return fetched(asked, ...more);
-    underway += 1;
+    if (url.endsWith("/queue/data")) return continuousStream(resource, options);
+    if (!url.endsWith("/queue/join")) return originalFetch(resource, ...options);
+    sending += 1;
     try {
-      const answer = await join(asked, more);
-      if (answer.ok) taken.add((await answer.clone().json()).event_id);
-      return answer;
+      const response = await sendEvent(resource, options);
+      if (response.ok) accepted.add((await response.clone().json()).event_id);
+      return response;
     } finally {
-      underway -= 1;
+      sending -= 1;
     }
   };
 
-  setInterval(look, EVERY);
-  look();
+  setInterval(updateStatus, INTERVAL);
+  updateStatus();
 })();

@@ -1,4 +1,4 @@
-"""A talk as the page keeps it: what was said, what is asked of the model, what is shown."""
+"""A conversation of the web UI: its messages, the document for the model, the display in Gradio."""
 
 from __future__ import annotations
 
@@ -13,138 +13,158 @@ from medley.data.vocabulary import IMAGE
 from medley.serving.limits import Limits, RequestError
 from medley.serving.ui.image_store import ImageStore, StoredImage
 
-Shown = str | StoredImage
-Standing = Literal["", "under way", "stopped", "failed"]
+MessagePart = str | StoredImage
+Settings = Mapping[str, Any]  # values of the UI's settings, by name
+ChatbotMessage = dict[str, Any]  # a message as Gradio's Chatbot displays it
 
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """A message: words and pictures in their order, and a line below them. Of an answer, too: by
-    which model, with which settings, and in `standing` whether it is not, or not all, what the
-    model wanted to say."""
+    """A message of text and images.
+
+    Attributes:
+        note: line below the conversation, about a response
+        model: name of the model that generated a response
+        status: "" for a complete message, else why a response is incomplete
+        settings: settings that a response was generated with
+    """
 
     role: Literal["user", "assistant"]
-    parts: tuple[Shown, ...]
+    parts: tuple[MessagePart, ...]
     note: str = ""
     model: str = ""
-    standing: Standing = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    status: Literal["", "generating", "stopped", "failed"] = ""
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class CancelToken:
-    """How an answer under way is told that it is not wanted any more: all copies of its talk share
-    one. `wanted` is set where it shall end, `forgotten` where what it says shall not be shown
-    either; `taken` by the one answer that there is, and `ended` once that has changed the talk for
-    the last time. All belong to the server's event loop."""
+    """Cancels the generation of a response; all copies of a conversation share it.
 
-    wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    forgotten: bool = False
-    taken: bool = False
+    Only the server's event loop uses it.
+
+    Attributes:
+        requested: set to stop the generation
+        finished: set after the last update of the conversation
+        discard: whether further updates must not be displayed
+        started: whether a generation uses the token; there is one for each token
+    """
+
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    discard: bool = False
+    started: bool = False
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """With one model. `tries` counts how often its last answer was asked for anew."""
+    """Messages of a user and a model. `attempts` counts regenerations of the last response."""
 
-    said: tuple[ChatMessage, ...] = ()
-    tries: int = 0
-    halt: CancelToken | None = None
+    messages: tuple[ChatMessage, ...] = ()
+    attempts: int = 0
+    cancel: CancelToken | None = None
 
-    def asked(self, parts: Sequence[Shown]) -> Conversation:
-        """With the user's next message; one that got no answer goes."""
-        return Conversation(
-            (*self._answered(), ChatMessage("user", tuple(parts))), halt=CancelToken()
-        )
+    def with_user_message(self, parts: Sequence[MessagePart]) -> Conversation:
+        """Appends a user message; replaces a last message that has no response."""
+        message = ChatMessage("user", tuple(parts))
+        return Conversation((*self._complete_messages(), message), cancel=CancelToken())
 
-    def answer(self, answer: ChatMessage) -> Conversation:
-        """With the answer to the last question in the place of the one that is there."""
-        said = self.said[:-1] if self.said and self.said[-1].role == "assistant" else self.said
-        return replace(self, said=(*said, answer))
+    def with_response(self, response: ChatMessage) -> Conversation:
+        """Appends the response, or replaces the present one."""
+        has_response = bool(self.messages) and self.messages[-1].role == "assistant"
+        before = self.messages[:-1] if has_response else self.messages
+        return replace(self, messages=(*before, response))
 
-    def again(self) -> Conversation:
-        """Without the last answer, which is asked for anew."""
-        if not self.said or self.said[-1].role == "user":
+    def without_response(self) -> Conversation:
+        """Removes the last response, to generate another one."""
+        if not self.messages or self.messages[-1].role == "user":
             return self
-        return Conversation(self.said[:-1], self.tries + 1, CancelToken())
+        return Conversation(self.messages[:-1], self.attempts + 1, CancelToken())
 
-    def _answered(self) -> tuple[ChatMessage, ...]:
-        """Without a last question that was not answered by anything."""
-        if not self.said:
+    def _complete_messages(self) -> tuple[ChatMessage, ...]:
+        """The messages without a last user message that has no response, or an empty one."""
+        if not self.messages:
             return ()
-        last = self.said[-1]
+        last = self.messages[-1]
         if last.role == "user":
-            return self.said[:-1]
-        return self.said if last.parts else self.said[:-2]
+            return self.messages[:-1]
+        return self.messages if last.parts else self.messages[:-2]
 
     @property
-    def waits(self) -> bool:
-        return bool(self.said) and self.said[-1].role == "user"
+    def needs_response(self) -> bool:
+        return bool(self.messages) and self.messages[-1].role == "user"
 
     @property
-    def under_way(self) -> bool:
-        return bool(self.said) and self.said[-1].standing == "under way"
+    def is_generating(self) -> bool:
+        return bool(self.messages) and self.messages[-1].status == "generating"
 
     @property
-    def pictures(self) -> list[StoredImage]:
-        return [part for said in self.said for part in said.parts if isinstance(part, StoredImage)]
+    def images(self) -> list[StoredImage]:
+        parts = [part for message in self.messages for part in message.parts]
+        return [part for part in parts if isinstance(part, StoredImage)]
 
-    def document(self, part: Callable[[Shown, str], ContentPart]) -> Document:
-        """What the model is asked; `part` reads one, and is told its place. Raises RequestError
-        where nothing is asked."""
-        if not self.waits:
-            raise RequestError("nothing has been asked yet")
-        return Document(
-            tuple(
-                Turn(said.role, tuple(part(shown, f"message {number}") for shown in said.parts))
-                for number, said in enumerate(self.said, 1)
-            )
-        )
+    def to_document(self, read_part: Callable[[MessagePart, str], ContentPart]) -> Document:
+        """The prompt. `read_part` converts a part, given its location for error messages.
+
+        Raises RequestError if the last message is not the user's.
+        """
+        if not self.needs_response:
+            raise RequestError("The conversation has no question to respond to.")
+        turns = []
+        for number, message in enumerate(self.messages, 1):
+            parts = tuple(read_part(part, f"message {number}") for part in message.parts)
+            turns.append(Turn(message.role, parts))
+        return Document(tuple(turns))
 
 
-def parts_of(text: str, files: Sequence[str], limits: Limits, gallery: ImageStore) -> list[Shown]:
-    """What somebody typed and dropped: pictures stand where `<image>` does, those without such a
-    place before the text. Raises RequestError for what cannot be read, and for nothing at all."""
-    if len(files) > limits.pictures:
-        raise RequestError(f"{len(files)} pictures, the limit of a message is {limits.pictures}")
-    texts = text.split(IMAGE)
-    before = len(files) - (len(texts) - 1)
-    if before < 0:
+def parse_message(
+    text: str, files: Sequence[str], limits: Limits, store: ImageStore
+) -> list[MessagePart]:
+    """Text and uploaded files of a message -> parts in their order.
+
+    Each `<image>` in the text becomes an image; images without an `<image>` come first. Raises
+    RequestError for an empty message, and for files that are not images within the limits.
+    """
+    if len(files) > limits.max_images:
         raise RequestError(
-            f"{len(texts) - 1} places for a picture ({IMAGE}), and {len(files)} pictures: add "
-            "the missing ones, or take the places out"
+            f"Too many images in one message (got {len(files)}, limit {limits.max_images})."
         )
-    pictures = [gallery.sent(file, limits) for file in files]
-    parts: list[Shown] = [*pictures[:before]]
-    for number, words in enumerate(texts):
+    texts = text.split(IMAGE)
+    first = len(files) - (len(texts) - 1)  # images before the text
+    if first < 0:
+        raise RequestError(
+            f"The message has {len(texts) - 1} {IMAGE}, but {len(files)} images. Add the missing "
+            f"images, or remove {IMAGE}."
+        )
+    images = [store.add_upload(file, limits) for file in files]
+    parts: list[MessagePart] = [*images[:first]]
+    for number, piece in enumerate(texts):
         if number:
-            parts.append(pictures[before + number - 1])
-        if words.strip():
-            parts.append(words.strip() if len(texts) == 1 else words)
+            parts.append(images[first + number - 1])
+        if piece.strip():
+            parts.append(piece.strip() if len(texts) == 1 else piece)
     if not parts:
-        raise RequestError("the message is empty: type something, or add a picture")
+        raise RequestError("The message is empty. Type some text, or add an image.")
     return parts
 
 
-# --- what is shown ----------------------------------------------------------------------------
+# --- display ----------------------------------------------------------------------------------
 
 
-def messages_of(talk: Conversation) -> list[dict[str, Any]]:
-    """As Gradio's Chatbot takes them."""
-    shown = [(said.role, list(_content(said))) for said in talk.said]
-    return [{"role": role, "content": content} for role, content in shown if content]
+def chatbot_messages(conversation: Conversation) -> list[ChatbotMessage]:
+    """Messages for Gradio's Chatbot."""
+    messages = [(m.role, list(_chatbot_content(m))) for m in conversation.messages]
+    return [{"role": role, "content": content} for role, content in messages if content]
 
 
-def line_of(talk: Conversation) -> str:
-    """The line below a talk, about its last answer."""
-    last = talk.said[-1] if talk.said else None
-    text = last.note if last is not None else ""
+def note_html(conversation: Conversation) -> str:
+    """The line below a conversation."""
+    text = conversation.messages[-1].note if conversation.messages else ""
     return f'<p class="status">{html.escape(text)}</p>'
 
 
-def _content(said: ChatMessage) -> Iterator[Any]:
-    for part in said.parts:
-        yield {"path": str(part.shown)} if isinstance(part, StoredImage) else part
-    if said.standing == "failed":
-        yield said.note
+def _chatbot_content(message: ChatMessage) -> Iterator[str | dict[str, str]]:
+    for part in message.parts:
+        yield {"path": str(part.display_path)} if isinstance(part, StoredImage) else part
+    if message.status == "failed":
+        yield message.note

@@ -1,94 +1,74 @@
-"""A talk as a file: JSON that can be asked again, or one HTML page with its pictures inside."""
+"""Conversations as files: JSON that can be sent to the server again, or a self-contained HTML file.
+
+Both contain the images as they were displayed.
+"""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from medley.serving.limits import RequestError
-from medley.serving.ui.conversation import ChatMessage, Conversation, Shown
-from medley.serving.ui.image_store import StoredImage
+from medley.serving.ui.conversation import ChatMessage, Conversation, MessagePart
+from medley.utils.html import render
 from medley.version import __version__
 
 DISCLAIMER = "Research only. Not for clinical decisions."
-GONE = "[a picture that is not kept any more]"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
-article { margin: 1rem 0; padding: .75rem 1rem; border: 1px solid #8886; border-radius: .5rem }
-article.user { margin-left: 15% } h2 { font-size: .8rem; margin: 0; opacity: .7 }
-p { white-space: pre-wrap; margin: .4rem 0 } img { max-width: 100%; min-width: 8rem } small { opacity: .7 }
-@media (prefers-color-scheme: dark) { body { background: #111; color: #eee } }
-"""  # noqa: E501
+IMAGE_DELETED = "[image deleted]"
 
 
-def as_json(talks: Sequence[Conversation]) -> str:
-    """Messages of OpenAI's protocol, as the server takes them, and of each answer its model, its
-    settings and how it ended. Pictures that were sent are as they were shown."""
+def to_json(conversations: Sequence[Conversation]) -> str:
+    """Messages in OpenAI's format, and model, settings and note of each response."""
     content = {
-        "made_by": f"medley {__version__}", "use": DISCLAIMER, "talks": [_told(t) for t in talks],
-    }  # fmt: skip
+        "made_by": f"medley {__version__}",
+        "use": DISCLAIMER,
+        "conversations": [_conversation_json(conversation) for conversation in conversations],
+    }
     return json.dumps(content, ensure_ascii=False, indent=1)
 
 
-def _told(talk: Conversation) -> dict[str, Any]:
-    said = [one for one in talk.said if one.parts]
+def _conversation_json(conversation: Conversation) -> dict[str, Any]:
+    messages = [message for message in conversation.messages if message.parts]
     return {
-        "messages": [{"role": one.role, "content": list(map(_part, one.parts))} for one in said],
-        "answers": [
-            {"message": number, "model": one.model, "settings": dict(one.settings),
-             "note": one.note}
-            for number, one in enumerate(said) if one.role == "assistant"
+        "messages": [{"role": m.role, "content": list(map(_part_json, m.parts))} for m in messages],
+        "responses": [
+            {"message": number, "model": m.model, "settings": dict(m.settings), "note": m.note}
+            for number, m in enumerate(messages) if m.role == "assistant"
         ],
     }  # fmt: skip
 
 
-def _part(part: Shown) -> dict[str, Any]:
+def _part_json(part: MessagePart) -> dict[str, Any]:
+    values = _part_values(part)
+    if "image" in values:
+        return {"type": "image_url", "image_url": {"url": values["image"]}}
+    return {"type": "text", "text": values["text"]}
+
+
+def _part_values(part: MessagePart) -> dict[str, str]:
+    """`text`, or the data URL of an `image`; a deleted image becomes text."""
     if isinstance(part, str):
-        return {"type": "text", "text": part}
-    address = _address(part)
-    if address is None:
-        return {"type": "text", "text": GONE}
-    return {"type": "image_url", "image_url": {"url": address}}
+        return {"text": part}
+    try:
+        return {"image": part.data_url}
+    except RequestError:
+        return {"text": IMAGE_DELETED}
 
 
-def _address(picture: StoredImage) -> str | None:
-    """None for a picture that is not kept any more: the words can still be saved."""
-    with suppress(RequestError):
-        return picture.address
-    return None
-
-
-def as_html(talks: Sequence[Conversation]) -> str:
-    rows = "\n".join(
-        "<section>\n" + "\n".join(map(_article, talk.said)) + "\n</section>" for talk in talks
+def to_html(conversations: Sequence[Conversation]) -> str:
+    return render(
+        "conversation.html",
+        "Conversation",
+        conversations=[[_message_values(m) for m in c.messages] for c in conversations],
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>A talk</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{_STYLE}</style></head><body>
-<h1>A talk</h1>
-<p>{DISCLAIMER}</p>
-{rows}
-<small>medley {__version__}</small>
-</body></html>
-"""
 
 
-def _shown(part: Shown) -> str:
-    address = None if isinstance(part, str) else _address(part)
-    if address is not None:
-        return f'<p><img alt="Picture of this message" src="{address}"></p>'
-    return f"<p>{html.escape(part if isinstance(part, str) else GONE)}</p>"
-
-
-def _article(said: ChatMessage) -> str:
-    who = "You" if said.role == "user" else said.model
-    shown = "".join(map(_shown, said.parts))
-    told = ", ".join(f"{name} {value}" for name, value in said.settings.items())
-    small = "".join(
-        f"<small>{html.escape(words)}</small><br>" for words in (said.note, told) if words
-    )
-    return f'<article class="{said.role}"><h2>{html.escape(who)}</h2>{shown}{small}</article>'
+def _message_values(message: ChatMessage) -> dict[str, Any]:
+    settings = ", ".join(f"{name} {value}" for name, value in message.settings.items())
+    return {
+        "role": message.role,
+        "author": "User" if message.role == "user" else message.model,
+        "parts": list(map(_part_values, message.parts)),
+        "lines": [line for line in (message.note, settings) if line],
+    }

@@ -1,12 +1,11 @@
-"""From the page's settings to a model's answer, as it grows."""
+"""Generation of a response in the web UI, with updates while it grows."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,146 +13,172 @@ from typing import Any, TypeVar
 from medley.data.document import ContentPart, Document, ImagePart
 from medley.errors import UserError
 from medley.generation import GenerationOptions
-from medley.inference.model import StreamEvent
+from medley.inference.response import StreamEvent
+from medley.serving.limits import RequestError
 from medley.serving.response_stream import ResponseStream
-from medley.serving.state import State, cancelled, error_body
-from medley.serving.ui.conversation import CancelToken, ChatMessage, Conversation, Shown
+from medley.serving.schema import random_seed
+from medley.serving.state import ServerState, cancel_tasks, error_body
+from medley.serving.ui.conversation import (
+    CancelToken,
+    ChatMessage,
+    Conversation,
+    MessagePart,
+    Settings,
+)
 from medley.serving.ui.image_store import ImageStore
+from medley.serving.ui.settings import INTEGER_SETTINGS, NO_IMAGE_LIMIT, RANDOM_SEED
 from medley.serving.untrusted_inputs import RequestReader
 from medley.serving.worker import EngineWorker
 
 log = logging.getLogger("medley.serving")
 Item = TypeVar("Item")
-PREVIEWS = 8  # of a picture, while it is drawn
-EVERY = 0.1  # seconds between two looks at an answer that grows
-PULSE = 1.0  # seconds of silence after which the page is told something all the same
+PREVIEWS_PER_IMAGE = 8
+UPDATE_SECONDS = 0.1  # minimum time between two updates of a growing text
+KEEPALIVE_SECONDS = 1.0  # maximum time between two updates
 _END: Any = object()
-_COUNTS = ("seed", "min_images", "max_images", "max_new_tokens", "text_top_k", "image_top_k")
 
 
-def options_of(settings: Mapping[str, Any], tries: int) -> GenerationOptions:
-    """`seed` is -1 for another one each time, `max_images` 0 for any number. Raises UserError for
-    values that do not go together."""
+def to_options(settings: Settings, attempts: int) -> GenerationOptions:
+    """Settings of the UI -> generation options. Each regeneration uses the next seed.
+
+    Raises UserError for values that are missing, invalid or contradict each other.
+    """
     values = dict(settings)
     for name, value in values.items():
         if value is None:
-            raise UserError(f"{name} is empty, expected a value")
-        if name in _COUNTS:
+            raise UserError(f"{name} is empty. Enter a value.")
+        if name in INTEGER_SETTINGS:
             values[name] = int(value)
-    values["max_images"] = values["max_images"] or None
+    if values["max_images"] == NO_IMAGE_LIMIT:
+        values["max_images"] = None
     seed = values["seed"]
-    values["seed"] = secrets.randbelow(2**31) if seed == -1 else seed + tries
+    values["seed"] = random_seed() if seed == RANDOM_SEED else seed + attempts
     return GenerationOptions(**values)
 
 
-async def answers(
-    state: State, gallery: ImageStore, model: str, talk: Conversation, settings: Mapping[str, Any]
+async def generate_response(
+    state: ServerState,
+    store: ImageStore,
+    model: str,
+    conversation: Conversation,
+    settings: Settings,
 ) -> AsyncGenerator[Conversation, None]:
-    """The talk with its answer, again and again as that grows; the last one is whole. What goes
-    wrong is the answer, in plain words. Closing it, or the talk's halt, frees the model's row."""
-    began, halt = time.monotonic(), talk.halt or CancelToken()
-    halt.taken = True
-    last = ChatMessage("assistant", (), f"{model} is asked…", model, "under way", dict(settings))
-    yield talk.answer(last)
+    """Yields the conversation with the growing response; the last one is complete.
+
+    An error becomes the response. Closing the generator, or requesting the conversation's
+    cancellation, ends the model's work.
+    """
+    start, cancel = time.monotonic(), conversation.cancel or CancelToken()
+    cancel.started = True
+    response = ChatMessage("assistant", (), "sending…", model, "generating", dict(settings))
+    yield conversation.with_response(response)
     try:
         worker = state.worker(model)
         if state.draining:
-            raise UserError("the server is shutting down")
-        options = options_of(settings, talk.tries)
-        last = replace(last, settings={**settings, "seed": options.seed})
-        async with state.reading if talk.pictures else nullcontext():
-            document = await state.in_thread(_document, talk, worker)
-        every = max(1, worker.model.image_tokenizer.codes_per_image // PREVIEWS)
-        asked = ResponseStream(worker, document, options, preview_every=every)
-        del document  # its pictures are large, and the worker forgets them once it has read them
-        note, told, seen = "", 0.0, last
+            raise RequestError("The server is shutting down.", 503)
+        options = to_options(settings, conversation.attempts)
+        response = replace(response, settings={**settings, "seed": options.seed})
+        async with state.decode_slots if conversation.images else nullcontext():
+            document = await asyncio.to_thread(_read_document, conversation, worker)
+        preview_every = max(1, worker.model.image_tokenizer.codes_per_image // PREVIEWS_PER_IMAGE)
+        stream = ResponseStream(worker, document, options, preview_every=preview_every)
+        del document  # Its images are large; the worker deletes them after the prefill.
+        note, last_update, displayed = "", 0.0, response
         async with (
-            aclosing(state.instrument(worker, asked)) as pieces,
-            aclosing(_until_cancelled(pieces, halt)) as looked,
+            aclosing(state.instrument(worker, stream)) as chunks,
+            aclosing(_until_cancelled(chunks, cancel)) as items,
         ):
-            async for piece in looked:
-                if piece is None:
-                    if (before := worker.before(asked.jobs[0])) is not None:
-                        seen = replace(seen, note=f"waiting, {before} before you")
-                    yield talk.answer(seen)
+            async for chunk in items:
+                if chunk is None:
+                    if (position := worker.queue_position(stream.jobs[0])) is not None:
+                        displayed = replace(displayed, note=f"queued, {position} requests ahead")
+                    yield conversation.with_response(displayed)
                     continue
-                event = piece.event
-                if event.answer is not None:
-                    note = event.answer.note or ""
+                event = chunk.event
+                if event.response is not None:
+                    note = event.response.note or ""
                     continue
-                last, seen = await _grown(state, gallery, last, seen, event)
-                if event.preview is not None or time.monotonic() - told >= EVERY:
-                    told = time.monotonic()
-                    yield talk.answer(seen)
-        if halt.wanted.is_set():
-            parts = await state.in_thread(gallery.settled, seen.parts)
-            yield talk.answer(replace(seen, parts=parts, note="stopped", standing="stopped"))
+                response, displayed = await _apply_event(store, response, displayed, event)
+                now = time.monotonic()
+                if event.preview is not None or now - last_update >= UPDATE_SECONDS:
+                    last_update = now
+                    yield conversation.with_response(displayed)
+        if cancel.requested.is_set():
+            parts = await asyncio.to_thread(store.persist_previews, displayed.parts)
+            stopped = replace(displayed, parts=parts, note="stopped", status="stopped")
+            yield conversation.with_response(stopped)
             return
-        seconds, tokens = time.monotonic() - began, asked.generated_tokens
+        seconds, tokens = time.monotonic() - start, stream.generated_tokens
         line = f"{model}, seed {options.seed}, {tokens} tokens in {seconds:.1f} s"
-        if not last.parts:
-            note = note or "the model ended its answer without a word"
-        yield talk.answer(replace(last, note=f"{line}; {note}" if note else line, standing=""))
+        if not response.parts:
+            note = note or "the response is empty"
+        complete = replace(response, note=f"{line}; {note}" if note else line, status="")
+        yield conversation.with_response(complete)
     except Exception as error:
         status, body = error_body(error)
-        if status >= 500:
-            log.error("an answer on the page", exc_info=error)
-        reason = body["error"]["message"]
-        yield talk.answer(replace(last, note=f"Not answered: {reason}", standing="failed"))
+        if status >= 500 and not isinstance(error, RequestError):
+            log.error("a response in the web UI failed", exc_info=error)
+        failed = replace(response, note=f"Error: {body['error']['message']}", status="failed")
+        yield conversation.with_response(failed)
     finally:
-        halt.ended.set()
+        cancel.finished.set()
 
 
-def _document(talk: Conversation, worker: EngineWorker) -> Document:
-    """What the model is asked, read within a request's limits."""
-    reader = RequestReader(worker.limits, worker.model.image_tokenizer, worker.most_characters)
-    reader.refuse_many(len(talk.pictures))
+def _read_document(conversation: Conversation, worker: EngineWorker) -> Document:
+    """The prompt, read within the limits of a request."""
+    reader = RequestReader(worker.limits, worker.model.image_tokenizer, worker.max_characters)
+    reader.check_image_count(len(conversation.images))
 
-    def part(shown: Shown, place: str) -> ContentPart:
-        if isinstance(shown, str):
-            return reader.text(shown, place)
-        return ImagePart(image=reader.picture(shown.read(), place, shown.name))
+    def read_part(part: MessagePart, where: str) -> ContentPart:
+        if isinstance(part, str):
+            return reader.text(part, where)
+        return ImagePart(image=reader.image_from_bytes(part.read_bytes(), where, part.name))
 
-    return talk.document(part)
+    return conversation.to_document(read_part)
 
 
-async def _grown(
-    state: State, gallery: ImageStore, last: ChatMessage, seen: ChatMessage, event: StreamEvent
+async def _apply_event(
+    store: ImageStore, response: ChatMessage, displayed: ChatMessage, event: StreamEvent
 ) -> tuple[ChatMessage, ChatMessage]:
-    """An answer with what is new of it, and as it is shown: with a picture that is not whole."""
-    parts = last.parts
+    """The response with a new event, and as it is displayed: with the preview of an image."""
+    parts = response.parts
     if event.progress is not None:
         if event.preview is not None and event.progress < 1:
-            preview = await state.in_thread(gallery.preview, event.preview)
-            seen = replace(last, parts=(*parts, preview))
-        return last, replace(seen, note=f"drawing, {100 * event.progress:.0f} %")
+            preview = await asyncio.to_thread(store.add_preview, event.preview)
+            displayed = replace(response, parts=(*parts, preview))
+        return response, replace(displayed, note=f"generating an image, {event.progress:.0%}")
     if event.text and parts and isinstance(parts[-1], str):
         parts = (*parts[:-1], parts[-1] + event.text)
     elif event.text:
         parts = (*parts, event.text)
     if event.image is not None:
-        parts = (*parts, await state.in_thread(gallery.drawn, event.image))
-    last = replace(last, parts=parts, note="")
-    return last, last
+        parts = (*parts, await asyncio.to_thread(store.add_generated, event.image))
+    response = replace(response, parts=parts, note="")
+    return response, response
 
 
 async def _until_cancelled(
-    items: AsyncGenerator[Item, None], halt: CancelToken
+    items: AsyncGenerator[Item, None], cancel: CancelToken
 ) -> AsyncGenerator[Item | None, None]:
-    """The items, and None after each while without one: only between two updates does the page
-    notice that its browser has gone. Ends early where the answer is not wanted any more."""
-    ending = asyncio.ensure_future(halt.wanted.wait())
-    coming: asyncio.Future[Any] | None = None
+    """Yields the items until cancellation is requested, and None after each second without one.
+
+    Gradio detects that a browser has disconnected only between two updates.
+    """
+    cancelled = asyncio.ensure_future(cancel.requested.wait())
+    upcoming: asyncio.Future[Any] | None = None
     try:
-        while not halt.wanted.is_set():
-            coming = coming or asyncio.ensure_future(anext(items, _END))
-            await asyncio.wait({coming, ending}, timeout=PULSE, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                item, coming = coming.result(), None
+        while not cancel.requested.is_set():
+            upcoming = upcoming or asyncio.ensure_future(anext(items, _END))
+            await asyncio.wait(
+                {upcoming, cancelled}, timeout=KEEPALIVE_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )  # fmt: skip
+            if upcoming.done():
+                item, upcoming = upcoming.result(), None
                 if item is _END:
                     return
                 yield item
-            elif not halt.wanted.is_set():
+            elif not cancel.requested.is_set():
                 yield None
     finally:
-        await cancelled(ending, coming)
+        await cancel_tasks(cancelled, upcoming)

@@ -1,4 +1,4 @@
-"""What happens on the page: a message is taken, answered, asked again, stopped, cleared, saved."""
+"""Event handlers of the web UI: send, regenerate, stop, clear, export, feedback."""
 
 from __future__ import annotations
 
@@ -12,145 +12,172 @@ from typing import Any
 import gradio as gr
 
 from medley.errors import UserError
-from medley.serving.state import State
+from medley.serving.state import ServerState
 from medley.serving.ui import export
-from medley.serving.ui.conversation import Conversation, line_of, messages_of, parts_of
+from medley.serving.ui.conversation import (
+    ChatbotMessage,
+    Conversation,
+    chatbot_messages,
+    note_html,
+    parse_message,
+)
 from medley.serving.ui.feedback import FeedbackLog
-from medley.serving.ui.generate import answers
+from medley.serving.ui.generate import generate_response
 from medley.serving.ui.image_store import ImageStore
 from medley.serving.ui.settings import SETTINGS
 
-SKIP = (gr.skip(),)  # an output that stays as it is
-LAST_WORD = 10.0  # seconds that clearing waits for it
-Chat = list[dict[str, Any]]  # the messages that a browser shows
+UNCHANGED = (gr.skip(),)  # an output that keeps its value
+FINISH_SECONDS = 10.0  # maximum wait for a cancelled response
+Displayed = list[ChatbotMessage]  # the messages that a browser displays
+Outputs = tuple[Any, ...]  # values of Gradio components
 
 
 @dataclass
 class SessionState:
-    """Of one browser: whether a message is being read, and how often it was cleared."""
+    """State of one browser: whether a message is being read, and how often it was cleared."""
 
-    reading: bool = False
-    era: int = 0
+    is_reading: bool = False
+    clear_count: int = 0
 
 
 @dataclass
 class Handlers:
-    """Of one server. Talks go in and out; a side's outputs are those of `shown`."""
+    """Handlers of one server. The outputs of a panel are those of `panel_outputs`."""
 
-    state: State
-    gallery: ImageStore
-    votes: FeedbackLog | None
+    state: ServerState
+    store: ImageStore
+    feedback: FeedbackLog | None
 
-    async def take(
-        self, message: dict[str, Any], two: bool, desk: SessionState, left: Conversation, left_chat: Chat,
-        right: Conversation, right_chat: Chat,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """The user's message into the talks on the page; what cannot be taken stays in the box."""
-        if self._refused(desk, (left, left_chat), *[(right, right_chat)] * two):
-            return SKIP * 7
+    async def send(
+        self,
+        message: dict[str, Any],
+        both: bool,
+        session: SessionState,
+        left: Conversation,
+        left_displayed: Displayed,
+        right: Conversation,
+        right_displayed: Displayed,
+    ) -> Outputs:
+        """Appends the user's message to the conversations. A rejected message stays in its box."""
+        right_panel = [(right, right_displayed)] * both
+        if self._is_blocked(session, (left, left_displayed), *right_panel):
+            return UNCHANGED * 7
         text, files = message.get("text") or "", message.get("files") or []
-        desk.reading, era = True, desk.era
+        session.is_reading, clear_count = True, session.clear_count
         try:
-            async with self.state.reading if files else nullcontext():
-                parts = await self.state.in_thread(
-                    parts_of, text, files, self.state.limits, self.gallery
+            async with self.state.decode_slots if files else nullcontext():
+                parts = await asyncio.to_thread(
+                    parse_message, text, files, self.state.limits, self.store
                 )
         except UserError as error:
-            gr.Warning(str(error), title="Not sent", duration=None)
-            return SKIP * 7
+            gr.Warning(str(error), title="Message not sent", duration=None)
+            return UNCHANGED * 7
         finally:
-            desk.reading = False
-        if desk.era != era:  # cleared meanwhile: the talks are other ones now
-            return SKIP * 7
-        other = shown(right.asked(parts)) if two else SKIP * 3
-        return ({"text": "", "files": []}, *shown(left.asked(parts)), *other)
+            session.is_reading = False
+        if session.clear_count != clear_count:  # `left` and `right` are outdated.
+            return UNCHANGED * 7
+        right_outputs = panel_outputs(right.with_user_message(parts)) if both else UNCHANGED * 3
+        left_outputs = panel_outputs(left.with_user_message(parts))
+        return ({"text": "", "files": []}, *left_outputs, *right_outputs)
 
-    async def answer(
-        self, model: str, talk: Conversation, on: bool, *values: Any
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
-        """The answer of one side, as it grows. There is one for each question."""
-        if not (on and talk.waits) or talk.halt is None or talk.halt.taken:
-            yield SKIP * 3
+    async def respond(
+        self, model: str, conversation: Conversation, is_enabled: bool, *settings: Any
+    ) -> AsyncGenerator[Outputs, None]:
+        """Yields the outputs of a panel while its response grows; one response for each message."""
+        cancel = conversation.cancel
+        if not is_enabled or not conversation.needs_response or cancel is None or cancel.started:
+            yield UNCHANGED * 3
             return
-        settings = dict(zip(SETTINGS, values, strict=True))
-        growing = answers(self.state, self.gallery, model, talk, settings)
-        async with aclosing(growing) as talks:
-            async for said in talks:
-                yield SKIP * 3 if talk.halt.forgotten else shown(said)
+        values = dict(zip(SETTINGS, settings, strict=True))
+        response = generate_response(self.state, self.store, model, conversation, values)
+        async with aclosing(response) as updates:
+            async for update in updates:
+                yield UNCHANGED * 3 if cancel.discard else panel_outputs(update)
 
-    def again(self, desk: SessionState, talk: Conversation, chat: Chat) -> tuple[Any, ...]:
-        """One side without its last answer, which is asked for anew."""
-        return SKIP * 3 if self._refused(desk, (talk, chat)) else shown(talk.again())
+    def regenerate(
+        self, session: SessionState, conversation: Conversation, displayed: Displayed
+    ) -> Outputs:
+        """Removes the last response of one panel; `respond` generates another one."""
+        if self._is_blocked(session, (conversation, displayed)):
+            return UNCHANGED * 3
+        return panel_outputs(conversation.without_response())
 
-    def again_both(
+    def regenerate_both(
         self,
-        two: bool,
-        desk: SessionState,
+        both: bool,
+        session: SessionState,
         left: Conversation,
-        left_chat: Chat,
+        left_displayed: Displayed,
         right: Conversation,
-        right_chat: Chat,
-    ) -> tuple[Any, ...]:
-        if self._refused(desk, (left, left_chat), *[(right, right_chat)] * two):
-            return SKIP * 6
-        return (*shown(left.again()), *(shown(right.again()) if two else SKIP * 3))
+        right_displayed: Displayed,
+    ) -> Outputs:
+        right_panel = [(right, right_displayed)] * both
+        if self._is_blocked(session, (left, left_displayed), *right_panel):
+            return UNCHANGED * 6
+        right_outputs = panel_outputs(right.without_response()) if both else UNCHANGED * 3
+        return (*panel_outputs(left.without_response()), *right_outputs)
 
-    async def stop(self, *talks: Conversation) -> None:
-        """What there is of the answers under way is kept."""
-        for talk in talks:
-            if talk.halt is not None:
-                talk.halt.wanted.set()
+    async def stop(self, *conversations: Conversation) -> None:
+        """Stops the running responses; what was generated stays."""
+        for conversation in conversations:
+            if conversation.cancel is not None:
+                conversation.cancel.requested.set()
 
-    async def clear(self, desk: SessionState, *talks: Conversation) -> tuple[Any, ...]:
-        """Nothing is kept. An answer under way says its last word first, or it would come back."""
-        desk.era += 1
-        for talk in talks:
-            if talk.halt is not None:
-                talk.halt.forgotten = True
-        await self.stop(*talks)
-        for talk in talks:
-            if talk.halt is not None and talk.halt.taken:
+    async def clear(self, session: SessionState, *conversations: Conversation) -> Outputs:
+        """Empties the conversations.
+
+        Waits for a running response to finish, so that its last update cannot repopulate the
+        cleared conversation.
+        """
+        session.clear_count += 1
+        for conversation in conversations:
+            if conversation.cancel is not None:
+                conversation.cancel.discard = True
+        await self.stop(*conversations)
+        for conversation in conversations:
+            if conversation.cancel is not None and conversation.cancel.started:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(talk.halt.ended.wait(), LAST_WORD)
-        return tuple(value for _ in talks for value in shown(Conversation()))
+                    await asyncio.wait_for(conversation.cancel.finished.wait(), FINISH_SECONDS)
+        return tuple(value for _ in conversations for value in panel_outputs(Conversation()))
 
-    def exported(self, kind: str, two: bool, left: Conversation, right: Conversation) -> str:
-        """The file of what is on the page."""
-        talks = [left, right] if two else [left]
-        text = export.as_json(talks) if kind == "json" else export.as_html(talks)
-        return str(self.gallery.write(f"talk-{time.strftime('%Y%m%d-%H%M%S')}.{kind}", text))
+    def export(self, kind: str, both: bool, left: Conversation, right: Conversation) -> str:
+        """Writes the conversations to a file; the path."""
+        conversations = [left, right] if both else [left]
+        text = export.to_json(conversations) if kind == "json" else export.to_html(conversations)
+        name = f"conversation-{time.strftime('%Y%m%d-%H%M%S')}.{kind}"
+        return str(self.store.write_text(name, text))
 
-    def vote(self, like: gr.LikeData, talk: Conversation) -> None:
-        assert self.votes is not None
+    def record_feedback(self, like: gr.LikeData, conversation: Conversation) -> None:
+        assert self.feedback is not None
         index = like.index if isinstance(like.index, int) else like.index[0]
-        if not isinstance(like.liked, bool):  # taken back
+        if not isinstance(like.liked, bool):  # The user withdrew the feedback.
             return
         try:
-            self.votes.keep(Conversation(talk.said[: index + 1]), like.liked)
+            self.feedback.append(Conversation(conversation.messages[: index + 1]), like.liked)
         except UserError as error:
-            gr.Warning(str(error), title="The vote is not kept", duration=None)
+            gr.Warning(str(error), title="Feedback not saved", duration=None)
             return
-        gr.Info("Thank you: the vote is kept.", duration=3)
+        gr.Info("Thank you. The feedback was saved.", duration=3)
 
-    def _refused(self, desk: SessionState, *sides: tuple[Conversation, Chat]) -> bool:
-        """Whether nothing new can be asked now; the reader is told why."""
+    def _is_blocked(self, session: SessionState, *panels: tuple[Conversation, Displayed]) -> bool:
+        """Whether nothing can be sent at present; displays the reason."""
         reason = ""
         if self.state.draining:
-            reason = "The server is shutting down, and takes nothing new."
-        elif desk.reading:
-            reason = "Your message is still being read."
-        elif any(talk.under_way for talk, _ in sides):
-            reason = "An answer is still being written: wait for it, or press Stop."
-        elif any(chat and not talk.said for talk, chat in sides):
+            reason = "The server is shutting down. It accepts no new messages."
+        elif session.is_reading:
+            reason = "The previous message is still being read."
+        elif any(conversation.is_generating for conversation, _ in panels):
+            reason = "A response is still being generated. Wait for it, or press Stop."
+        elif any(displayed and not conversation.messages for conversation, displayed in panels):
             reason = (
-                "The server has forgotten this talk, and would answer without it. Copy what you "
-                "need, then press Clear."
+                "The server no longer has this conversation, so a response would ignore it. Copy "
+                "what you need, then press Clear."
             )
         if reason:
             gr.Warning(reason, title="Not now", duration=None)
         return bool(reason)
 
 
-def shown(talk: Conversation) -> tuple[Conversation, Chat, str]:
-    """Of a side: the talk, its messages, and the line below them."""
-    return talk, messages_of(talk), line_of(talk)
+def panel_outputs(conversation: Conversation) -> tuple[Conversation, Displayed, str]:
+    """The outputs of a panel: the conversation, its messages, and the line below them."""
+    return conversation, chatbot_messages(conversation), note_html(conversation)

@@ -1,9 +1,8 @@
-"""The pictures of the page's talks, as files: a talk holds their names alone."""
+"""Images of the web UI's conversations, as files; a conversation holds only their paths."""
 
 from __future__ import annotations
 
 import atexit
-import base64
 import hashlib
 import io
 import os
@@ -22,140 +21,148 @@ from PIL import Image
 
 from medley.images.preprocess import ImageError
 from medley.serving.limits import Limits, RequestError
-from medley.serving.untrusted_inputs import read_unknown
+from medley.serving.untrusted_inputs import read_untrusted_image
+from medley.utils.html import data_url
 
-SHOWN = 1000  # pixels of the longer side, at most, of what a browser shows
-KEPT = 24 * 3600.0  # seconds that a file stays after it was last asked for
-_PREFIX = "medley-page-"
+MAX_DISPLAY_SIZE = 1000  # maximum width and height in pixels of a displayed image
+RETENTION_SECONDS = 24 * 3600.0  # time after the last use of a file until it is deleted
+CLEANUP_SECONDS = 600.0  # time between two deletions, and retention of previews
+_PREFIX = "medley-ui-"
 _LOCK = ".lock"
-SWEEP = 600.0  # seconds between two looks for files that are older
 
 
 @cache
 def private_folder() -> Path:
-    """Where the pages of this process keep pictures, those of Gradio too: nobody else on the
-    machine may look into it, and it goes with the process. Where a process was killed, the next
-    one's start removes what it left."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError, Timeout), FileLock(left / _LOCK, timeout=0):  # nobody holds it
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    held = FileLock(folder / _LOCK)
-    held.acquire()
+    """This process's folder for images and for Gradio's files, deleted when the process exits.
 
-    def leave() -> None:
-        held.release()
+    Other users cannot read it. Also deletes folders of processes that were killed.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # A live process holds the lock of its folder.
+        with suppress(OSError, Timeout), FileLock(folder / _LOCK, timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = FileLock(folder / _LOCK)
+    lock.acquire()
+
+    def delete() -> None:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(leave)
+    atexit.register(delete)
     return folder
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture: the file that the model reads, by the name it came with, and a PNG of it that is
-    shown."""
+    """An image: the file that the model reads, a PNG to display, and the name of the upload.
 
-    file: Path
-    shown: Path
+    Its methods raise RequestError if the files were deleted.
+    """
+
+    path: Path
+    display_path: Path
     name: str
 
-    def read(self) -> bytes:
-        """What the model reads. Raises RequestError for a picture that is not kept any more."""
-        self._use()
-        return self.file.read_bytes()
+    def read_bytes(self) -> bytes:
+        """The contents of the file that the model reads."""
+        self._touch()
+        return self.path.read_bytes()
 
     @property
-    def image(self) -> Image.Image:
-        """What is shown of it."""
-        self._use()
-        with Image.open(self.shown) as image:
+    def display_image(self) -> Image.Image:
+        self._touch()
+        with Image.open(self.display_path) as image:
             return image.convert("RGB")
 
     @property
-    def address(self) -> str:
-        """What is shown of it, as a data address."""
-        self._use()
-        return f"data:image/png;base64,{base64.b64encode(self.shown.read_bytes()).decode()}"
+    def data_url(self) -> str:
+        """The displayed image as a data URL."""
+        return data_url(self.display_image)
 
-    def _use(self) -> None:
+    def _touch(self) -> None:
+        """Sets the time of the last use to now."""
         try:
-            for path in {self.file, self.shown}:
+            for path in {self.path, self.display_path}:
                 os.utime(path)
         except OSError as error:
             raise RequestError(
-                f"{self.name} of this talk is not kept any more: clear the talk, and send it again"
+                f"{self.name}: This image was deleted. Clear the conversation, and send the image "
+                "again."
             ) from error
 
 
 class ImageStore:
-    """Files of one folder, each content once."""
+    """Image files of one folder, named by their content."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.growing = folder / "kept", folder / "growing"
-        for own in (self.folder, self.growing):
-            own.mkdir(parents=True, exist_ok=True)
+        self.folder, self.previews = folder / "images", folder / "previews"
+        for subfolder in (self.folder, self.previews):
+            subfolder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._swept = time.monotonic()
+        self._last_cleanup = time.monotonic()
 
-    def sent(self, file: str, limits: Limits) -> StoredImage:
-        """A file that somebody dropped on the page. Raises RequestError for what is no picture."""
+    def add_upload(self, file: str, limits: Limits) -> StoredImage:
+        """An uploaded file. Raises RequestError if it is not an image within the limits."""
         path = Path(file)
         try:
             data = path.read_bytes()
-            image = read_unknown(data, path.name, limits)
+            image = read_untrusted_image(data, path.name, limits)
         except OSError as error:
-            raise RequestError(f"{path.name}: {error.strerror}; drop it again") from error
+            raise RequestError(f"{path.name}: {error.strerror}. Upload it again.") from error
         except ImageError as error:
             raise RequestError(str(error)) from error
-        image.thumbnail((SHOWN, SHOWN))
-        return StoredImage(self._keep(data, self.folder), self._png(image, self.folder), path.name)
+        image.thumbnail((MAX_DISPLAY_SIZE, MAX_DISPLAY_SIZE))
+        display_path = self._save_png(image, self.folder)
+        return StoredImage(self._save(data, self.folder), display_path, path.name)
 
-    def drawn(self, image: Image.Image) -> StoredImage:
-        path = self._png(image, self.folder)
-        return StoredImage(path, path, "a drawn picture")
+    def add_generated(self, image: Image.Image) -> StoredImage:
+        path = self._save_png(image, self.folder)
+        return StoredImage(path, path, "generated image")
 
-    def preview(self, image: Image.Image) -> StoredImage:
-        """Of a picture that is not whole: kept for minutes."""
-        path = self._png(image, self.growing)
-        return StoredImage(path, path, "a picture that grows")
+    def add_preview(self, image: Image.Image) -> StoredImage:
+        """A preview of an incomplete image; deleted after minutes."""
+        path = self._save_png(image, self.previews)
+        return StoredImage(path, path, "preview")
 
-    def settled(self, parts: tuple[str | StoredImage, ...]) -> tuple[str | StoredImage, ...]:
-        """With previews as pictures that stay."""
+    def persist_previews(
+        self, parts: tuple[str | StoredImage, ...]
+    ) -> tuple[str | StoredImage, ...]:
+        """The parts of a stopped response, with previews stored like complete images."""
         return tuple(
-            self.drawn(part.image)
-            if isinstance(part, StoredImage) and part.file.parent == self.growing else part
+            self.add_generated(part.display_image)
+            if isinstance(part, StoredImage) and part.path.parent == self.previews else part
             for part in parts
         )  # fmt: skip
 
-    def write(self, name: str, text: str) -> Path:
-        """A file for one reader to take away, at a place that nobody else can guess."""
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes a file to download, at a path that other users cannot guess."""
         path = self.folder / secrets.token_hex(16) / name
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
         return path
 
-    def _png(self, image: Image.Image, folder: Path) -> Path:
+    def _save_png(self, image: Image.Image, folder: Path) -> Path:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        return self._keep(buffer.getvalue(), folder, ".png")
+        return self._save(buffer.getvalue(), folder, ".png")
 
-    def _keep(self, data: bytes, folder: Path, suffix: str = "") -> Path:
+    def _save(self, data: bytes, folder: Path, suffix: str = "") -> Path:
         path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
         with self._lock:
             if path.exists():
                 os.utime(path)
             else:
                 path.write_bytes(data)
-            if time.monotonic() - self._swept > SWEEP:
-                self._swept = time.monotonic()
-                self._sweep(self.folder, KEPT)
-                self._sweep(self.growing, SWEEP)
+            if time.monotonic() - self._last_cleanup > CLEANUP_SECONDS:
+                self._last_cleanup = time.monotonic()
+                self._delete_older(self.folder, RETENTION_SECONDS)
+                self._delete_older(self.previews, CLEANUP_SECONDS)
         return path
 
-    def _sweep(self, folder: Path, age: float) -> None:
+    def _delete_older(self, folder: Path, seconds: float) -> None:
         for path in folder.iterdir():
-            if path.stat().st_mtime >= time.time() - age:
+            if path.stat().st_mtime >= time.time() - seconds:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What stands where on the page, and what each thing does."""
+"""Layout of the web UI, and the handlers of its events."""
 
 from __future__ import annotations
 
@@ -9,143 +9,187 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
-from medley.serving.state import State
-from medley.serving.ui.conversation import Conversation, line_of
+from medley.serving.state import ServerState
+from medley.serving.ui.conversation import Conversation, note_html
 from medley.serving.ui.examples import Example, phantom_examples
 from medley.serving.ui.export import DISCLAIMER
 from medley.serving.ui.feedback import FeedbackLog
 from medley.serving.ui.handlers import Handlers, SessionState
-from medley.serving.ui.image_store import KEPT, ImageStore, private_folder
+from medley.serving.ui.image_store import RETENTION_SECONDS, ImageStore, private_folder
 from medley.serving.ui.settings import SETTINGS
-from medley.serving.ui.status import Status
+from medley.serving.ui.status import ServerStatus
 
 SIDES = ("left", "right")
-TAKE = """() => setTimeout(() => {
+CLEANUP_INTERVAL = 600  # seconds between two deletions of Gradio's files
+# Clicks the link of the exported file once Gradio has updated it.
+DOWNLOAD_JS = """() => setTimeout(() => {
   const file = document.querySelector("#file");
   (file.querySelector("a, button") || file).click();
 }, 200)"""
-HEAD = f"""<header><h1>Medley</h1><p role="note"><strong>{DISCLAIMER}</strong>
-Words and pictures from a token model; a drawn picture shows nobody.</p></header>
-<p id="gone" role="alert" hidden></p>"""
+HEADER = f"""<header><h1>Medley</h1><p role="note"><strong>{DISCLAIMER}</strong>
+Generated images do not show real patients.</p></header>
+<p id="alert" role="alert" hidden></p>"""
 
 
 @dataclass
 class ChatPanel:
-    """One talk on the page: its model, where what was said is shown, a line below it, and the
-    talk itself."""
+    """One conversation: its model, its messages, the line below them, and its state."""
 
-    column: Any
-    model: Any
-    chat: Any
-    line: Any
-    talk: Any
+    column: gr.Column
+    model: gr.Dropdown
+    chatbot: gr.Chatbot
+    note: gr.HTML
+    conversation: gr.State
 
     @property
-    def shown(self) -> list[Any]:
-        return [self.talk, self.chat, self.line]
+    def outputs(self) -> list[Component]:
+        return [self.conversation, self.chatbot, self.note]
 
 
-class Page:
-    """Of one server."""
+@dataclass
+class Controls:
+    """The message box, and the buttons below it."""
+
+    message: gr.MultimodalTextbox
+    stop: gr.Button
+    regenerate: gr.Button
+    clear: gr.Button
+    both: gr.Checkbox
+    save_html: gr.Button
+    save_json: gr.Button
+    file: gr.DownloadButton
+
+
+class WebUI:
+    """The web UI of one server."""
 
     def __init__(
-        self, state: State, votes: Path | None = None, examples: Sequence[Example] = ()
+        self,
+        state: ServerState,
+        feedback_dir: Path | None = None,
+        examples: Sequence[Example] = (),
     ) -> None:
         self.state = state
-        self.status = Status(state)
-        gallery = ImageStore(private_folder() / "talks")
-        self.acts = Handlers(state, gallery, FeedbackLog(votes) if votes is not None else None)
-        drawn = private_folder() / "examples"
-        drawn.mkdir(exist_ok=True)
-        self.examples = [*examples, *phantom_examples(drawn)]
+        self.status = ServerStatus(state)
+        store = ImageStore(private_folder() / "conversations")
+        feedback = FeedbackLog(feedback_dir) if feedback_dir is not None else None
+        self.handlers = Handlers(state, store, feedback)
+        example_folder = private_folder() / "examples"
+        example_folder.mkdir(exist_ok=True)
+        self.examples = [*examples, *phantom_examples(example_folder)]
 
     def build(self) -> gr.Blocks:
-        names = list(self.state.workers)
         with gr.Blocks(
-            title="Medley", analytics_enabled=False, fill_width=True, delete_cache=(600, int(KEPT))
-        ) as blocks:
-            gr.HTML(HEAD)
-            settings = self._settings()
+            title="Medley", analytics_enabled=False, fill_width=True,
+            delete_cache=(CLEANUP_INTERVAL, int(RETENTION_SECONDS)),
+        ) as blocks:  # fmt: skip
+            gr.HTML(HEADER)
+            with gr.Sidebar(label="Generation settings", position="right", open=False):
+                settings = [make(self.state.limits.max_tokens) for make in SETTINGS.values()]
             with gr.Row():
-                sides = [self._side(names, number) for number in range(2)]
-            box = gr.MultimodalTextbox(
-                label="Your message", file_count="multiple", max_plain_text_length=100_000,
-                placeholder="Ask, or say what to draw. Drop pictures anywhere; <image> says where "
-                "one stands in the text.", elem_id="box", lines=1, max_lines=12,
-            )  # fmt: skip
-            with gr.Row(elem_id="actions"):
-                stop = gr.Button("Stop", elem_id="stop")
-                again = gr.Button("Regenerate", elem_id="again")
-                clear = gr.Button("Clear", elem_id="clear")
-                two = gr.Checkbox(False, label="Two models side by side", elem_id="two")
-                as_page = gr.Button("Save as HTML", elem_id="save-html")
-                as_rows = gr.Button("Save as JSON", elem_id="save-json")
-                # Gives what it has when it is clicked; it is, once there is something.
-                file = gr.DownloadButton("File", elem_id="file", visible="hidden")
+                panels = [self._make_panel(number) for number in range(len(SIDES))]
+            controls = self._make_controls()
             gr.Examples(
                 [[{"text": e.text, "files": list(e.files)}] for e in self.examples],
-                [box], label="Try one of these", elem_id="examples", cache_examples=False,
+                [controls.message], label="Examples", elem_id="examples", cache_examples=False,
             )  # fmt: skip
-            gr.HTML('<p class="status"></p>', elem_id="status")  # connection.js fills it
-            self._wire(
-                blocks, sides, settings, box, stop, again, clear, two, as_page, as_rows, file
-            )
+            gr.HTML('<p class="status"></p>', elem_id="server-status")  # filled by connection.js
+            self._connect(blocks, panels, settings, controls)
         return blocks
 
-    def _side(self, names: list[str], number: int) -> ChatPanel:
+    def _make_panel(self, number: int) -> ChatPanel:
+        names, side = list(self.state.workers), SIDES[number]
         with gr.Column(visible=number == 0, min_width=300) as column:
             model = gr.Dropdown(
                 names, value=names[min(number, len(names) - 1)], label="Model",
-                elem_id=f"model-{SIDES[number]}",
+                elem_id=f"model-{side}",
             )  # fmt: skip
-            chat = gr.Chatbot(
-                label="The talk", elem_id=f"chat-{SIDES[number]}", height="50vh",
+            chatbot = gr.Chatbot(
+                label="Conversation", elem_id=f"chat-{side}", height="50vh",
                 render_markdown=False, latex_delimiters=[], buttons=["copy"],
                 group_consecutive_messages=False, feedback_options=("Like", "Dislike"),
-                placeholder="Ask about a picture, or ask for one.",
+                placeholder="Ask about an image, or ask for one.",
             )  # fmt: skip
-            line = gr.HTML(line_of(Conversation()), elem_id=f"line-{SIDES[number]}")
-        return ChatPanel(column, model, chat, line, gr.State(Conversation()))
+            note = gr.HTML(note_html(Conversation()), elem_id=f"note-{side}")
+        return ChatPanel(column, model, chatbot, note, gr.State(Conversation()))
 
-    def _settings(self) -> list[Any]:
-        with gr.Sidebar(label="How to answer", position="right", open=False):
-            return [make(self.state.limits.tokens) for make in SETTINGS.values()]
+    def _make_controls(self) -> Controls:
+        message = gr.MultimodalTextbox(
+            label="Your message", file_count="multiple", max_plain_text_length=100_000,
+            placeholder="Ask a question, or describe an image to generate. Drop images here; "
+            "<image> in the text sets the position of an image.",
+            elem_id="message", lines=1, max_lines=12,
+        )  # fmt: skip
+        with gr.Row(elem_id="actions"):
+            return Controls(
+                message,
+                stop=gr.Button("Stop", elem_id="stop"),
+                regenerate=gr.Button("Regenerate", elem_id="regenerate"),
+                clear=gr.Button("Clear", elem_id="clear"),
+                both=gr.Checkbox(False, label="Compare two models", elem_id="both"),
+                save_html=gr.Button("Save as HTML", elem_id="save-html"),
+                save_json=gr.Button("Save as JSON", elem_id="save-json"),
+                # A download button needs its file before the click: the others write it first.
+                file=gr.DownloadButton("File", elem_id="file", visible="hidden"),
+            )
 
-    def _wire(
-        self, blocks: gr.Blocks, sides: list[ChatPanel], settings: list[Any], box: Any, stop: Any,
-        again: Any, clear: Any, two: Any, as_page: Any, as_rows: Any, file: Any,
-    ) -> None:  # fmt: skip
-        left, right = sides
-        acts = self.acts
+    def _connect(
+        self,
+        blocks: gr.Blocks,
+        panels: Sequence[ChatPanel],
+        settings: Sequence[Component],
+        controls: Controls,
+    ) -> None:
+        left, right = panels
+        handlers, both = self.handlers, controls.both
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        # They wait for no other one's. An answer may begin while the one before says its last word.
-        free: dict[str, Any] = {**quiet, "concurrency_limit": None}
-        more: dict[str, Any] = {**free, "trigger_mode": "multiple"}
-        desk, always = gr.State(SessionState()), gr.State(True)
-        talks, both = [left.talk, right.talk], [*left.shown, *right.shown]
-        seen = [desk, left.talk, left.chat, right.talk, right.chat]
-        for start, asked in (
-            (box.submit(acts.take, [box, two, *seen], [box, *both], **free), sides),
-            (again.click(acts.again_both, [two, *seen], both, **free), sides),
-            *((side.chat.retry(acts.again, [desk, side.talk, side.chat], side.shown, **free),
-               [side]) for side in sides),
-        ):  # fmt: skip
-            for side in asked:
-                inputs = [side.model, side.talk, always if side is left else two, *settings]
-                start.success(acts.answer, inputs, side.shown, **more)
-        stop.click(acts.stop, talks, None, **more)
-        clear.click(acts.clear, [desk, *talks], both, **more)
-        for side in sides:
-            side.chat.clear(acts.clear, [desk, side.talk], side.shown, **more)
-        two.change(lambda on: gr.update(visible=on), two, right.column, **quiet)
-        for button, kind in ((as_page, "html"), (as_rows, "json")):
-            made = button.click(partial(acts.exported, kind), [two, *talks], file, **quiet)
-            made.success(None, js=TAKE, **quiet)
+        # Handlers that do not wait for those of other browsers.
+        concurrent: dict[str, Any] = {**quiet, "concurrency_limit": None}
+        # Handlers that may start while the same one of this browser runs: a response may begin
+        # while the previous one sends its last update.
+        multiple: dict[str, Any] = {**concurrent, "trigger_mode": "multiple"}
+        session, always = gr.State(SessionState()), gr.State(True)
+        conversations = [left.conversation, right.conversation]
+        outputs = [*left.outputs, *right.outputs]
+        inputs = [session, left.conversation, left.chatbot, right.conversation, right.chatbot]
+
+        sent = controls.message.submit(
+            handlers.send, [controls.message, both, *inputs], [controls.message, *outputs],
+            **concurrent,
+        )  # fmt: skip
+        regenerated = controls.regenerate.click(
+            handlers.regenerate_both, [both, *inputs], outputs, **concurrent
+        )
+        retried = [
+            panel.chatbot.retry(
+                handlers.regenerate, [session, panel.conversation, panel.chatbot], panel.outputs,
+                **concurrent,
+            )
+            for panel in panels
+        ]  # fmt: skip
+        for panel, retry in zip(panels, retried, strict=True):
+            is_enabled = always if panel is left else both
+            for event in (sent, regenerated, retry):
+                event.success(
+                    handlers.respond, [panel.model, panel.conversation, is_enabled, *settings],
+                    panel.outputs, **multiple,
+                )  # fmt: skip
+            panel.chatbot.clear(
+                handlers.clear, [session, panel.conversation], panel.outputs, **multiple
+            )
+            if handlers.feedback is not None:
+                panel.chatbot.like(handlers.record_feedback, panel.conversation, None, **quiet)
+        controls.stop.click(handlers.stop, conversations, None, **multiple)
+        controls.clear.click(handlers.clear, [session, *conversations], outputs, **multiple)
+        both.change(lambda visible: gr.update(visible=visible), both, right.column, **quiet)
+        for button, kind in ((controls.save_html, "html"), (controls.save_json, "json")):
+            exported = button.click(
+                partial(handlers.export, kind), [both, *conversations], controls.file, **quiet
+            )
+            exported.success(None, js=DOWNLOAD_JS, **quiet)
         names = list(self.state.workers)
         blocks.load(
             lambda: [gr.update(choices=names)] * 2, None, [left.model, right.model], **quiet
         )
-        if acts.votes is not None:
-            for side in sides:
-                side.chat.like(acts.vote, side.talk, None, **quiet)

@@ -1,44 +1,42 @@
-"""Which of Gradio's routes are there: those that the page uses.
+"""Blocks the routes of Gradio that the web UI does not use.
 
-Gradio brings others, some of which fetch any address for whoever asks, or keep talks on disk.
+Some of them fetch any URL for the client, or save conversations to disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
-
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medley.serving.limits import RequestError
 from medley.serving.state import error_body
 
 _API = "/gradio_api/"
-_USED = (
+_ALLOWED = (
     "app_id", "cancel", "file=", "heartbeat/", "info", "login_check", "queue/data", "queue/join",
     "reset", "run/", "startup-events", "theme.css", "token", "upload", "user",
 )  # fmt: skip
-_REFUSED = ("/monitoring", "/custom_component", "/run-history", "/vibe-edit", "/undo-vibe-edit")
+_BLOCKED = ("/monitoring", "/custom_component", "/run-history", "/vibe-edit", "/undo-vibe-edit")
 
 
 class RouteFilter:
-    """Refuses the others with 404."""
+    """Middleware that returns status 404 for a blocked route."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not _open(scope["path"], scope["query_string"]):
-            code, body = error_body(RequestError("Not Found", 404))
-            await JSONResponse(body, code)(scope, receive, send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_allowed(scope["path"], scope["query_string"]):
+            status, body = error_body(RequestError("Not Found", 404))
+            await JSONResponse(body, status)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
-def _open(path: str, query: bytes) -> bool:
-    if b"deep_link" in query or path.startswith(_REFUSED):
+def _is_allowed(path: str, query: bytes) -> bool:
+    if b"deep_link" in query or path.startswith(_BLOCKED):
         return False
     if not path.startswith(_API):
         return True
-    own = path.removeprefix(_API)
-    return own.startswith(_USED) and ":/" not in own
+    route = path.removeprefix(_API)
+    return route.startswith(_ALLOWED) and ":/" not in route

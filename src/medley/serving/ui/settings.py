@@ -1,38 +1,59 @@
-"""The settings of an answer, as the page offers them."""
+"""Settings of the web UI: the fields of `GenerationOptions`, each with its widget."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import get_args
 
 import gradio as gr
+from gradio.components import Component
 
 from medley.generation import GenerationOptions
+from medley.generation.config import Mode
 
-_D = GenerationOptions()
+RANDOM_SEED = -1  # value of the seed for a random one
+NO_IMAGE_LIMIT = 0  # value of `max_images` for any number
+INTEGER_SETTINGS = (
+    "seed", "min_images", "max_images", "max_new_tokens", "text_top_k", "image_top_k",
+)  # fmt: skip
+MakeWidget = Callable[[int], Component]  # takes the maximum number of tokens of a response
 
 
-def _slider(name: str, label: str, low: float, high: float, step: float) -> Any:
-    return lambda _: gr.Slider(low, high, value=getattr(_D, name), step=step, label=label)
+def _slider(name: str, label: str, low: float, high: float, step: float) -> MakeWidget:
+    default = getattr(GenerationOptions, name)
+    return lambda _: gr.Slider(low, high, value=default, step=step, label=label)
 
 
-# Fields of GenerationOptions in the order of the page, each made for the most tokens of an answer.
-SETTINGS: dict[str, Any] = {
-    "mode": lambda _: gr.Radio(["any", "text", "image"], value=_D.mode, label="Answer with"),
-    "seed": lambda _: gr.Number(-1, label="Seed (-1: another one each time)", precision=0,
-                              minimum=-1),
-    "min_images": _slider("min_images", "Pictures, at least", 0, 8, 1),
-    "max_images": lambda _: gr.Slider(0, 8, 0, step=1, label="Pictures, at most (0: any)"),
-    "max_new_tokens": lambda most: gr.Slider(1, most, min(most, _D.max_new_tokens), step=1,
-                                             label="Tokens, at most"),
-    "text_greedy": lambda _: gr.Checkbox(_D.text_greedy, label="Likeliest word only (greedy)"),
-    "text_temperature": _slider("text_temperature", "Temperature of words", 0.05, 2, 0.05),
-    "text_top_p": _slider("text_top_p", "Top-p of words", 0.05, 1, 0.05),
-    "text_top_k": _slider("text_top_k", "Top-k of words (0: all)", 0, 1000, 1),
+def _checkbox(name: str, label: str) -> MakeWidget:
+    return lambda _: gr.Checkbox(getattr(GenerationOptions, name), label=label)
+
+
+def _max_new_tokens(limit: int) -> Component:
+    default = min(limit, GenerationOptions.max_new_tokens)
+    return gr.Slider(1, limit, value=default, step=1, label="Maximum tokens")
+
+
+SETTINGS: dict[str, MakeWidget] = {
+    "mode": lambda _: gr.Radio(
+        list(get_args(Mode)), value=GenerationOptions.mode, label="Response type"
+    ),
+    "seed": lambda _: gr.Number(
+        RANDOM_SEED, label=f"Seed ({RANDOM_SEED}: random)", precision=0, minimum=RANDOM_SEED
+    ),
+    "min_images": _slider("min_images", "Minimum images", 0, 8, 1),
+    "max_images": lambda _: gr.Slider(
+        0, 8, value=NO_IMAGE_LIMIT, step=1, label=f"Maximum images ({NO_IMAGE_LIMIT}: no limit)"
+    ),
+    "max_new_tokens": _max_new_tokens,
+    "text_greedy": _checkbox("text_greedy", "Greedy decoding of text"),
+    "text_temperature": _slider("text_temperature", "Text temperature", 0.05, 2, 0.05),
+    "text_top_p": _slider("text_top_p", "Text top-p", 0.05, 1, 0.05),
+    "text_top_k": _slider("text_top_k", "Text top-k (0: all)", 0, 1000, 1),
     "repetition_penalty": _slider("repetition_penalty", "Repetition penalty", 1, 2, 0.05),
-    "guidance_scale_text": _slider("guidance_scale_text", "Guidance by words", 0, 10, 0.1),
-    "guidance_scale_image": _slider("guidance_scale_image", "Guidance by pictures", 0, 10, 0.1),
-    "image_greedy": lambda _: gr.Checkbox(_D.image_greedy, label="Likeliest code only (greedy)"),
-    "image_temperature": _slider("image_temperature", "Temperature of pictures", 0.05, 2, 0.05),
-    "image_top_p": _slider("image_top_p", "Top-p of pictures", 0.05, 1, 0.05),
-    "image_top_k": _slider("image_top_k", "Top-k of pictures (0: all)", 0, 1000, 1),
-}  # fmt: skip
+    "guidance_scale_text": _slider("guidance_scale_text", "Text guidance scale", 0, 10, 0.1),
+    "guidance_scale_image": _slider("guidance_scale_image", "Image guidance scale", 0, 10, 0.1),
+    "image_greedy": _checkbox("image_greedy", "Greedy decoding of images"),
+    "image_temperature": _slider("image_temperature", "Image temperature", 0.05, 2, 0.05),
+    "image_top_p": _slider("image_top_p", "Image top-p", 0.05, 1, 0.05),
+    "image_top_k": _slider("image_top_k", "Image top-k (0: all)", 0, 1000, 1),
+}

@@ -1,0 +1,128 @@
+"""Writes checkpoints in either layout, and compares a written checkpoint with its source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medley.checkpoints.chameleon import copy_tokenizer, write_model
+from medley.checkpoints.checkpoint import Checkpoint
+from medley.checkpoints.huggingface import write_config, write_processor, write_weights
+from medley.checkpoints.weight_map import Norms
+from medley.errors import UserError
+from medley.modeling.dims import ModelDims
+from medley.utils.files import atomic_dir, read_json, require_space
+from medley.utils.tensor_files import check_names
+from medley.vqgan.files import hugging_face_tensors
+
+_LICENSES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "ACCEPTABLE_USE*")
+
+
+def write_hugging_face(
+    target: Path, source: Checkpoint, tensors: Iterator[tuple[str, Tensor]] | None = None
+) -> None:
+    """Writes a checkpoint in Hugging Face's layout, atomically.
+
+    Args:
+        source: provides configuration, tokenizers and VQGAN
+        tensors: the decoder's tensors, for example of a merged adapter; those of `source` unless
+            given
+    """
+    config, dtype = source.config(), source.dtype()
+    vqgan, _, has_decoder = source.vqgan()
+    require_space(target, source.weight_bytes())
+    with atomic_dir(target) as folder:
+        vq_tensors = hugging_face_tensors(vqgan)
+        write_weights(folder, chain(tensors or source.tensors(), vq_tensors.items()))
+        write_config(folder, config, dtype)
+        parsed = read_json(source.tokenizer_file)
+        write_processor(folder, parsed, vqgan.config.codes_per_image, vqgan.config.resolution)
+        if has_decoder:
+            copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
+        copy_licenses(source.folder, folder)
+
+
+def write_chameleon(
+    target: Path,
+    source: Checkpoint,
+    size: str,
+    original: Checkpoint | None = None,
+    shards: int | None = None,
+    norms: Norms = "equal",
+) -> None:
+    """Writes a checkpoint in Chameleon's layout, atomically.
+
+    Args:
+        size: name of the folder below `models`
+        original: checkpoint that the model was trained from; its params.json and its tokenizer
+            folder are copied. Without it, both come from `source`.
+        shards: number of shards; that of the model unless given
+        norms: see `weight_map.to_chameleon`
+    """
+    dims = ModelDims.from_config(source.config())
+    if shards is not None and shards < 1:
+        raise UserError(f"--shards: Out of range (got {shards}, expected 1 or more).")
+    dims = replace(dims, shards=shards or dims.shards)
+    weights = None
+    if original is not None:
+        if original.fingerprint() != source.fingerprint():
+            raise UserError(
+                f"{original.folder}: Its VQGAN has another token space than {source.folder}. Name "
+                "the checkpoint that the model was trained from."
+            )
+        weights = original.chameleon_weights
+        if replace(weights.dims, shards=dims.shards) != dims:
+            raise UserError(
+                f"{original.folder}: The model has other sizes than {source.folder} (got "
+                f"{weights.dims}, expected {dims})."
+            )
+    require_space(target, source.weight_bytes())
+    with atomic_dir(target) as folder:
+        write_model(folder / "models" / size, dims, source.tensors, weights, norms)
+        tokenizer = (original or source).tokenizer_folder
+        copy_tokenizer(tokenizer, folder / "tokenizer")
+        copy_licenses((original or source).folder, folder)
+
+
+def copy_licenses(source: Path, target: Path) -> None:
+    """Copies the licenses and terms of use of the weights."""
+    for pattern in _LICENSES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def max_abs_diff(one: Checkpoint, other: Checkpoint) -> float:
+    """Largest absolute difference between the decoder tensors of two checkpoints.
+
+    Raises UserError for tensors that are missing, unexpected or of another shape or dtype.
+    """
+    expected = dict(one.tensors())
+    largest = 0.0
+    found: set[str] = set()
+    for name, tensor in other.tensors():
+        found.add(name)
+        reference = expected.get(name)
+        if reference is None or (reference.shape, reference.dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"{other.folder}: {name} is not in {one.folder}, or has another shape or dtype."
+            )
+        largest = max(largest, float((reference.float() - tensor.float()).abs().max()))
+    check_names(expected, found, str(other.folder))
+    return largest
+
+
+def max_logit_diff(one: Checkpoint, other: Checkpoint) -> float:
+    """Largest absolute difference of the float32 logits for the same random ids."""
+    generator = torch.Generator().manual_seed(0)
+    size = one.text_tokenizer().vocabulary.size
+    ids = torch.randint(size, (2, 32), generator=generator)
+    with torch.inference_mode():  # one decoder in memory at a time
+        logits = [c.decoder(torch.float32)(input_ids=ids).logits for c in (one, other)]
+    return float((logits[0] - logits[1]).abs().max())

@@ -1,0 +1,1 @@
+"""The embedded model `tiny`: package data, and the function that finds it."""
