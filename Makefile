@@ -27,7 +27,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/vulture
-	$(BIN)/python tools/plain_english.py
+	$(BIN)/python .ci/plain_english.py
 
 types: .venv/installed
 	$(BIN)/mypy

@@ -35,6 +35,7 @@ from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.trainer.parameters import PROJECTIONS
 from medley.utils.cli_options import run_program
 from medley.utils.files import read_json
+from medley.utils.tensor_files import ShardedTensors
 from medley.vqgan.files import hugging_face_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,9 +190,9 @@ def measure(code: str, folder: Path, base: str, kind: str) -> dict[str, float]:
 
 def compare_with_peft(folder: Path) -> dict[str, float]:
     """The largest difference from PEFT's merge, and the fraction of equal values."""
-    reference = dict(huggingface.HuggingFaceWeights(folder / "peft").tensors())
+    reference = dict(ShardedTensors(folder / "peft").tensors())
     largest, equal, count = 0.0, 0, 0
-    for name, tensor in huggingface.HuggingFaceWeights(folder / "merge").tensors():
+    for name, tensor in ShardedTensors(folder / "merge").tensors():
         if ".vqmodel." in name:  # Medley keeps float32; from_pretrained rounds it
             continue
         difference = (tensor.float() - reference[name].float()).abs()

@@ -30,7 +30,7 @@ import torch
 import transformers
 from PIL import Image
 
-from medley.images.preprocess import open_image
+from medley.images.preprocess import Preprocessing, open_image
 from medley.utils.cli_options import Alias, run_program
 from medley.vqgan import VQGAN, VQGANConfig
 from medley.vqgan.files import to_hugging_face_config, write_vqgan
@@ -80,7 +80,7 @@ def work(options: Options) -> None:
 def random_checkpoint(folder: Path, config: VQGANConfig) -> Path:
     """A folder with only a VQGAN, with random weights."""
     torch.manual_seed(0)
-    write_vqgan(folder / "ckpt" / "tokenizer", VQGAN(config), "crop")
+    write_vqgan(folder / "ckpt" / "tokenizer", VQGAN(config), Preprocessing())
     return folder / "ckpt"
 
 

@@ -1,1 +1,1 @@
-"""Stage 3, programs: merging, converting between layouts and formats."""
+"""Conversion scripts: merge adapters, convert checkpoint layouts, prepare datasets."""

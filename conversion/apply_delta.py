@@ -1,11 +1,12 @@
-"""Makes a model of its base and a delta. In Hugging Face's layout.
+"""Adds a weight delta to its base.
+
+Input: the base in Hugging Face's layout and a delta in LLaVA's format. Output: the model in Hugging
+Face's layout, with the tokenizer and the configuration of the delta. Tensors of the base that the
+delta lacks are an error, unless --copy_missing copies them. LLaVA's program drops them silently.
 
     python -m conversion.apply_delta --base BASE --delta DIR --target OUT
 
-Tokenizer and configuration come from the delta. Tensors of the base that the delta lacks, which
-LLaVA's program loses silently, are an error, or taken over with --take_missing.
-
-The same as `medley apply-delta`.
+Same as `medley apply-delta`.
 """
 
 import sys

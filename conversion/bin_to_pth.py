@@ -1,8 +1,13 @@
-"""Hugging Face's layout to Chameleon's: what Chameleon's own inference code loads.
+"""Converts a checkpoint from Hugging Face's layout to Chameleon's, after training.
 
-python -m conversion.bin_to_pth --trained_ckpt HF --original_ckpt CHAMELEON --new_ckpt DIR --verify
+Input: the trained checkpoint in Hugging Face's layout, and the checkpoint in Chameleon's layout
+that it was trained from. Output: a checkpoint in Chameleon's layout (models/<size>/*.pth and
+tokenizer/), which Chameleon's inference code loads.
 
-The same as `medley to-pth`.
+    python -m conversion.bin_to_pth \
+        --trained_ckpt HF --original_ckpt CHAMELEON --new_ckpt DIR --verify
+
+Same as `medley to-pth`.
 """
 
 import sys

@@ -1,11 +1,12 @@
-"""Writes what a model learned beyond its base. In Hugging Face's layout.
+"""Subtracts a base from a model, to publish the difference instead of the model.
+
+Input: the base and the model in Hugging Face's layout. Output: a weight delta in LLaVA's format,
+with the tokenizer and the configuration of the model. Tensors of the base that the model lacks are
+an error, unless --copy_missing copies them. LLaVA's program drops them silently.
 
     python -m conversion.make_delta --base BASE --target MODEL --delta OUT
 
-Tokenizer and configuration come from the target. Tensors of the base that the target lacks, which
-LLaVA's program loses silently, are an error, or taken over with --take_missing.
-
-The same as `medley make-delta`.
+Same as `medley make-delta`.
 """
 
 import sys

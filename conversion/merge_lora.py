@@ -1,8 +1,12 @@
-"""Merges a LoRA adapter into its base: a checkpoint in Hugging Face's layout.
+"""Merges a LoRA adapter into its base.
 
-python -m conversion.merge_lora --ckpt_path RUN --base_path BASE --output_dir DIR --verify
+Input: an adapter in PEFT's layout (or a training run with folders checkpoint-N) and its base in
+any layout. Output: a checkpoint in Hugging Face's layout, with the base's tokenizers and VQGAN.
+With --verify, the logits of base and adapter are compared with those of the merged checkpoint.
 
-The same as `medley merge`.
+    python -m conversion.merge_lora --ckpt_path RUN --base_path BASE --output_dir DIR --verify
+
+Same as `medley merge`.
 """
 
 import sys

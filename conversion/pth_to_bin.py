@@ -1,8 +1,11 @@
-"""Chameleon's layout to Hugging Face's: what transformers, PEFT and DeepSpeed load.
+"""Converts a checkpoint from Chameleon's layout to Hugging Face's, before training.
 
-python -m conversion.pth_to_bin --input_dir CHAMELEON --model_size 7b --output_dir HF --verify
+Input: a checkpoint in Chameleon's layout (models/<size>/*.pth and tokenizer/). Output: a checkpoint
+in Hugging Face's layout (safetensors), which transformers, PEFT and DeepSpeed load.
 
-The same as `medley to-hf`.
+    python -m conversion.pth_to_bin --input_dir CHAMELEON --model_size 7b --output_dir HF --verify
+
+Same as `medley to-hf`.
 """
 
 import sys

@@ -79,7 +79,7 @@ def tiny_model() -> medley.Model:
     return medley.load("tiny", device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def program() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a module in a subprocess, from the repository's root, and checks its exit status."""
 

@@ -1,4 +1,4 @@
-"""Shards, norms, full disks: what is written, and what is not."""
+"""Writing checkpoints: shards, norms, full disks."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import transformers
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from medley import checkpoints
+from medley.checkpoints import conversion
 from medley.checkpoints import huggingface as huggingface_layout
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.checkpoints.conversion import (
     max_abs_diff,
-    max_logit_diff,
     write_chameleon,
     write_hugging_face,
 )
+from medley.checkpoints.logits import logit_difference
 from medley.checkpoints.safetensors_writer import SafetensorsWriter
 from medley.checkpoints.torch_writer import TorchWriter
 from medley.errors import UserError
 from medley.utils.files import read_json, write_json
 
 
-def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+def test_safetensors_reads_a_streamed_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {
         "a": torch.randn(3, 4), "empty": torch.zeros(0, 2), "scalar": torch.tensor(3.5),
@@ -47,7 +47,7 @@ def test_a_streamed_file_is_what_safetensors_reads(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
 
 
-def test_a_streamed_pth_is_what_torch_reads(tmp_path: Path) -> None:
+def test_torch_reads_a_streamed_pth(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {
         "a": torch.randn(3, 4), "half": torch.randn(500, 30).bfloat16(), "empty": torch.zeros(0, 2),
@@ -63,26 +63,26 @@ def test_a_streamed_pth_is_what_torch_reads(tmp_path: Path) -> None:
         for name, tensor in state.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor)
-    assert zipfile.ZipFile(tmp_path / "x.pth").testzip() is None  # every checksum is right
+    assert zipfile.ZipFile(tmp_path / "x.pth").testzip() is None  # all checksums are correct
 
 
-def test_what_is_surplus_or_missing_is_named(tmp_path: Path) -> None:
+def test_missing_and_unexpected_files_and_tensors_are_named(tmp_path: Path) -> None:
     write_chameleon(tmp_path / "pth", open_checkpoint("tiny"), "tiny")
     model = tmp_path / "pth" / "models" / "tiny"
     shutil.copy(model / "consolidated.pth", model / "consolidated.00.pth")
-    with pytest.raises(UserError, match=r"consolidated\.pth and 1 numbered .*move the other away"):
+    with pytest.raises(UserError, match=r"consolidated\.pth and 1 numbered .*Move the other away"):
         open_checkpoint(tmp_path / "pth").decoder()
     write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
     state = load_file(tmp_path / "hf" / "model.safetensors")
     state.pop("lm_head.weight")
     save_file(state, tmp_path / "hf" / "model.safetensors")
-    with pytest.raises(UserError, match=r"tensors missing: lm_head\.weight; copy all files"):
+    with pytest.raises(UserError, match=r"Tensors are missing: lm_head\.weight\. Copy all files"):
         open_checkpoint(tmp_path / "hf").decoder()
     index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
     write_json(tmp_path / "hf" / "model.safetensors.index.json", index)
     for name in ("model-00001-of-00001.safetensors", "model-00002-of-00003.safetensors"):
         shutil.copy(tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / name)
-    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors: not named by"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors not listed in"):
         open_checkpoint(tmp_path / "hf").decoder()
 
 
@@ -93,18 +93,16 @@ def test_many_small_shards_load_in_stock_transformers(
     write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
     shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     assert len(shards) > 5
-    _, told = transformers.ChameleonForConditionalGeneration.from_pretrained(
+    _, info = transformers.ChameleonForConditionalGeneration.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert max_abs_diff(open_checkpoint("tiny"), open_checkpoint(tmp_path / "hf")) == 0
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_any_number_of_shards_that_the_heads_allow(
-    layout: Path, tmp_path: Path, shards: int
-) -> None:
+def test_shard_counts_that_divide_the_heads(layout: Path, tmp_path: Path, shards: int) -> None:
     source = open_checkpoint(layout / "input")
     config = source.config()
     write_hugging_face(tmp_path / "hf", source)
@@ -118,7 +116,7 @@ def test_any_number_of_shards_that_the_heads_allow(
     if config.num_key_value_heads % shards or config.num_attention_heads % shards:
         with pytest.raises(UserError, match="cannot be split over"):
             write("equal")
-    elif shards < config.model_parallel_size:  # the shards' norms differ
+    elif shards < config.model_parallel_size:  # the norms of the original shards differ
         with pytest.raises(UserError, match=r"norms of the heads of shard 0 differ .*--norms mean"):
             write("equal")
         assert max_abs_diff(trained, write("mean")) > 0
@@ -127,10 +125,10 @@ def test_any_number_of_shards_that_the_heads_allow(
         assert len(list(new.model_folder.glob("consolidated*.pth"))) == shards
         assert read_json(new.model_folder / "params.json")["model_parallel_size"] == shards
         assert max_abs_diff(trained, new) == 0
-        assert max_logit_diff(trained, new) < 1e-5
+        assert logit_difference(trained, new).largest < 1e-5
 
 
-def test_a_disk_without_room_is_found_out_before_writing(
+def test_missing_disk_space_is_reported_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = open_checkpoint("tiny")
@@ -143,7 +141,7 @@ def test_a_disk_without_room_is_found_out_before_writing(
 
 
 @pytest.mark.parametrize("layout_name", ["huggingface", "chameleon"])
-def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(
+def test_a_full_disk_leaves_no_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout_name: str
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -154,15 +152,15 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(
         with pytest.raises(OSError, match="No space left"):
             write_hugging_face(tmp_path / "out", open_checkpoint("tiny"))
     else:
-        monkeypatch.setattr(checkpoints, "copy_tokenizer", full)
+        monkeypatch.setattr(conversion, "copy_tokenizer", full)
         with pytest.raises(OSError, match="No space left"):
             write_chameleon(tmp_path / "out", open_checkpoint("tiny"), "tiny")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_what_chameleons_own_loader_reads_is_there(tmp_path: Path, shards: int) -> None:
-    """Names, shapes and files as facebookresearch/chameleon's loader asks for them."""
+def test_output_has_everything_that_chameleons_loader_reads(tmp_path: Path, shards: int) -> None:
+    """Names, shapes and files, as the loader of facebookresearch/chameleon requires them."""
     source = open_checkpoint(GOLDEN / "checkpoints" / "chameleon_7b_layout" / "input")
     write_chameleon(tmp_path / "new", source, "7b", None, shards)
     folder = tmp_path / "new" / "models" / "7b"
@@ -171,26 +169,26 @@ def test_what_chameleons_own_loader_reads_is_there(tmp_path: Path, shards: int) 
     others = {"params.json", "consolidate_params.json", "checklist.chk"}
     assert {p.name for p in folder.iterdir()} == {*files, *others}
     model = read_json(folder / "params.json")["model"]
-    wide, heads = model["dim"], model["n_heads"]
+    width, heads = model["dim"], model["n_heads"]
     groups = model["n_kv_heads"] or heads
-    head = wide // heads
+    head = width // heads
     for file in files:
         state = torch.load(folder / file, weights_only=True)
         feed = state["layers.0.feed_forward.w1.weight"].shape[0]
         own, own_groups = heads // shards * head, groups // shards * head
         layer = {
-            "attention.wq.weight": (own, wide), "attention.wk.weight": (own_groups, wide),
-            "attention.wv.weight": (own_groups, wide), "attention.wo.weight": (wide, own),
+            "attention.wq.weight": (own, width), "attention.wk.weight": (own_groups, width),
+            "attention.wv.weight": (own_groups, width), "attention.wo.weight": (width, own),
             "attention.q_normalization.weight": (head,), "attention.q_normalization.bias": (head,),
             "attention.k_normalization.weight": (head,), "attention.k_normalization.bias": (head,),
-            "feed_forward.w1.weight": (feed, wide), "feed_forward.w3.weight": (feed, wide),
-            "feed_forward.w2.weight": (wide, feed),
-            "attention_norm.weight": (wide,), "ffn_norm.weight": (wide,),
+            "feed_forward.w1.weight": (feed, width), "feed_forward.w3.weight": (feed, width),
+            "feed_forward.w2.weight": (width, feed),
+            "attention_norm.weight": (width,), "ffn_norm.weight": (width,),
         }  # fmt: skip
-        words = model["vocab_size"]
+        vocabulary_size = model["vocab_size"]
         expected = {
-            "tok_embeddings.weight": (words, wide // shards), "norm.weight": (wide,),
-            "output.weight": (words // shards, wide), "rope.freqs": (head // 2,),
+            "tok_embeddings.weight": (vocabulary_size, width // shards), "norm.weight": (width,),
+            "output.weight": (vocabulary_size // shards, width), "rope.freqs": (head // 2,),
             **{f"layers.{i}.{n}": s for i in range(model["n_layers"]) for n, s in layer.items()},
         }  # fmt: skip
         assert {n: tuple(t.shape) for n, t in state.items()} == expected

@@ -208,7 +208,7 @@ def test_every_verb_has_help_for_every_flag(name: str, capsys: pytest.CaptureFix
     kind = getattr(module, verb.options)
     flags = {flag.removeprefix("--") for flag in make_parser(kind, name)._option_string_actions}
     for old, alias in aliases_of(kind).items():
-        assert alias.flag in flags, f"--{old} stands for --{alias.flag}, which is no flag"
+        assert alias.flag in flags, f"--{old} is an alias of --{alias.flag}, which is not a flag"
         assert old == alias.flag or old not in flags, f"--{old} is a flag and an alias"
 
 

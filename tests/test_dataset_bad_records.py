@@ -28,8 +28,8 @@ def turns(*messages: tuple[Any, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (turns(("human", "Q"), ("gpt", "A")), "placeholders is invalid (got 0, expected 1"),
-        (turns(("human", "<image><image>"), ("gpt", "A")), "is invalid (got 2, expected 1"),
+        (turns(("human", "Q"), ("gpt", "A")), "placeholders differs from the number of images (got 0, expected 1"),
+        (turns(("human", "<image><image>"), ("gpt", "A")), "differs from the number of images (got 2, expected 1"),
         (turns(("gpt", "<image>"), ("human", "A")), "Message 0 has an invalid sender (got str"),
         (turns(("human", "<image>"), ("human", "A")), "Message 1 has an invalid sender"),
         (turns(("system", "<image>")), "expected human"),
@@ -40,7 +40,7 @@ def turns(*messages: tuple[Any, Any]) -> dict[str, Any]:
         ({"image": "../../etc/passwd"}, "outside of the folder"),
         ({"image": "/etc/passwd"}, "outside of the folder"),
         ({"image": 3}, "An image path is invalid"),
-        ({"image": ["a.png", "b.png"]}, "An image path is invalid"),
+        ({"image": ["a.png", "b.png"]}, "got 1, expected 2"),
     ],
 )
 def test_invalid_llava_record_gives_the_reason(change: dict[str, Any], message: str) -> None:

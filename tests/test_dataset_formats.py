@@ -315,10 +315,13 @@ def test_medtrinity_reads_all_layouts(kind: str, tmp_path: Path) -> None:
     assert sample.document.images[0].path == str(images / "case-1.png")
     if kind != "folder":
         assert (images / "case-1.png").read_bytes() == data
-        for unsafe in ("../out", ".hidden", "", "a/b"):
+        for unsafe in ("../out", ".hidden", "", "a/b", "a\\b", "-x", " x", "x" * 300, "a\nb"):
             record = {"image": {"bytes": data}, "id": unsafe, "caption": "x"}
-            with pytest.raises(RecordError, match="not a valid file name"):
-                FORMATS["medtrinity"].read(record, config)
+            read = FORMATS["medtrinity"].read(record, config)
+            assert read.remarks == ("embedded images saved under a made-up name",)
+            path = Path(str(read.document.images[0].path))
+            assert path.parent == images
+            assert path.read_bytes() == data
 
 
 def test_medmax_records_that_require_credentials(tmp_path: Path) -> None:

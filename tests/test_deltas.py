@@ -1,3 +1,5 @@
+"""Weight deltas in LLaVA's format: recorded cases, and both commands."""
+
 from __future__ import annotations
 
 import json
@@ -12,28 +14,30 @@ from conftest import golden
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medley.checkpoints.deltas import apply_delta, make_delta
+from medley.checkpoints.deltas import add_base, subtract_base
 from medley.errors import UserError
 
 CASES = golden("llava_delta.json")["cases"]
 
 
 def tensors(values: dict[str, Any]) -> dict[str, Tensor]:
-    def numbers(value: Any) -> Any:  # "inf" stands as a string
+    def numbers(value: Any) -> Any:  # the file contains infinity as the string "inf"
         return [numbers(v) for v in value] if isinstance(value, list) else float(value)
 
     return {n: torch.tensor(numbers(v), dtype=torch.float16) for n, v in values.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_deltas_equal_the_recorded(case: Any, exceptions: dict[str, dict[str, str]]) -> None:
+def test_deltas_equal_recorded_cases(case: Any, exceptions: dict[str, dict[str, str]]) -> None:
     given, applied = case["input"], case["op"] == "apply_delta"
     base = tensors(given["base"])
     own = tensors(given["delta" if applied else "target"])
-    combine = apply_delta if applied else make_delta
-    refused = case["id"] in exceptions["llava_delta"]
-    if case["expected"]["exception"] is not None or refused:
-        reason = "not finite in" if refused else r"not in the base|the base's tensor is"
+    combine = add_base if applied else subtract_base
+    is_error = case["id"] in exceptions["llava_delta"]
+    if case["expected"]["exception"] is not None or is_error:
+        reason = (
+            "NaN or infinite" if is_error else "does not have this tensor|Wrong shape in the base"
+        )
         with pytest.raises(UserError, match=reason):
             [combine(name, tensor, base.get(name)) for name, tensor in own.items()]
         return
@@ -52,12 +56,12 @@ def write(folder: Path, state: dict[str, Tensor]) -> Path:
     return folder
 
 
-def test_the_programs_there_and_back(tmp_path: Path, program: Callable[..., Any]) -> None:
+def test_make_and_apply_delta_are_inverse(tmp_path: Path, program: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     old = {"lm_head.weight": torch.randn(3, 2), "a": torch.randn(4)}
     new = {"lm_head.weight": torch.randn(5, 2), "a": torch.randn(4)}
     base, target = write(tmp_path / "base", old), write(tmp_path / "target", new)
-    (target / "licence.txt").write_text("Apache")
+    (target / "license.txt").write_text("Apache")
     flags = ["--base", base, "--target", target, "--delta", tmp_path / "delta"]
     program("conversion.make_delta", *flags)
     flags[3] = tmp_path / "again"
@@ -65,20 +69,23 @@ def test_the_programs_there_and_back(tmp_path: Path, program: Callable[..., Any]
     again = load_file(tmp_path / "again" / "model.safetensors")
     for name, tensor in new.items():
         assert torch.allclose(again[name], tensor, atol=1e-6)
-    assert (tmp_path / "again" / "licence.txt").read_text() == "Apache"
+    assert (tmp_path / "again" / "license.txt").read_text() == "Apache"
     done = program("conversion.apply_delta", *flags, status=2)
     assert "already exists" in done.stderr
 
 
-def test_tensors_that_would_vanish_are_named(tmp_path: Path, program: Callable[..., Any]) -> None:
+def test_missing_tensors_are_named_or_copied(tmp_path: Path, program: Callable[..., Any]) -> None:
     base = write(tmp_path / "base", {"a": torch.ones(2), "b": torch.full((2,), math.pi)})
     delta = write(tmp_path / "delta", {"a": torch.ones(2)})
     flags = ["--base", base, "--delta", delta, "--target", tmp_path / "out"]
     done = program("conversion.apply_delta", *flags, status=2)
-    assert "1 tensors of the base are not in it: b" in done.stderr
+    assert "1 tensors of the base are missing: b" in done.stderr
     assert not (tmp_path / "out").exists()
-    program("conversion.apply_delta", *flags, "--take_missing", "--dtype", "bfloat16")
+    program("conversion.apply_delta", *flags, "--copy_missing", "--dtype", "bfloat16")
+    flags[-1] = tmp_path / "deprecated"
+    done = program("conversion.apply_delta", *flags, "--take_missing")  # alias
+    assert "--take_missing is deprecated, use --copy_missing" in done.stderr  # alias
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert out["a"].tolist() == [2, 2]
     assert out["b"].dtype == torch.bfloat16
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["options"]["take_missing"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["options"]["copy_missing"]

@@ -18,7 +18,6 @@ from medley.generation.kv_cache import CachedPrefix, KeyValueCache
 from medley.generation.model_runner import GRAPH_STEPS
 from medley.generation.prefix_cache import PrefixCache
 from medley.generation.scheduler import PREFILL_TOKENS, Scheduler
-from medley.inference.memory import MemoryEstimate
 from medley.inference.model import Model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
@@ -351,7 +350,7 @@ def test_prefix_cache_has_room_for_one_full_context(model: Model) -> None:
     assert per_token >= 2 * config.num_hidden_layers * config.hidden_size * 4
 
 
-# --- options and memory -------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def test_top_k_of_one_is_greedy(model: Model, prompts: list[list[int]]) -> None:
@@ -381,22 +380,3 @@ def test_stop_token_ends_the_output(model: Model, prompts: list[list[int]]) -> N
     assert output.ids == ids[: ids.index(stop) + 1]
     assert len(output.ids) < len(ids)
     assert output.finish_reason == "stop"
-
-
-def test_memory_estimate_equals_the_loaded_weights(model: Model) -> None:
-    checkpoint, cpu = open_checkpoint("tiny").config(), torch.device("cpu")
-    estimate = MemoryEstimate.of(checkpoint, torch.float32, None, cpu)
-    decoder = model.engine.decoder
-    parts = [*decoder.model.layers, decoder.model.embed_tokens, decoder.lm_head]
-    weights = sum(p.nbytes for part in parts for p in part.parameters())
-    packed = weights - decoder.model.embed_tokens.weight.nbytes
-    assert estimate.weights == pytest.approx(weights + packed, rel=0.01)
-    config = decoder.config
-    assert estimate.per_token == 2 * config.num_hidden_layers * config.hidden_size * 4
-    summary = estimate.summary(4, 1 << 30)
-    assert f"{estimate.per_token / 1e3:.1f} kB per token" in summary
-    assert "4 sequences" in summary
-    quantized = MemoryEstimate.of(checkpoint, torch.float32, "8bit", cpu)
-    assert quantized.weights < 0.7 * weights
-    with pytest.raises(UserError, match=r"0\.0 GB free\. Use --quantize 4bit"):
-        estimate.check(1 << 20, cpu, None)

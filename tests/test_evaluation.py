@@ -22,7 +22,6 @@ from medley.evaluation.report import find_examples
 from medley.evaluation.science_qa import parse_letter
 from medley.evaluation.vqa import (
     confusion_matrix,
-    find_yes_no,
     is_correct,
     majority_baseline,
     parse_choice,
@@ -31,6 +30,7 @@ from medley.evaluation.vqa import (
     score_groups,
 )
 from medley.evaluation.vqa_normalize import normalize_text
+from medley.evaluation.yes_no import find_yes_no
 
 # --- scores -----------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ def test_score_does_not_depend_on_answer_order(
 def test_questions_with_the_same_id_are_matched_by_prompt(tmp_path: Path) -> None:
     gold, answers = tmp_path / "gold.json", tmp_path / "answers.jsonl"
     rows = [
-        {"id": 5, "answer_type": "CLOSED",
+        {"id": 5, "image": "5.png", "answer_type": "CLOSED",
          "conversations": [{"from": "human", "value": f"{word}?\n<image>"},
                            {"from": "gpt", "value": right}]}
         for word, right in (("a", "yes"), ("b", "no"))

@@ -25,6 +25,7 @@ from medley.datasets.figures.download import FetchError, RetryPolicy, download
 from medley.datasets.figures.manifest import PublishedFile
 from medley.datasets.figures.pmc_archives import Figure, extract, fetch_all, read_figures
 from medley.errors import UserError
+from medley.utils.temporary_files import exclusive
 
 QUICK = RetryPolicy(max_retries=2, pause=0.0, timeout=0.5)
 
@@ -148,6 +149,17 @@ def test_next_run_resumes_an_interrupted_download(server: Server, tmp_path: Path
     download(f"{server.address}/a", tmp_path / "a", QUICK)
     assert (tmp_path / "a").read_bytes() == data
     assert server.sent["/a"] == len(data)
+
+
+def test_two_runs_that_download_the_same_file_do_not_mix(server: Server, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 2000
+    server.files["/a"], part = data, tmp_path / ".a.part"
+    part.write_bytes(b"of the other run")
+    with exclusive(tmp_path / ".a.part.lock") as other:
+        assert other
+        download(f"{server.address}/a", tmp_path / "a", QUICK)
+    assert (tmp_path / "a").read_bytes() == data and part.read_bytes() == b"of the other run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.part", "a"]
 
 
 def test_partial_download_of_another_url_is_discarded(server: Server, tmp_path: Path) -> None:

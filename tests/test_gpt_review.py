@@ -90,7 +90,7 @@ def test_published_prompts_are_not_shipped() -> None:
     assert prompt
 
 
-# --- the program ------------------------------------------------------------------------------
+# --- command ----------------------------------------------------------------------------------
 
 
 def write_questions(folder: Path, count: int) -> list[str]:
@@ -109,20 +109,20 @@ def write_questions(folder: Path, count: int) -> list[str]:
             "--output", str(folder / "out.json")]  # fmt: skip
 
 
-def judged_by(server: Server) -> list[str]:
+def judge_flags(server: Server) -> list[str]:
     return ["--endpoint", server.address, "--judge", "m", "--max_retries", "1"]
 
 
-def number_of(message: str) -> int:
+def question_number(message: str) -> int:
     return int(message.split("What is ")[1][:2])
 
 
 def test_failed_and_unparsed_replies_are_counted_and_repeated(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*write_questions(tmp_path, 6), *judged_by(server)]
+    command = [*write_questions(tmp_path, 6), *judge_flags(server)]
     replies = {1: "I'm sorry, I cannot judge that.", 2: ""}
-    server.reply = lambda message: replies.get(number_of(message), "8 4\nBecause.")
+    server.reply = lambda message: replies.get(question_number(message), "8 4\nBecause.")
     assert cli.main(command) == 3
     printed = capsys.readouterr()
     assert (
@@ -166,7 +166,7 @@ def test_failed_and_unparsed_replies_are_counted_and_repeated(
 def test_cost_is_estimated_and_limited(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*write_questions(tmp_path, 3), *judged_by(server)]
+    command = [*write_questions(tmp_path, 3), *judge_flags(server)]
     assert cli.main([*command, "--dry_run"]) == 0
     assert "3 requests with about" in capsys.readouterr().out
     prices = ["--input_price", "10", "--output_price", "1000"]
@@ -233,7 +233,7 @@ QUESTION = {"question_id": 0, "text": "a", "fig_label": "F", "fig_caption": "c"}
 def test_inconsistent_files_are_rejected_before_any_request(
     change: dict[str, str], error: str, server: Server, tmp_path: Path, capsys: Any
 ) -> None:
-    command = [*write_questions(tmp_path, 2), *judged_by(server)]
+    command = [*write_questions(tmp_path, 2), *judge_flags(server)]
     for name, text in change.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     assert cli.main(command) == 2
@@ -265,24 +265,23 @@ def test_judge_decides_where_two_answer_files_differ(
         "5": "I will not say.",
     }
     server.reply = lambda message: replies[message.split("?")[0][-1]]
-    command = [
-        "evaluate",
-        "science-qa-judge",
-        "--base_dir",
-        tmp_path,
-        "--pred",
-        tmp_path / "a.jsonl",
+    command = ["evaluate", "science-qa-judge", "--base_dir", tmp_path]
+    command += ["--pred", tmp_path / "a.jsonl"]
+    command += [
+        "--other",
+        tmp_path / "b.json",
+        "--output",
+        tmp_path / "o.json",
+        *judge_flags(server),
     ]
-    command += ["--other", tmp_path / "b.json", "--output", tmp_path / "o.json", *judged_by(server)]
     command += ["--output_result", tmp_path / "r.json"]
     assert cli.main([*map(str, command)]) == 0
     printed = capsys.readouterr().out
     assert "answers to 3 of 6 problems differ. 2 of 3 replies of the judge were parsed" in printed
     assert "Accuracy before: 100.00 and 50.00 percent." in printed
     result = json.loads((tmp_path / "r.json").read_text())
-    assert (
-        result["correct"] == 5
-    )  # The judge was wrong once. Without its letter the first answer counts.
+    # The judge was wrong once. Where its reply has no letter, the first answer counts.
+    assert result["correct"] == 5
     assert result["results"]["3"] == 2
     request = next(text for text in server.requests if "Q3?" in text)
     assert "Options: (A) x (B) y (C) z" in request
@@ -293,7 +292,7 @@ def test_judge_decides_where_two_answer_files_differ(
 
 
 def test_truncated_reply_is_cached(server: Server, tmp_path: Path) -> None:
-    command = [*write_questions(tmp_path, 1), *judged_by(server)]
+    command = [*write_questions(tmp_path, 1), *judge_flags(server)]
     server.reply = lambda message: "8 4\nand so on"
     server.default_fault = "length"
     assert cli.main(command) == 0

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -155,3 +157,39 @@ def test_partition_is_written_after_its_last_batch(tmp_path: Path) -> None:
         {"img_path": "2.png", "img_tokens": [7, 7], "label": "c"},
     ]
     assert read_failures(path) == [TokenizationFailure("1.png", "1.png: broken")]
+
+
+@pytest.mark.parametrize(("written", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_codes_are_found_by_a_name_in_the_other_normal_form(
+    tmp_path: Path, written: Literal["NFC", "NFD"], asked: Literal["NFC", "NFD"]
+) -> None:
+    name = "Schädel.png"
+    file = tmp_path / "partition_0_rank_0.parquet"
+    write_partition(file, [unicodedata.normalize(written, name)], codes([1, 2]), [])
+    store = ImageTokenStore(tmp_path)
+    found = store.get(unicodedata.normalize(asked, name))
+    assert found is not None
+    assert found.tolist() == [1, 2]
+    assert unicodedata.normalize(asked, name) in store
+    assert store.get("Schadel.png") is None
+
+
+def test_values_that_many_rows_share_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    """Files of some hundred bytes, whose decoded rows would take gigabytes."""
+    rows = 5000
+    path = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(rows, np.int32)), pa.array(["a" * 256_000])
+    )
+    equal = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * 4, np.uint16)), 4)
+    length = 1 << 26
+    offsets = pa.array([0, length, 2 * length], pa.int64())
+    long = pa.LargeListArray.from_arrays(offsets, pa.array(np.zeros(2 * length, np.uint16)))
+    for name, table, message in (
+        ("paths", {"img_path": path, "img_tokens": equal}, "a value of 256000 bytes"),
+        ("codes", {"img_path": pa.array(["a", "b"]), "img_tokens": long}, "may expand to"),
+    ):
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table(table), file, store_schema=False)
+        with pytest.raises(UserError, match=rf"{name}\.parquet: .*{message}"):
+            ImageTokenStore(file)
+        assert not list(tmp_path.glob(".*codes*"))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, golden
+from conftest import ROOT, golden, interruptible_command
 from conversion import clean_instructions, generate_instructions
 from model_server import Server
 
+from medley.commands.generate_instructions import GenerateInstructionsOptions
 from medley.datasets.base import RecordError
 from medley.datasets.instructions.captions import (
     PROMPTS,
@@ -28,6 +29,7 @@ from medley.datasets.instructions.cleaning import (
     to_llava_record,
 )
 from medley.errors import UserError
+from medley.utils.cli_options import parse
 
 CASES = golden("llava_med_instruct.json")
 RULES = CleaningRules.read(PROMPTS / "cleaning.yaml")
@@ -188,6 +190,13 @@ def test_azure_endpoint_receives_azure_requests(server: Server, tmp_path: Path) 
     assert server.paths == ["/v1/openai/deployments/m/chat/completions?api-version=2024-06-01"]
 
 
+def test_deprecated_tries_flag_counts_attempts(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--input", "i", "--output", "o", "--endpoint", "http://h/v1", "--model", "m"]
+    options = parse(GenerateInstructionsOptions, "prog", [*flags, "--tries", "3", "--at_once", "2"])
+    assert (options.max_retries, options.concurrency) == (2, 2)
+    assert "--tries is deprecated, use --max_retries" in capsys.readouterr().err
+
+
 def test_each_text_of_a_document_is_translated(server: Server, tmp_path: Path) -> None:
     docs = tmp_path / "docs.jsonl"
     line = {"text": "<image>Why?<reserved08706>So.", "image_path": "a.png", "id": 1}
@@ -321,13 +330,12 @@ def test_ctrl_c_during_requests_exits_cleanly(server: Server, tmp_path: Path) ->
     import os
     import signal
     import subprocess
-    import sys
 
     write_captions(tmp_path / "captions.json", 2)
     server.faults = {context(0): ["stall"], context(1): ["stall"]}
     words = ["--input", tmp_path / "captions.json", "--output", tmp_path / "raw.jsonl"]
     words += ["--model", "m", "--endpoint", server.address]
-    command = [sys.executable, "-m", "conversion.generate_instructions", *map(str, words)]
+    command = interruptible_command("conversion.generate_instructions", *words)
     environment = {**os.environ, "OPENAI_API_KEY": "none"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL

@@ -69,9 +69,7 @@ def test_llava_med_summary_matches_recorded_cases(case: dict[str, Any], version:
         assert [name for name, _ in ours] == [name for name, _ in expected]
         for (_, one), (_, other) in zip(ours, expected, strict=True):
             assert one == pytest.approx(other, abs=1e-9)
-    elif (
-        case["id"] == "zero_reference"
-    ):  # The published code divides by zero; our ratio is left out.
+    elif case["id"] == "zero_reference":  # The published code divides by zero.
         assert math.isnan(summarize()[0][1]["pred_relative_score"])
     elif case["id"] == "missing_domain_key":
         assert summarize()
@@ -120,3 +118,33 @@ def test_summarize_counts_unparsed_replies(
     path.write_text('{"category": "conv", "tuple": [8.0, 9.0]}\n')
     assert cli.main([*command, "--compat", "llava"]) == 0
     assert "all 112.5 80.0 90.0" in capsys.readouterr().out
+
+
+def test_summarize_reads_scores_of_llava_reviews(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaVA's own review files have the reply in `text`, and its scores in `score` or `tuple`."""
+    path, output = tmp_path / "reviews.jsonl", tmp_path / "out.json"
+    command = ["evaluate", "summarize", "--input", str(path), "--output", str(output)]
+    rows = [
+        {"question_id": 1, "category": "conv", "text": "8 4\nGood.", "score": [8.0, 4.0]},
+        {"question_id": 2, "category": "detail", "text": "10, 5", "tuple": [10, 5]},
+        {"question_id": 3, "category": "conv", "text": "I will not judge.", "score": [-1, -1]},
+        {"question_id": 4, "category": "conv", "text": "", "score": None},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(command) == 0
+    assert "2 replies do not contain two scores" in capsys.readouterr().out
+    groups = json.loads(output.read_text())["groups"]
+    assert groups["overall"] == {"gpt4_score": 9.0, "pred_score": 4.5,
+                                 "pred_relative_score": 50.0, "data_size": 2}  # fmt: skip
+    assert (groups["conv"]["data_size"], groups["detail"]["data_size"]) == (1, 1)
+    assert cli.main([*command, "--compat", "llava_med"]) == 2
+    capsys.readouterr()
+    for score in ([8], [8, "9"], [8, 90], [True, 1], "8 9", [float("nan"), 1]):
+        path.write_text(json.dumps({"text": "8 9", "score": score}) + "\n")
+        assert cli.main(command) == 2
+        assert "expected two numbers from 0 to 10" in capsys.readouterr().err
+    path.write_text('{"text": "8 9"}\n')
+    assert cli.main(command) == 2
+    assert "content, or scores in tuple or score" in capsys.readouterr().err

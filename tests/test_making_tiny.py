@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def few_scans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "FIT_BATCHES", 2)
     texts = text.phantom_texts
     monkeypatch.setattr(text, "phantom_texts", lambda seed, scans: texts(seed, scans // 100))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums that are split over threads may round differently from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(output: Path, **other: int) -> int:

@@ -1,4 +1,4 @@
-"""Against the reference implementations: transformers' Chameleon and PEFT."""
+"""Parity with the reference implementations: transformers' Chameleon and PEFT."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from medley.data.packing import build_sequence, collate
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
 from medley.generation.sampling import penalize_repetition, top_k_top_p
+from medley.phantoms import Phantom
 from medley.trainer.parameters import trainable_model
 
 
-def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:
+def test_tensors_and_logits_equal_recorded_cases(layout: Path) -> None:
     checkpoint = open_checkpoint(layout / "input")
     expected, found = (
         load_file(layout / "hf_language_model.safetensors"),
@@ -38,7 +39,7 @@ def test_tensors_and_logits_equal_the_recorded(layout: Path) -> None:
     assert torch.allclose(logits, recorded["logits_fp32_unmasked"], atol=1e-5)
 
 
-def test_there_and_back_is_the_identity(layout: Path, tmp_path: Path) -> None:
+def test_converting_to_hugging_face_and_back_is_the_identity(layout: Path, tmp_path: Path) -> None:
     source = open_checkpoint(layout / "input")
     write_hugging_face(tmp_path / "hf", source)
     write_chameleon(tmp_path / "back", open_checkpoint(tmp_path / "hf"), "any", source)
@@ -54,7 +55,7 @@ def test_there_and_back_is_the_identity(layout: Path, tmp_path: Path) -> None:
     )
 
 
-def test_stock_transformers_loads_what_we_write(layout: Path, tmp_path: Path) -> None:
+def test_stock_transformers_loads_the_hugging_face_layout(layout: Path, tmp_path: Path) -> None:
     source = open_checkpoint(layout / "input")
     write_hugging_face(tmp_path / "hf", source)
     stock, info = transformers.ChameleonForConditionalGeneration.from_pretrained(
@@ -66,40 +67,40 @@ def test_stock_transformers_loads_what_we_write(layout: Path, tmp_path: Path) ->
         theirs = stock(ids).logits
         ours = source.decoder(torch.float32)(ids).logits
     codes = source.text_tokenizer().vocabulary.image_codes
-    words = [i for i in range(ours.shape[-1]) if i not in codes]
-    assert torch.equal(theirs[..., words], ours[..., words])
+    text = [i for i in range(ours.shape[-1]) if i not in codes]
+    assert torch.equal(theirs[..., text], ours[..., text])
     assert float(theirs[..., list(codes)].max()) == torch.finfo(torch.float32).min
 
 
 def test_norms_that_differ_between_heads_are_refused(layout: Path, tmp_path: Path) -> None:
     source = open_checkpoint(layout / "input")
 
-    def moved() -> Any:
+    def with_unequal_norms() -> Any:
         for name, tensor in source.tensors():
             if name.endswith("layers.1.self_attn.q_norm.weight"):
                 tensor = tensor.clone()
                 tensor[0, 0] += 1
             yield name, tensor
 
-    write_hugging_face(tmp_path / "hf", source, moved())
+    write_hugging_face(tmp_path / "hf", source, with_unequal_norms())
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_norm\.weight.*differ"):
         write_chameleon(tmp_path / "pth", open_checkpoint(tmp_path / "hf"), "any", source)
     assert not (tmp_path / "pth").exists()
 
 
-def test_the_processor_loads_and_gives_our_ids(tmp_path: Path) -> None:
+def test_processor_gives_the_ids_of_encode_prompt(tmp_path: Path) -> None:
     model = medley.load("tiny")
     write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
     processor = transformers.ChameleonProcessor.from_pretrained(tmp_path / "hf")
-    image = _picture()
+    image = Phantom("CT", "head").image(64)
     batch = processor(text="<image>What is this?", images=[image], return_tensors="pt")
     ours = model.encode_prompt([image, "What is this?"])
-    codes, place = model.vocabulary.image_codes, model.vocabulary.image_placeholder
-    assert batch["input_ids"][0].tolist() == [place if i in codes else i for i in ours]
+    codes, placeholder = model.vocabulary.image_codes, model.vocabulary.image_placeholder
+    assert batch["input_ids"][0].tolist() == [placeholder if i in codes else i for i in ours]
     assert torch.allclose(batch["pixel_values"][0], model.image_tokenizer.pixels(image), atol=1e-6)
 
 
-def test_the_chat_template_gives_our_ids(tmp_path: Path) -> None:
+def test_chat_template_gives_the_ids_of_encode_document(tmp_path: Path) -> None:
     model = medley.load("tiny")
     write_hugging_face(tmp_path / "hf", open_checkpoint("tiny"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -113,15 +114,6 @@ def test_the_chat_template_gives_our_ids(tmp_path: Path) -> None:
     assert ids == model.encode_document(document)
     with pytest.raises(Exception, match="role tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
-
-
-def _picture() -> Any:
-    from medley.phantoms import Phantom
-
-    return Phantom("CT", "head").image(64)
-
-
-# --- training -----------------------------------------------------------------------------
 
 
 # --- adapters -----------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def _picture() -> Any:
     ],
     ids=["plain", "rslora", "patterns", "saved", "rows"],
 )
-def test_a_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: Path) -> None:
+def test_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: Path) -> None:
     base = open_checkpoint(
         Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
     )
@@ -158,7 +150,7 @@ def test_a_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: 
     for name, tensor in found.items():
         rounded = expected[name].to(tensor.dtype).float()
         assert torch.allclose(tensor.float(), rounded, rtol=2**-7, atol=1e-6), name
-    # An older PEFT wrote the same tensors as a pickle.
+    # Older versions of PEFT wrote the same tensors as a pickle.
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
@@ -167,7 +159,7 @@ def test_a_merged_adapter_equals_pefts_merge(options: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize("trainable", ["lora", "image_head", "lora+image_head", "full"])
-def test_each_mode_trains_what_it_names(
+def test_each_mode_trains_its_parameters_only(
     trainable: str, sequences: list[Any], tokenizer: Any
 ) -> None:
     folder = Path(__file__).parent / "golden" / "checkpoints" / "chameleon_7b_layout" / "input"
@@ -178,10 +170,10 @@ def test_each_mode_trains_what_it_names(
         rank=2, alpha=4, dropout=0.0, targets=["q_proj", "up_proj"],
     )  # fmt: skip
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    row = collate([build_sequence(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
-    for _ in range(2):  # at the first step only the upper half of LoRA has a gradient
+    batch = collate([build_sequence(sequences, tokenizer.vocabulary)], tokenizer.vocabulary)
+    for _ in range(2):  # in the first step, lora_A has no gradient
         optimizer.zero_grad()
-        model(**row).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
     merged = model if trainable == "full" else model.merge_and_unload()
     changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, before[n])}
@@ -208,22 +200,20 @@ def model() -> medley.Model:
     return medley.load(folder, device="cpu")
 
 
-def some_prompts(model: medley.Model) -> list[list[int]]:
-    """Text alone, text and a picture, text alone, of unequal lengths."""
-    chooser, v = random.Random(0), model.vocabulary
-    words = sorted(i for i in v.text_tokens if i < 8800)
-    prompts = [[v.bos, *chooser.choices(words, k=n), v.end_turn] for n in (3, 9, 17)]
-    picture = v.image_token_ids(
-        chooser.choices(range(8192), k=model.image_tokenizer.codes_per_image)
-    )
-    prompts[1][4:4] = picture
+def make_prompts(model: medley.Model) -> list[list[int]]:
+    """Three prompts of different lengths; the second contains an image."""
+    rng, v = random.Random(0), model.vocabulary
+    text = sorted(i for i in v.text_tokens if i < 8800)
+    prompts = [[v.bos, *rng.choices(text, k=n), v.end_turn] for n in (3, 9, 17)]
+    image = v.image_token_ids(rng.choices(range(8192), k=model.image_tokenizer.codes_per_image))
+    prompts[1][4:4] = image
     return prompts
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
 def test_greedy_text_equals_transformers_generate(model: medley.Model, penalty: float) -> None:
     v, size = model.vocabulary, model.decoder.config.vocab_size
-    prompts = [p for p in some_prompts(model) if v.begin_image not in p]
+    prompts = [p for p in make_prompts(model) if v.begin_image not in p]
     options = GenerationOptions(
         mode="text", text_greedy=True, repetition_penalty=penalty, max_new_tokens=24
     )
@@ -231,11 +221,11 @@ def test_greedy_text_equals_transformers_generate(model: medley.Model, penalty: 
     ends = [v.eos, v.end_turn]
     allowed = {*v.text_tokens, *ends}
     for prompt, result in zip(prompts, results, strict=True):
-        # One difference, on purpose: the penalty is on words, and leaves the marks alone.
+        # Medley's penalty applies to text tokens only, not to special tokens.
         expected = model.decoder.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            logits_processor=transformers.LogitsProcessorList([_WordPenalty(penalty, v)]),
+            logits_processor=transformers.LogitsProcessorList([TextPenalty(penalty, v)]),
             max_new_tokens=24,
             do_sample=False,
             eos_token_id=ends,
@@ -245,16 +235,16 @@ def test_greedy_text_equals_transformers_generate(model: medley.Model, penalty: 
         assert result.ids == expected
 
 
-class _WordPenalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
-    """transformers' penalty over the words of the context only."""
+class TextPenalty(transformers.RepetitionPenaltyLogitsProcessor):  # type: ignore[misc]
+    """transformers' penalty for the text tokens of the context only."""
 
     def __init__(self, penalty: float, vocabulary: Any) -> None:
         super().__init__(penalty)
-        self.words = vocabulary.text_tokens
+        self.text_tokens = vocabulary.text_tokens
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        words = [[i for i in row if i in self.words] for row in input_ids.tolist()]
-        return super().__call__(torch.tensor(words), scores)
+        text = [[i for i in ids if i in self.text_tokens] for ids in input_ids.tolist()]
+        return super().__call__(torch.tensor(text), scores)
 
 
 def test_penalty_top_k_and_top_p_equal_transformers() -> None:
@@ -269,37 +259,37 @@ def test_penalty_top_k_and_top_p_equal_transformers() -> None:
             theirs = transformers.TopKLogitsWarper(top_k)(ids, theirs)
         theirs = transformers.TopPLogitsWarper(top_p)(ids, theirs)
         for width in (30, 50):
-            places, found, complete = top_k_top_p(logits, top_k, top_p, width)
-            ours = torch.zeros(3, 50).scatter_(1, places, found)
+            ids_found, found, complete = top_k_top_p(logits, top_k, top_p, width)
+            ours = torch.zeros(3, 50).scatter_(1, ids_found, found)
             ours = ours / ours.sum(-1, keepdim=True)
             same = torch.isclose(ours, theirs.softmax(-1), atol=1e-6).all(-1)
             assert bool(same[complete].all())
             assert bool(complete.all()) or width < 50
 
 
-def test_guided_codes_equal_three_plain_forward_passes(model: medley.Model) -> None:
+def test_guided_image_tokens_equal_three_forward_passes(model: medley.Model) -> None:
     options = GenerationOptions(mode="image", image_greedy=True)
-    prompts = some_prompts(model)
+    prompts = make_prompts(model)
     results = model.engine.generate([Request(p, options, i) for i, p in enumerate(prompts)])
     v, count = model.vocabulary, model.image_tokenizer.codes_per_image
     for prompt, result in zip(prompts, results, strict=True):
         assert len(result.ids) == count + 2
         assert result.ids[0] == v.begin_image
         assert result.ids[-1] == v.end_image
-        pictures = [
+        images = [
             token
             for token in prompt
             if token in v.image_codes or token in (v.begin_image, v.end_image)
         ]
-        for drawn in (1, 2, 7, 40):
-            own = result.ids[:drawn]
-            full, images, nothing = (
+        for position in (1, 2, 7, 40):
+            own = result.ids[:position]
+            cond, image_cond, uncond = (
                 _last_logits(model, [*context, *own])
-                for context in (prompt, [v.bos, *pictures], [v.bos])
+                for context in (prompt, [v.bos, *images], [v.bos])
             )
-            guided = nothing + 1.2 * (images - nothing) + 3.0 * (full - images)
+            guided = uncond + 1.2 * (image_cond - uncond) + 3.0 * (cond - image_cond)
             codes = guided[v.image_codes.start : v.image_codes.stop]
-            assert result.ids[drawn] == v.image_codes.start + int(codes.argmax())
+            assert result.ids[position] == v.image_codes.start + int(codes.argmax())
 
 
 def _last_logits(model: medley.Model, ids: list[int]) -> torch.Tensor:

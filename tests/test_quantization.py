@@ -1,4 +1,4 @@
-"""Layers in 4 and 8 bits: reading, drawing, adapters, and what is missing."""
+"""Layers in 4 and 8 bits: generation, adapters, missing library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
+def test_quantized_layers_generate_text_and_images(kind: Any) -> None:
     plain = medley.load("tiny", device="cpu")
     model = medley.load("tiny", device="cpu", quantize=kind)
     assert model.engine.runner.fused is None
@@ -25,8 +25,8 @@ def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
     with torch.inference_mode():
         one, other = plain.decoder(ids).logits, model.decoder(ids).logits
     text = list(plain.vocabulary.text_tokens)
-    likeness = torch.cosine_similarity(one[0, -1, text], other[0, -1, text], dim=0)
-    assert float(likeness) > 0.8
+    similarity = torch.cosine_similarity(one[0, -1, text], other[0, -1, text], dim=0)
+    assert float(similarity) > 0.8
     assert not torch.allclose(one, other, atol=1e-5)
     assert len(model.generate(["Show me a CT scan."], mode="image", max_new_tokens=70)) == 1
     small, large = (
@@ -35,13 +35,12 @@ def test_quantised_layers_read_and_draw(kind: Any, tmp_path: Path) -> None:
     assert small < 0.4 * large
 
 
-def test_an_adapter_lies_over_quantised_layers(tmp_path: Path) -> None:
+def test_an_adapter_applies_to_quantized_layers(tmp_path: Path) -> None:
     base = open_checkpoint("tiny")
-    marks = base.text_tokenizer().vocabulary
     trained = trainable_model(
         base.decoder(torch.float32),
         "lora",
-        marks,
+        base.text_tokenizer().vocabulary,
         "tiny",
         rank=2,
         alpha=4,
@@ -55,17 +54,17 @@ def test_an_adapter_lies_over_quantised_layers(tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[0, 8720, 8730, 8710]])
     with torch.inference_mode():
-        wanted = trained.eval()(input_ids=ids).logits
-        whole = medley.load(tmp_path / "adapter", device="cpu")
-        assert torch.allclose(whole.decoder(input_ids=ids).logits, wanted, atol=1e-4)
-        small = medley.load(tmp_path / "adapter", device="cpu", quantize="8bit")
-        found = small.decoder(input_ids=ids).logits
-    likeness = torch.cosine_similarity(found[0, -1], wanted[0, -1], dim=0)
-    assert float(likeness) > 0.8
-    assert whole.engine.runner.fused is None
+        expected = trained.eval()(input_ids=ids).logits
+        plain = medley.load(tmp_path / "adapter", device="cpu")
+        assert torch.allclose(plain.decoder(input_ids=ids).logits, expected, atol=1e-4)
+        quantized = medley.load(tmp_path / "adapter", device="cpu", quantize="8bit")
+        found = quantized.decoder(input_ids=ids).logits
+    similarity = torch.cosine_similarity(found[0, -1], expected[0, -1], dim=0)
+    assert float(similarity) > 0.8
+    assert plain.engine.runner.fused is None
 
 
-def test_quantising_without_the_library_says_what_to_install(
+def test_quantization_without_bitsandbytes_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

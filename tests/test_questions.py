@@ -18,7 +18,7 @@ from medley.evaluation.questions import read_questions
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question_id": 1, "text": "a", "image": ["p.png"]}, "image must be a path"),
+        ({"question_id": 1, "text": "a", "image": [3]}, "An image path is invalid (got int 3)"),
         ({"question_id": 1, "text": "a", "image": "../p.png"}, "outside"),
         ({"question_id": 1.5, "text": "a"}, "question_id must be a string or a number (got 1.5)"),
         (

@@ -30,7 +30,7 @@ WORDS = golden("vqa_normalize_words.json")["cases"]
 SCIENCE = golden("science_qa.json")
 
 
-# --- recorded examples ---------------------------------------------------------------------------
+# --- recorded cases ---------------------------------------------------------------------------
 
 
 def test_normalization_matches_recorded_cases() -> None:
@@ -62,10 +62,10 @@ def test_metrics_match_recorded_cases(case: dict[str, Any]) -> None:
         assert float(hit) == expected["run_eval_open_hit_candidate_argmax"]
         assert float(gold in answer) == expected["run_eval_batch_open_hit_substring"]
         return
-    one = Example(0, "", str(given["gt"]), str(given["pred"]), "CLOSED")
-    opened = Example(1, "", "a", "a", "OPEN")  # The published code needs an open question.
+    closed = Example(0, "", str(given["gt"]), str(given["pred"]), "CLOSED")
+    open_example = Example(1, "", "a", "a", "OPEN")  # The published code needs an open question.
     for compat in ("run_eval", "run_eval_batch"):
-        table = published_scores([one, opened], compat, given["candidates"])  # type: ignore[arg-type]
+        table = published_scores([closed, open_example], compat, given["candidates"])  # type: ignore[arg-type]
         assert table["yes/no accuracy"] == 100 * expected[f"{compat}_closed_hit"]
     recorded = 100 * expected["run_eval_batch_recall_closed"]
     assert table["recall_closed"] == pytest.approx(recorded, abs=1e-9)
@@ -84,9 +84,7 @@ def test_published_scores_match_recorded_runs(case: dict[str, Any], compat: Any)
     if expected.get("error") == "ValueError":
         with pytest.raises(UserError, match=r"--candidate: The list is empty"):
             published_scores(examples, compat, candidates)
-    elif (
-        expected.get("error") == "ZeroDivisionError"
-    ):  # No question is closed: its rows are left out.
+    elif expected.get("error") == "ZeroDivisionError":  # No question is closed.
         table = published_scores(examples, compat, candidates)
         assert "exact match score" in table
         assert "yes/no accuracy" not in table
@@ -125,8 +123,8 @@ def test_command_prints_recorded_table(
         table = "\n".join(lines[lines.index(next(x for x in lines if x.startswith("Metric"))) :])
         assert table in printed.out
         swapped = [int(word) for word in lines[4].split() if word.isdigit()]
-        whole = json.loads((tmp_path / "scores.json").read_text())["scores"]["all"]
-        assert [whole["closed"], whole["open"]] == swapped
+        total = json.loads((tmp_path / "scores.json").read_text())["scores"]["all"]
+        assert [total["closed"], total["open"]] == swapped
     else:  # The published code stops at missing answers and at numbers.
         assert case["id"] in ("prediction_missing_assert", "gt_answer_is_int")
 
@@ -177,16 +175,8 @@ def test_science_qa_matches_recorded_cases(
     (folder / "problems.json").write_text(json.dumps(given["problems"]))
     (folder / "pid_splits.json").write_text(json.dumps(given["pid_splits"]))
     answers.write_text("".join(json.dumps(row) + "\n" for row in given["predictions"]))
-    command = [
-        "evaluate",
-        "science-qa",
-        "--base_dir",
-        folder,
-        "--pred",
-        answers,
-        "--compat",
-        compat,
-    ]
+    command = ["evaluate", "science-qa", "--base_dir", folder, "--pred", answers]
+    command += ["--compat", compat]
     command += ["--output", tmp_path / "o.json", "--output_result", tmp_path / "r.json"]
     assert cli.main([*map(str, command)]) == 0
     rows = json.loads((tmp_path / "o.json").read_text())
@@ -232,11 +222,25 @@ def test_invalid_problems_are_reported(
     assert message in capsys.readouterr().err
 
 
-def test_repeated_problems_count_once_and_letters_after_e_are_wrong() -> None:
+def test_repeated_problems_count_once_and_published_letters_end_with_e() -> None:
     problems = {"1": {"choices": list("uvwxyz"), "answer": 5}}
-    scores = score_answers(problems, ["1", "1"], {"1": {"text": "F"}})
-    assert (scores.result["count"], scores.result["correct"]) == (1, 0)
-    assert scores.rows[0]["ground_truth"] == "F"
+    for compat, correct in (("llava", 0), ("none", 1)):
+        scores = score_answers(problems, ["1", "1"], {"1": {"text": "F"}}, compat)  # type: ignore[arg-type]
+        assert (scores.result["count"], scores.result["correct"]) == (1, correct)
+        assert scores.rows[0]["ground_truth"] == "F"
+
+
+@pytest.mark.parametrize("case", SCIENCE["cases"], ids=lambda c: c["id"])
+def test_our_science_qa_scores_agree_with_recorded_choices(case: dict[str, Any]) -> None:
+    """Wherever LLaVA's scorer finds a letter, our own rules find the same one."""
+    given, recorded = case["input"], case["expected"]["output_result"]
+    if recorded is None or case["id"] == "int_question_ids_never_match":
+        return
+    answers = {str(row["question_id"]): row for row in given["predictions"]}
+    wanted = [str(name) for name in given["pid_splits"]["test"]]
+    results = score_answers(given["problems"], wanted, answers).result["results"]
+    for name, index in recorded["results"].items():
+        assert index in (-1, results[name]), name
 
 
 def test_letters_sampled_as_llava_med_depend_on_the_seed() -> None:

@@ -56,7 +56,7 @@ def test_images_are_fetched_within_limits(server: str) -> None:
     assert fetch_image(f"{server}/good.png").size == (9, 7)
     with pytest.raises(ImageError, match=r"too large \(expected at most 0 MB"):
         fetch_image(f"{server}/large.png", max_bytes=2000)
-    with pytest.raises(ImageError, match="Not an image"):
+    with pytest.raises(ImageError, match="Unsupported image format"):
         fetch_image(f"{server}/text.png")
     with pytest.raises(ImageError, match=r"Redirects to file:///etc/passwd|Cannot fetch"):
         fetch_image(f"{server}/redirect")

@@ -24,6 +24,7 @@ from medley.utils.cli_options import aliases_of, parse
 PROMPT = "Show me a CT scan of the head."
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_running_requests_and_rejects_new_ones(tmp_path: Path) -> None:
     process, url = start_server(tmp_path / "log", 0)
     try:

@@ -24,7 +24,7 @@ from medley.phantoms import Phantom
 from medley.serving.controller import make_controller_app
 from medley.serving.limits import Limits, RequestError
 from medley.serving.response_stream import ResponseStream
-from medley.serving.untrusted_inputs import FORMATS, RequestReader, read_untrusted_image
+from medley.serving.untrusted_inputs import RequestReader, read_untrusted_image
 from medley.serving.worker_heartbeat import keep_registered
 from medley.utils.html import data_url
 
@@ -32,6 +32,7 @@ CHAT = "/v1/chat/completions"
 SHORT = {"model": "tiny", "messages": [{"role": "user", "content": "Which organ is shown?"}],
          "mode": "text", "max_tokens": 3}  # fmt: skip
 LONG = SHORT | {"mode": "image", "max_tokens": 1000, "min_images": 9, "max_images": 9}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -162,7 +163,9 @@ def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize(
+    "image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
+)
 def test_uploaded_images_have_the_codes_of_the_library(image_format: str) -> None:
     tokenizer = medley.ImageTokenizer.from_checkpoint("tiny")
     image = Phantom("MR", "head", seed=2).image(150).resize((190, 150))
@@ -184,9 +187,9 @@ def test_large_and_unsupported_images_are_rejected() -> None:
     volume = b"\0" * 400
     for data, name, message in (
         (encode(Image.new("L", (200, 200)), "PNG"), "x", r"\(got 40000, limit 10000\)"),
-        (encode(Image.new("L", (16, 16)), "ICO"), "x", "Unsupported image format"),
-        (several, "x", "several frames"), (deflated, "x", "deflated DICOM"),
-        (volume, "x.nii.gz", "Volumes are not supported"), (b"", "x", "Unsupported image format"),
+        (encode(Image.new("L", (16, 16)), "EPS"), "x", "EPS is not opened"),
+        (several, "x", "several frames"), (deflated, "x", "[Dd]eflated DICOM"),
+        (volume, "x.nii.gz", "Volumes are not supported"), (b"", "x", "The file is empty"),
     ):  # fmt: skip
         with pytest.raises(medley.errors.UserError, match=message):
             read_untrusted_image(data, name, limits)

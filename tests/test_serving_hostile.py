@@ -26,6 +26,7 @@ CLIENTS = 1000
 CHAT = "/v1/chat/completions"
 SHORT = {"messages": [{"role": "user", "content": "Which organ is shown?"}], "mode": "text",
          "max_tokens": 2, "model": "tiny"}  # fmt: skip
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

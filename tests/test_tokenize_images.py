@@ -20,6 +20,7 @@ from PIL import Image
 
 from medley.data.image_token_store import finished_partitions
 from medley.utils.manifest import read_manifest
+from medley.utils.temporary_files import temporary_path
 
 PROGRAM = "tokenizer.image_tokenization"
 ROWS, SIZE = 240, 8
@@ -126,3 +127,20 @@ def test_all_frames_keep_the_columns_of_their_row(
     assert table["label"].to_pylist() == ["007"] * 3 + ["NA"]
     codes = table["img_tokens"].to_pylist()
     assert codes[0] == codes[2] != codes[1] == codes[3]
+
+
+def test_temporary_files_of_other_runs_are_kept(
+    tmp_path: Path, program: Callable[..., Any]
+) -> None:
+    """A live rank of another run writes into the folder, and a folder's other files stay."""
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    Image.new("RGB", (40, 40)).save(images / "a.png")
+    output.mkdir()
+    (output / ".download.part").write_text("mine")
+    with temporary_path(output / "partition_7_rank_3.parquet") as live:
+        live.write_text("half")
+        program(PROGRAM, "--input", images, "--ckpt", "tiny", "--output", output)
+        assert live.read_text() == "half"
+    assert (output / ".download.part").read_text() == "mine"
+    assert len(finished_partitions(output)) == 1

@@ -189,9 +189,8 @@ def test_accumulation_follows_from_the_global_batch(monkeypatch: pytest.MonkeyPa
 
 def test_old_spelling_of_train_on_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--train_data", "x", "--ckpt", "tiny", "--output_dir", "o"]
-    assert (
-        parse(TrainOptions, "train", [*flags, "--learn", "pictures"]).train_on == "images"
-    )  # alias
+    flags += ["--learn", "pictures"]  # alias
+    assert parse(TrainOptions, "train", flags).train_on == "images"
     assert "--learn is deprecated" in capsys.readouterr().err
 
 
@@ -287,10 +286,10 @@ def test_first_step_without_gradients_raises() -> None:
 # --- resuming ---------------------------------------------------------------------------------
 
 
-def complete_checkpoint(output_dir: Path, recorded: dict[str, Any]) -> Path:
-    folder = output_dir / "checkpoint-3"
+def complete_checkpoint(output_dir: Path, recorded: dict[str, Any], name: str = "") -> Path:
+    folder = output_dir / (name or "checkpoint-3")
     folder.mkdir(parents=True)
-    (folder / checkpointing.COMPLETE).touch()
+    (folder / checkpointing.COMPLETE).write_text(recorded.get("run_id", ""))
     write_json(output_dir / checkpointing.RUN_IDENTITY, recorded)
     return folder
 
@@ -300,7 +299,7 @@ def test_resume_requires_the_same_options_but_not_the_same_ranks(tmp_path: Path)
     with pytest.raises(UserError, match="no complete checkpoint to resume from"):
         checkpointing.resolve_resume(tmp_path, True, identity)
     folder = complete_checkpoint(tmp_path, identity)
-    with pytest.raises(UserError, match="contains checkpoints of another run"):
+    with pytest.raises(UserError, match="contains checkpoints or results of another run"):
         checkpointing.resolve_resume(tmp_path, False, identity)
     assert checkpointing.resolve_resume(tmp_path, True, {**identity, "world_size": 1}) == folder
     with pytest.raises(UserError, match=r"lr was 0\.1, now 0\.2"):
@@ -316,10 +315,13 @@ def test_runs_of_the_earlier_version_are_resumable(tmp_path: Path) -> None:
     assert checkpointing.resolve_resume(tmp_path, True, identity) == folder
 
 
-def test_incomplete_checkpoints_are_removed(tmp_path: Path) -> None:
-    folder = complete_checkpoint(tmp_path, {"global_bs": 8})
-    (tmp_path / "checkpoint-6").mkdir()
+def test_incomplete_checkpoints_of_the_run_are_removed(tmp_path: Path) -> None:
+    record = {"global_bs": 8, "run_id": "own", "checkpoints": ["checkpoint-3", "checkpoint-6"]}
+    folder = complete_checkpoint(tmp_path, record)
+    for name in ("checkpoint-6", "checkpoint-9", "checkpoint-best"):
+        (tmp_path / name).mkdir()
     identity = {"world_size": 1, "global_bs": 8}
     assert checkpointing.resolve_resume(tmp_path, True, identity) == folder
     assert not (tmp_path / "checkpoint-6").exists()
-    assert json.loads((tmp_path / checkpointing.RUN_IDENTITY).read_text()) == {"global_bs": 8}
+    assert (tmp_path / "checkpoint-9").exists() and (tmp_path / "checkpoint-best").exists()
+    assert json.loads((tmp_path / checkpointing.RUN_IDENTITY).read_text()) == record

@@ -1,4 +1,4 @@
-"""The page, driven in a real browser. MEDLEY_SCREENSHOTS names a folder to keep what it saw in."""
+"""The web UI in a real browser: conversations, images, settings, export and feedback."""
 
 from __future__ import annotations
 
@@ -9,117 +9,119 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from page_in_browser import (
-    DRAW,
+from playwright.sync_api import expect
+from running_server import RunningServer
+from ui_in_browser import (
+    IMAGE_PROMPT,
     LEFT,
+    MESSAGE,
     NEEDS_CHROMIUM,
     RIGHT,
     SCAN,
-    Opened,
+    OpenPage,
     browser,
-    careful,
-    keep,
-    long_drawing,
-    opened,
-    picture,
+    change_setting,
+    feedback_dir,
+    open_page,
     running,
+    scan_file,
+    screenshot,
     send,
-    setting,
-    slowly,
-    votes,
-    wait_answer,
+    set_image_count,
+    slow_model,
+    start_long_response,
+    use_best_settings,
+    wait_for_response,
 )
-from playwright.sync_api import expect
-from running_server import Running
 
 from medley.phantoms import Phantom
 
-__all__ = ["browser", "opened", "running", "votes"]  # the fixtures
+__all__ = ["browser", "feedback_dir", "open_page", "running"]  # fixtures
 pytestmark = NEEDS_CHROMIUM
 REPORT = "Write an illustrated report of a CT scan of the head with a large marked cyst in the "
+DESCRIBE = "Describe the picture."  # alias
+CAPTION = "This is a CT scan of the head"
 
 
-# --- talks ------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------
 
 
-def test_a_question_about_a_picture_and_one_that_goes_on(opened: Opened, tmp_path: Path) -> None:
-    page = opened()
-    send(page, "Which organ is shown?", picture(tmp_path))
-    wait_answer(page)
+def test_question_about_an_image_and_a_follow_up(open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page()
+    send(page, "Which organ is shown?", scan_file(tmp_path))
+    wait_for_response(page)
     expect(page.locator(f"{LEFT} .bot")).to_contain_text("head")
-    expect(page.locator(f"{LEFT} .user img")).to_have_attribute("alt", "Picture that you sent")
-    expect(page.locator("#box textarea")).to_have_value("")
+    expect(page.locator(f"{LEFT} .user img")).to_have_attribute("alt", "Uploaded image")
+    expect(page.locator(MESSAGE)).to_have_value("")
     send(page, "What modality is this?")
     expect(page.locator(f"{LEFT} .bot").last).to_contain_text("CT", timeout=60_000)
-    keep(page, "question")
+    screenshot(page, "question")
 
 
-def test_a_picture_grows_while_it_is_drawn(opened: Opened, running: Running) -> None:
-    page = opened()
-    careful(page)
-    # Eight pictures: a fresh browser on a slow machine may take seconds to show the first.
-    with slowly(running, 0.05):
-        long_drawing(page)
-        line = page.locator("#line-left .status")
-        expect(line).to_have_text(re.compile(r"drawing, \d+ %"), timeout=60_000)
-        keep(page, "growing")
+def test_previews_while_an_image_is_generated(open_page: OpenPage, running: RunningServer) -> None:
+    page = open_page()
+    use_best_settings(page)
+    # Eight images: a slow machine may display the first preview seconds later.
+    with slow_model(running, 0.05):
+        start_long_response(page)
+        note = page.locator("#note-left .status")
+        expect(note).to_have_text(re.compile(r"generating an image, \d+%"), timeout=60_000)
+        screenshot(page, "preview")
         page.locator("#stop").click()
-        assert wait_answer(page) == "stopped"
+        assert wait_for_response(page) == "stopped"
     page.locator("#clear").click()
     expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
-    for which in ("least", "most"):
-        setting(page, f"number input for Pictures, at {which}", "1")
-    send(page, DRAW)
-    assert "tiny, seed" in wait_answer(page)
-    drawn = page.locator(f"{LEFT} .bot img")
-    expect(drawn).to_have_count(1)
-    expect(drawn).to_have_attribute("alt", "Picture drawn by the model")
-    keep(page, "picture")
+    set_image_count(page, 1)
+    send(page, IMAGE_PROMPT)
+    assert "tiny, seed" in wait_for_response(page)
+    image = page.locator(f"{LEFT} .bot img")
+    expect(image).to_have_count(1)
+    expect(image).to_have_attribute("alt", "Generated image")
+    screenshot(page, "image")
 
 
-def test_a_report_has_words_and_a_picture_in_their_order(opened: Opened) -> None:
-    page = opened()
-    careful(page)
+def test_report_has_text_and_an_image_in_their_order(open_page: OpenPage) -> None:
+    page = open_page()
+    use_best_settings(page)
     send(page, f"{REPORT}upper left.")
-    wait_answer(page)
-    shown = page.locator(f"{LEFT} .bot")
-    expect(shown.locator("img")).to_have_count(1)
+    wait_for_response(page)
+    expect(page.locator(f"{LEFT} .bot").locator("img")).to_have_count(1)
     text = page.locator(LEFT).inner_text()
     assert "Technique: CT. Region: head." in text
     assert text.index("Technique") < text.index("Seen")
-    keep(page, "report")
+    screenshot(page, "report")
 
 
-def test_two_models_answer_side_by_side(opened: Opened, tmp_path: Path) -> None:
-    page = opened()
-    page.get_by_label("Two models side by side").check()
+def test_two_models_respond_side_by_side(open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_label("Compare two models").check()
     expect(page.locator(RIGHT)).to_be_visible()
-    send(page, "Describe the picture.", picture(tmp_path))
-    assert wait_answer(page).startswith("tiny, seed")
-    assert wait_answer(page, "right").startswith("second, seed")
+    send(page, DESCRIBE, scan_file(tmp_path))
+    assert wait_for_response(page).startswith("tiny, seed")
+    assert wait_for_response(page, "right").startswith("second, seed")
     for side in (LEFT, RIGHT):
-        expect(page.locator(f"{side} .bot")).to_contain_text("This is a CT scan of the head")
-    keep(page, "two")
-    lines = [page.locator(f"#line-{side} .status") for side in ("left", "right")]
-    left, right = (line.inner_text() for line in lines)
+        expect(page.locator(f"{side} .bot")).to_contain_text(CAPTION)
+    screenshot(page, "side-by-side")
+    notes = [page.locator(f"#note-{side} .status") for side in ("left", "right")]
+    left, right = (note.inner_text() for note in notes)
     page.locator(LEFT).get_by_label("Retry").click()
-    expect(lines[0]).not_to_have_text(left)
-    assert wait_answer(page).startswith("tiny, seed")
-    assert lines[1].inner_text() == right  # its answer was not asked for anew
+    expect(notes[0]).not_to_have_text(left)
+    assert wait_for_response(page).startswith("tiny, seed")
+    assert notes[1].inner_text() == right  # Only the left response was regenerated.
 
 
-def test_pictures_stand_where_the_text_says(opened: Opened, tmp_path: Path) -> None:
-    page = opened()
-    first, second = picture(tmp_path), tmp_path / "later.png"
+def test_images_replace_placeholders_in_the_text(open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page()
+    first, second = scan_file(tmp_path), tmp_path / "later.png"
     Phantom("CT", "head", (), 9).image(256).save(second)
     send(page, "Before: <image> After: <image> What has changed?", first, second)
-    wait_answer(page)
+    wait_for_response(page)
     expect(page.locator(f"{LEFT} .user img")).to_have_count(2)
     expect(page.locator(f"{LEFT} .bot")).to_contain_text(re.compile(r"\w{4}"))
 
 
-def test_dicom_is_dropped_in_like_any_picture(opened: Opened, tmp_path: Path) -> None:
-    grey = np.asarray(SCAN.image(128).convert("L")).astype(np.uint16) * 16
+def test_dicom_files_can_be_uploaded(open_page: OpenPage, tmp_path: Path) -> None:
+    gray = np.asarray(SCAN.image(128).convert("L")).astype(np.uint16) * 16
     file = pydicom.Dataset()
     file.file_meta = pydicom.dataset.FileMetaDataset()
     file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -130,129 +132,130 @@ def test_dicom_is_dropped_in_like_any_picture(opened: Opened, tmp_path: Path) ->
     file.PhotometricInterpretation = "MONOCHROME2"
     file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 12, 11, 0
     file.WindowCenter, file.WindowWidth = 2048, 4096
-    file.PixelData = grey.tobytes()
+    file.PixelData = gray.tobytes()
     path = tmp_path / "scan.dcm"
     file.save_as(path, enforce_file_format=True)
-    page = opened()
+    page = open_page()
     send(page, "Which organ is shown?", path)
-    wait_answer(page)
+    wait_for_response(page)
     expect(page.locator(f"{LEFT} .bot")).to_contain_text("head")
     expect(page.locator(f"{LEFT} .user img")).to_be_visible()
 
 
-# --- what can be done with a talk -------------------------------------------------------------
+# --- actions ----------------------------------------------------------------------------------
 
 
-def test_stop_regenerate_clear_and_settings(opened: Opened, running: Running) -> None:
-    page = opened()
+def test_stop_regenerate_clear_and_settings(open_page: OpenPage, running: RunningServer) -> None:
+    page = open_page()
     page.get_by_label("Toggle Sidebar").click()
     page.get_by_label("image", exact=True).check()
-    setting(page, "Seed", "11")
-    setting(page, "number input for Pictures, at least", "6")
-    setting(page, "number input for Pictures, at most", "6")
-    send(page, DRAW)
+    change_setting(page, "Seed", "11")
+    set_image_count(page, 6)
+    send(page, IMAGE_PROMPT)
     expect(page.locator(f"{LEFT} .bot img").first).to_be_visible(timeout=60_000)
     page.locator("#stop").click()
-    assert wait_answer(page) == "stopped"
-    assert running.idle()
-    setting(page, "number input for Pictures, at least", "1")
-    setting(page, "number input for Pictures, at most", "1")
-    page.locator("#again").click()
-    expect(page.locator("#line-left .status")).to_contain_text("seed 12", timeout=60_000)
-    wait_answer(page)
+    assert wait_for_response(page) == "stopped"
+    assert running.becomes_idle()
+    set_image_count(page, 1)
+    page.locator("#regenerate").click()
+    expect(page.locator("#note-left .status")).to_contain_text("seed 12", timeout=60_000)
+    wait_for_response(page)
     page.locator("#clear").click()
     expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
-    send(page, DRAW)
-    assert "seed 11," in wait_answer(page)
+    send(page, IMAGE_PROMPT)
+    assert "seed 11," in wait_for_response(page)
 
 
-def test_what_comes_during_an_answer_waits_and_clear_ends_it(
-    opened: Opened, running: Running
+def test_messages_wait_during_a_response_and_clear_ends_it(
+    open_page: OpenPage, running: RunningServer
 ) -> None:
-    page = opened()
-    with slowly(running, 0.02):
-        long_drawing(page)
-        page.fill("#box textarea", "And now?")
-        page.press("#box textarea", "Enter")
-        expect(page.get_by_text("An answer is still being written").first).to_be_visible()
-        expect(page.locator("#box textarea")).to_have_value("And now?")
-        page.locator("#again").click()
+    page = open_page()
+    with slow_model(running, 0.02):
+        start_long_response(page)
+        page.fill(MESSAGE, "And now?")
+        page.press(MESSAGE, "Enter")
+        expect(page.get_by_text("A response is still being generated").first).to_be_visible()
+        expect(page.locator(MESSAGE)).to_have_value("And now?")
+        page.locator("#regenerate").click()
         expect(page.locator(f"{LEFT} .bot img").first).to_be_visible()
         page.locator("#clear").click()
         expect(page.locator(f"{LEFT} .bot")).to_have_count(0, timeout=30_000)
-        assert running.idle()
-    page.wait_for_timeout(1500)  # nothing comes back
+        assert running.becomes_idle()
+    page.wait_for_timeout(1500)  # No late update may fill the conversation.
     expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
     expect(page.locator(f"{LEFT} .user")).to_have_count(0)
     page.get_by_label("text", exact=True).check()
-    setting(page, "number input for Pictures, at least", "0")
+    change_setting(page, "number input for Minimum images", "0")
     send(page, "Which organ is shown?")
-    assert "tokens in" in wait_answer(page)
+    assert "tokens in" in wait_for_response(page)
     expect(page.locator(f"{LEFT} .user")).to_have_count(1)
 
 
-def test_stop_keeps_what_both_sides_have(opened: Opened, running: Running) -> None:
-    page = opened()
-    page.get_by_label("Two models side by side").check()
+def test_stop_keeps_the_partial_responses(open_page: OpenPage, running: RunningServer) -> None:
+    page = open_page()
+    page.get_by_label("Compare two models").check()
     expect(page.locator(RIGHT)).to_be_visible()
-    long_drawing(page)
+    start_long_response(page)
     expect(page.locator(f"{RIGHT} .bot img").first).to_be_visible(timeout=60_000)
     page.locator("#stop").click()
-    for side, shown in (("left", LEFT), ("right", RIGHT)):
-        assert wait_answer(page, side) == "stopped"
-        expect(page.locator(f"{shown} .bot img").first).to_be_visible()
-    assert running.idle()
-    page.get_by_label("Two models side by side").uncheck()
+    for side, chat in (("left", LEFT), ("right", RIGHT)):
+        assert wait_for_response(page, side) == "stopped"
+        expect(page.locator(f"{chat} .bot img").first).to_be_visible()
+    assert running.becomes_idle()
+    page.get_by_label("Compare two models").uncheck()
     page.get_by_label("text", exact=True).check()
-    setting(page, "number input for Pictures, at least", "0")
+    change_setting(page, "number input for Minimum images", "0")
     send(page, "Which organ is shown?")
-    wait_answer(page)
-    page.get_by_label("Two models side by side").check()
-    expect(page.locator(f"{RIGHT} .user")).to_have_count(1)  # was not asked while it was hidden
+    wait_for_response(page)
+    page.get_by_label("Compare two models").check()
+    expect(page.locator(f"{RIGHT} .user")).to_have_count(1)  # The hidden panel got no message.
 
 
-def test_a_browser_that_goes_frees_its_row(opened: Opened, running: Running) -> None:
-    page = opened()
-    with slowly(running, 0.05):
-        long_drawing(page)
+def test_closed_browser_ends_its_request(open_page: OpenPage, running: RunningServer) -> None:
+    page = open_page()
+    with slow_model(running, 0.05):
+        start_long_response(page)
         page.context.close()
-        assert running.idle()
+        assert running.becomes_idle()
 
 
-def test_a_talk_is_saved_and_voted_on(opened: Opened, votes: Path, tmp_path: Path) -> None:
-    page = opened()
-    send(page, "Describe the picture.", picture(tmp_path))
-    wait_answer(page)
+def test_conversation_is_exported_and_feedback_is_saved(
+    open_page: OpenPage, feedback_dir: Path, tmp_path: Path
+) -> None:
+    page = open_page()
+    send(page, DESCRIBE, scan_file(tmp_path))
+    wait_for_response(page)
     for button, kind in (("#save-json", "json"), ("#save-html", "html")):
-        with page.expect_download() as coming:
+        with page.expect_download() as download:
             page.locator(button).click()
-        path = tmp_path / f"talk.{kind}"
-        coming.value.save_as(path)
+        path = tmp_path / f"conversation.{kind}"
+        download.value.save_as(path)
         text = path.read_text()
-        assert "This is a CT scan of the head" in text
+        assert CAPTION in text
         assert "data:image/png;base64," in text
-        assert "Not for clinical decisions" in text
-    (talk,) = json.loads((tmp_path / "talk.json").read_text())["talks"]
-    assert [row["role"] for row in talk["messages"]] == ["user", "assistant"]
+        assert "not for clinical decisions" in text.lower()
+    exported = json.loads((tmp_path / "conversation.json").read_text())
+    (conversation,) = exported["conversations"]
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
     page.locator(LEFT).get_by_label("Like", exact=True).last.click()
-    until = time.monotonic() + 30
-    while not list(votes.glob("*-conv.json")) and time.monotonic() < until:
+    deadline = time.monotonic() + 30
+    while not list(feedback_dir.glob("*-conv.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    (file,) = votes.glob("*-conv.json")
+    (file,) = feedback_dir.glob("*-conv.json")
     row = json.loads(file.read_text().splitlines()[-1])
     assert (row["type"], row["model"]) == ("upvote", "tiny")
-    assert row["state"]["messages"][0] == ["user", "<image>Describe the picture."]
-    assert (votes / row["state"]["images"][0]).is_file()
-    page.locator(LEFT).get_by_label("Liked", exact=True).last.click()  # taken back
+    assert row["state"]["messages"][0] == ["user", f"<image>{DESCRIBE}"]
+    assert (feedback_dir / row["state"]["images"][0]).is_file()
+    page.locator(LEFT).get_by_label("Liked", exact=True).last.click()  # withdraws the feedback
     page.locator("#clear").click()
     expect(page.locator(f"{LEFT} .bot")).to_have_count(0)
     assert len(file.read_text().splitlines()) == 1
 
 
-def test_examples_fill_the_box(opened: Opened) -> None:
-    page = opened()
+def test_examples_fill_the_message_box(open_page: OpenPage) -> None:
+    page = open_page()
     page.get_by_text("Where is the cyst?").click()
-    expect(page.locator("#box textarea")).to_have_value("Where is the cyst?")
-    page.press("#box textarea", "Enter")
-    wait_answer(page)
+    expect(page.locator(MESSAGE)).to_have_value("Where is the cyst?")
+    page.press(MESSAGE, "Enter")
+    wait_for_response(page)
     expect(page.locator(f"{LEFT} .bot")).to_contain_text("upper left")

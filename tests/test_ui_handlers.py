@@ -1,10 +1,10 @@
-"""What happens on the page, without a browser: who may write a talk, and when."""
+"""Event handlers of the web UI without a browser: concurrent events, and the private folder."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,127 +13,134 @@ import pytest
 from filelock import FileLock
 from gradio.route_utils import delete_files_created_by_app
 from PIL import Image
-from running_server import Running
-from test_page import SETTING, files
+from running_server import RunningServer
+from test_ui import SETTING_VALUES, image_files
 
 from medley.serving.limits import Limits
 from medley.serving.ui.conversation import Conversation
-from medley.serving.ui.handlers import SKIP, Handlers, SessionState
-from medley.serving.ui.image_store import KEPT, ImageStore, private_folder
-from medley.serving.ui.layout import Page
+from medley.serving.ui.handlers import UNCHANGED, Handlers, SessionState
+from medley.serving.ui.image_store import RETENTION_SECONDS, ImageStore, private_folder
+from medley.serving.ui.layout import WebUI
 
 QUESTION = {"text": "Which organ is shown?", "files": []}
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    found = Running(Limits(seconds=60))
-    yield found
-    found.stop()
+def running() -> Iterator[RunningServer]:
+    server = RunningServer(Limits(request_timeout=60))
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def acts(running: Running, tmp_path: Path) -> Handlers:
-    return Handlers(running.state, ImageStore(tmp_path / "gallery"), None)
+def handlers(running: RunningServer, tmp_path: Path) -> Handlers:
+    return Handlers(running.state, ImageStore(tmp_path / "store"), None)
 
 
-def taken(
-    acts: Handlers, talk: Conversation, message: dict[str, Any] = QUESTION, chat: Any = ()
-) -> Any:
-    return acts.take(message, False, SessionState(), talk, list(chat), Conversation(), [])
+def send(
+    handlers: Handlers, conversation: Conversation, displayed: Any = ()
+) -> Coroutine[Any, Any, Any]:
+    left = (conversation, list(displayed))
+    return handlers.send(QUESTION, False, SessionState(), *left, Conversation(), [])
 
 
-async def answered(acts: Handlers, talk: Conversation) -> list[Any]:
-    return [shown async for shown in acts.answer("tiny", talk, True, *SETTING.values())]
+async def respond(handlers: Handlers, conversation: Conversation) -> list[Any]:
+    responses = handlers.respond("tiny", conversation, True, *SETTING_VALUES.values())
+    return [outputs async for outputs in responses]
 
 
-def test_a_question_has_one_answer_however_often_it_is_asked_for(acts: Handlers) -> None:
-    async def twice() -> list[list[Any]]:
-        _, talk, *_ = await taken(acts, Conversation())
-        return await asyncio.gather(answered(acts, talk), answered(acts, talk.again()))
+def test_concurrent_requests_for_one_message_generate_one_response(handlers: Handlers) -> None:
+    async def respond_twice() -> list[list[Any]]:
+        _, conversation, *_ = await send(handlers, Conversation())
+        return await asyncio.gather(
+            respond(handlers, conversation), respond(handlers, conversation.without_response())
+        )
 
-    one, other = asyncio.run(twice())
-    assert one[-1][0].said[-1].standing == ""
-    assert other == [SKIP * 3]
+    first, second = asyncio.run(respond_twice())
+    assert first[-1][0].messages[-1].status == ""
+    assert second == [UNCHANGED * 3]
 
 
-def test_what_is_cleared_while_it_is_read_does_not_come_back(
-    acts: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_message_that_is_cleared_while_it_is_read_is_discarded(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = acts.gallery.sent
-    monkeypatch.setattr(acts.gallery, "sent", lambda *a: (time.sleep(0.5), sent(*a))[1])
-    message = {"text": "Why?", "files": files(tmp_path, "red")}
-    desk = SessionState()
+    add_upload = handlers.store.add_upload
+    monkeypatch.setattr(
+        handlers.store, "add_upload", lambda *a: (time.sleep(0.5), add_upload(*a))[1]
+    )
+    message = {"text": "Why?", "files": image_files(tmp_path, "red")}
+    session = SessionState()
 
-    async def both() -> Any:
+    async def send_and_clear() -> Any:
         reading = asyncio.ensure_future(
-            acts.take(message, False, desk, Conversation(), [], Conversation(), [])
+            handlers.send(message, False, session, Conversation(), [], Conversation(), [])
         )
         await asyncio.sleep(0.1)
         with pytest.warns(UserWarning, match="still being read"):
-            assert acts.again(desk, Conversation(), []) == SKIP * 3
-        await acts.clear(desk, Conversation())
+            assert handlers.regenerate(session, Conversation(), []) == UNCHANGED * 3
+        await handlers.clear(session, Conversation())
         return await reading
 
-    assert asyncio.run(both()) == SKIP * 7
-    assert not desk.reading
+    assert asyncio.run(send_and_clear()) == UNCHANGED * 7
+    assert not session.is_reading
 
 
-def test_clear_waits_for_an_answers_last_word(acts: Handlers) -> None:
-    async def cleared() -> tuple[list[Any], Any]:
-        _, talk, *_ = await taken(acts, Conversation())
-        answer = acts.answer("tiny", talk, True, *SETTING.values())
-        under_way, *_ = await anext(answer)
-        assert under_way.under_way
-        clearing = asyncio.ensure_future(acts.clear(SessionState(), under_way))
+def test_clear_waits_for_the_last_update_of_a_response(handlers: Handlers) -> None:
+    async def clear_while_generating() -> tuple[list[Any], Any]:
+        _, conversation, *_ = await send(handlers, Conversation())
+        response = handlers.respond("tiny", conversation, True, *SETTING_VALUES.values())
+        generating, *_ = await anext(response)
+        assert generating.is_generating
+        clearing = asyncio.ensure_future(handlers.clear(SessionState(), generating))
         await asyncio.sleep(0.05)
         assert not clearing.done()
-        return [shown async for shown in answer], await clearing
+        return [outputs async for outputs in response], await clearing
 
-    last, empty = asyncio.run(cleared())
-    assert all(shown == SKIP * 3 for shown in last)
-    assert empty[0] == Conversation()
-
-
-def test_a_talk_that_the_server_has_forgotten_is_not_asked_without_it(acts: Handlers) -> None:
-    with pytest.warns(UserWarning, match="has forgotten this talk"):
-        assert asyncio.run(taken(acts, Conversation(), chat=[{"role": "user"}])) == SKIP * 7
+    updates, cleared = asyncio.run(clear_while_generating())
+    assert all(outputs == UNCHANGED * 3 for outputs in updates)
+    assert cleared[0] == Conversation()
 
 
-def test_nothing_is_taken_from_the_box_while_the_server_closes(
-    acts: Handlers, monkeypatch: pytest.MonkeyPatch
+def test_message_is_rejected_if_the_server_lost_the_conversation(handlers: Handlers) -> None:
+    with pytest.warns(UserWarning, match="no longer has this conversation"):
+        outputs = asyncio.run(send(handlers, Conversation(), displayed=[{"role": "user"}]))
+    assert outputs == UNCHANGED * 7
+
+
+def test_message_is_rejected_while_the_server_drains(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acts.state, "draining", True)
+    monkeypatch.setattr(handlers.state, "draining", True)
     with pytest.warns(UserWarning, match="shutting down"):
-        assert asyncio.run(taken(acts, Conversation())) == SKIP * 7
+        assert asyncio.run(send(handlers, Conversation())) == UNCHANGED * 7
 
 
-def test_a_picture_of_three_hours_ago_outlives_gradios_own_cleaning(running: Running) -> None:
-    async def built() -> tuple[Page, gr.Blocks]:
-        page = Page(running.state)
-        return page, page.build()
+def test_gradio_deletes_no_image_within_the_retention_time(running: RunningServer) -> None:
+    async def build() -> tuple[WebUI, gr.Blocks]:
+        ui = WebUI(running.state)
+        return ui, ui.build()
 
-    page, blocks = asyncio.run(built())
-    kept = page.acts.gallery.drawn(Image.new("RGB", (8, 8), "red"))
-    blocks.temp_file_sets[0].add(str(kept.file))
+    ui, blocks = asyncio.run(build())
+    image = ui.handlers.store.add_generated(Image.new("RGB", (8, 8), "red"))
+    blocks.temp_file_sets[0].add(str(image.path))
     assert blocks.delete_cache is not None
     _, age = blocks.delete_cache
-    assert age >= KEPT
+    assert age >= RETENTION_SECONDS
     delete_files_created_by_app(blocks, age)
-    assert kept.file.exists()
+    assert image.path.exists()
 
 
-def test_what_a_killed_process_left_goes_with_the_next_start(
+def test_start_deletes_folders_of_killed_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    dead, living = tmp_path / "medley-page-dead", tmp_path / "medley-page-living"
-    for folder in (dead, living):
+    dead, live = tmp_path / "medley-ui-dead", tmp_path / "medley-ui-live"
+    for folder in (dead, live):
         folder.mkdir()
-        (folder / "picture.png").write_bytes(b"x")
-    with FileLock(living / ".lock"):
+        (folder / "image.png").write_bytes(b"x")
+    with FileLock(live / ".lock"):
         own = private_folder.__wrapped__()
     assert not dead.exists()
-    assert (living / "picture.png").exists()
+    assert (live / "image.png").exists()
     assert own.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in own.iterdir()] == [".lock"]

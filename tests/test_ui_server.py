@@ -1,149 +1,147 @@
-"""The page while its server wants a token, goes away and comes back."""
+"""The web UI with a token, connection failures, a full queue, and a server that restarts."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from page_in_browser import (
-    NEEDS_CHROMIUM,
-    asked_once,
-    browser,
-    keep,
-    long_drawing,
-    send,
-    slowly,
-    wait_answer,
-)
 from playwright.sync_api import Browser, expect
-from running_server import Running, started
+from running_server import RunningServer, start_server
+from ui_in_browser import (
+    MESSAGE,
+    NEEDS_CHROMIUM,
+    browser,
+    page_with_conversation,
+    screenshot,
+    send,
+    slow_model,
+    start_long_response,
+    wait_for_response,
+)
 
 from medley.serving.limits import Limits
-from medley.serving.ui.mount import add_page
+from medley.serving.ui.mount import mount_ui
 
-__all__ = ["browser"]  # the fixture
+__all__ = ["browser"]  # fixture
 pytestmark = NEEDS_CHROMIUM
 
 
-def test_a_token_is_the_password_of_a_login(browser: Browser) -> None:
-    guarded = Running(
-        Limits(), token="secret", change=lambda app, state: add_page(app, state) and None
-    )
+@contextmanager
+def server_with_ui(**options: Any) -> Iterator[RunningServer]:
+    running = RunningServer(Limits(), configure=mount_ui, **options)
     try:
-        page = browser.new_context().new_page()
-        page.goto(guarded.address)
-        for password, let_in in (("other", False), ("secret", True)):
-            page.get_by_label("username").fill("me")
-            page.get_by_label("password").fill(password)
-            page.get_by_role("button", name="Login").click()
-            if let_in:
-                expect(page.locator("#box textarea")).to_be_visible(timeout=30_000)
-            else:
-                expect(page.get_by_text("Incorrect")).to_be_visible()
-        page.context.close()
-    finally:
-        guarded.stop()
-
-
-def test_a_connection_that_is_away_for_a_moment_loses_no_talk(
-    browser: Browser, tmp_path: Path
-) -> None:
-    running = Running(Limits(), change=lambda app, state: add_page(app, state) and None)
-    try:
-        page = asked_once(browser, running.address)
-        page.context.set_offline(True)
-        expect(page.locator("#gone")).to_contain_text("does not answer", timeout=30_000)
-        page.fill("#box textarea", "What modality is this?")
-        page.press("#box textarea", "Enter")
-        page.wait_for_timeout(4000)
-        page.context.set_offline(False)
-        expect(page.locator("#chat-left .bot")).to_have_count(2, timeout=30_000)
-        expect(page.locator("#gone")).to_be_hidden()
-        assert "tokens in" in wait_answer(page)
-        # In the middle of an answer: what there is stays, and the reader decides when to reload.
-        with slowly(running, 0.05):
-            long_drawing(page)
-            running.cut()
-            expect(page.locator("#gone")).to_contain_text("The connection was lost")
-        page.wait_for_timeout(5000)  # the library would have reloaded the page by now
-        expect(page.locator("#chat-left .user")).to_have_count(3)
-        assert running.idle()
-        page.get_by_role("button", name="Reload the page").click()
-        expect(page.locator("#chat-left .user")).to_have_count(0)
-        expect(page.locator("#gone")).to_be_hidden()
-        page.context.close()
+        yield running
     finally:
         running.stop()
 
 
-# The end of the server's news is read late, as on a slow connection.
-LATE_END = """(() => {
-  const own = window.fetch.bind(window);
-  window.fetch = async (...asked) => {
-    const answer = await own(...asked);
-    if (!String(asked[0]?.url ?? asked[0]).includes("/queue/data")) return answer;
-    const late = new TransformStream({ transform: async (part, out) => {
-      const last = new TextDecoder().decode(part).includes("close_stream");
-      if (last) await new Promise((resolve) => setTimeout(resolve, 4000));
+def test_login_requires_the_token(browser: Browser) -> None:
+    with server_with_ui(token="secret") as running:
+        page = browser.new_context().new_page()
+        page.goto(running.url)
+        for password in ("other", "secret"):
+            page.get_by_label("username").fill("me")
+            page.get_by_label("password").fill(password)
+            page.get_by_role("button", name="Login").click()
+            if password == "other":
+                expect(page.get_by_text("Incorrect")).to_be_visible()
+            else:
+                expect(page.locator(MESSAGE)).to_be_visible(timeout=30_000)
+        page.context.close()
+
+
+def test_conversation_survives_connection_failures(browser: Browser) -> None:
+    with server_with_ui() as running:
+        page = page_with_conversation(browser, running.url)
+        alert = page.locator("#alert")
+        page.context.set_offline(True)
+        expect(alert).to_contain_text("does not respond", timeout=30_000)
+        page.fill(MESSAGE, "What modality is this?")
+        page.press(MESSAGE, "Enter")
+        page.wait_for_timeout(4000)
+        page.context.set_offline(False)
+        expect(page.locator("#chat-left .bot")).to_have_count(2, timeout=30_000)
+        expect(alert).to_be_hidden()
+        assert "tokens in" in wait_for_response(page)
+        # During a response: the partial response stays, and the user decides when to reload.
+        with slow_model(running, 0.05):
+            start_long_response(page)
+            running.abort_connections()
+            expect(alert).to_contain_text("The connection was lost")
+        page.wait_for_timeout(5000)  # Gradio alone would have reloaded the page by now.
+        expect(page.locator("#chat-left .user")).to_have_count(3)
+        assert running.becomes_idle()
+        page.get_by_role("button", name="Reload the page").click()
+        expect(page.locator("#chat-left .user")).to_have_count(0)
+        expect(alert).to_be_hidden()
+        page.context.close()
+
+
+# Delays the end of the server's message stream, like a slow connection.
+DELAY_STREAM_END = """(() => {
+  const originalFetch = window.fetch.bind(window);
+  window.fetch = async (...parameters) => {
+    const response = await originalFetch(...parameters);
+    if (!String(parameters[0]?.url ?? parameters[0]).includes("/queue/data")) return response;
+    const delayed = new TransformStream({ transform: async (part, out) => {
+      const isLast = new TextDecoder().decode(part).includes("close_stream");
+      if (isLast) await new Promise((resolve) => setTimeout(resolve, 4000));
       out.enqueue(part);
     } });
-    return new Response(answer.body.pipeThrough(late), { headers: answer.headers });
+    return new Response(response.body.pipeThrough(delayed), { headers: response.headers });
   };
 })()"""
 
 
-def test_what_is_sent_as_the_servers_news_end_is_answered(browser: Browser) -> None:
-    running = Running(Limits(), change=lambda app, state: add_page(app, state) and None)
-    try:
+def test_message_sent_while_the_stream_ends_gets_a_response(browser: Browser) -> None:
+    with server_with_ui() as running:
         page = browser.new_context().new_page()
-        page.add_init_script(LATE_END)
-        page.goto(running.address)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        for answers in (1, 2):  # behind the events of the page's start, and behind an answer
+        page.add_init_script(DELAY_STREAM_END)
+        page.goto(running.url)
+        expect(page.locator(MESSAGE)).to_be_visible(timeout=60_000)
+        for count in (1, 2):  # after the events of loading the page, and after a response
             send(page, "Which organ is shown?")
-            wait_answer(page)
-            expect(page.locator("#chat-left .bot")).to_have_count(answers)
+            wait_for_response(page)
+            expect(page.locator("#chat-left .bot")).to_have_count(count)
         page.context.close()
-    finally:
-        running.stop()
 
 
-def test_who_waits_is_told_so_and_leaves_the_queue_by_closing_the_tab(browser: Browser) -> None:
-    running = Running(Limits(), rows=1, change=lambda app, state: add_page(app, state) and None)
-    try:
+def test_queued_message_shows_its_position_and_is_cancelled_with_the_tab(
+    browser: Browser,
+) -> None:
+    with server_with_ui(max_num_seqs=1) as running:
         first, second = (browser.new_context().new_page() for _ in range(2))
         for page in (first, second):
-            page.goto(running.address)
-            expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        with slowly(running, 0.1):
-            long_drawing(first)
+            page.goto(running.url)
+            expect(page.locator(MESSAGE)).to_be_visible(timeout=60_000)
+        with slow_model(running, 0.1):
+            start_long_response(first)
             send(second, "Which organ is shown?")
-            line = second.locator("#line-left .status")
-            expect(line).to_have_text("waiting, 0 before you")
+            note = second.locator("#note-left .status")
+            expect(note).to_have_text("queued, 0 requests ahead")
             assert (running.worker.running, running.worker.waiting) == (1, 1)
-            keep(second, "waiting")
+            screenshot(second, "queued")
             second.context.close()
-            until = time.monotonic() + 30
-            while running.worker.waiting and time.monotonic() < until:
+            deadline = time.monotonic() + 30
+            while running.worker.waiting and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert (running.worker.running, running.worker.waiting) == (1, 0)
             first.context.close()
-            assert running.idle()
-    finally:
-        running.stop()
+            assert running.becomes_idle()
 
 
-def test_an_open_tab_does_not_hold_up_a_server_that_closes(
-    browser: Browser, tmp_path: Path
-) -> None:
-    process, address = started(tmp_path / "log", 0, "--page")
+def test_open_tab_does_not_delay_shutdown(browser: Browser, tmp_path: Path) -> None:
+    process, url = start_server(tmp_path / "log", 0, "--ui")
     try:
-        page = asked_once(browser, address)
+        page = page_with_conversation(browser, url)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         log = (tmp_path / "log").read_text()
-        assert "graceful shutdown exceeded" not in log  # it would have waited for the tab
+        assert "graceful shutdown exceeded" not in log
         assert "Traceback" not in log
         page.context.close()
     finally:
@@ -151,27 +149,29 @@ def test_an_open_tab_does_not_hold_up_a_server_that_closes(
         process.wait(timeout=30)
 
 
-def test_a_server_that_vanishes_and_comes_back(browser: Browser, tmp_path: Path) -> None:
-    process, address = started(tmp_path / "log", 0, "--page")
+def test_conversation_stays_visible_when_the_server_restarts(
+    browser: Browser, tmp_path: Path
+) -> None:
+    process, url = start_server(tmp_path / "log", 0, "--ui")
     try:
-        page = asked_once(browser, address)
-        page.fill("#box textarea", "half of a question")
+        page = page_with_conversation(browser, url)
+        page.fill(MESSAGE, "half of a question")
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
-        gone = page.locator("#gone")
-        expect(gone).to_contain_text("The server does not answer", timeout=30_000)
-        expect(page.locator("#box textarea")).to_have_value("half of a question")
-        keep(page, "vanished")
-        process, _ = started(tmp_path / "log2", int(address.rsplit(":", 1)[1]), "--page")
-        expect(gone).to_contain_text("started anew", timeout=30_000)
-        expect(page.locator("#chat-left .bot")).to_have_count(1)  # the talk is still there
-        expect(page.locator("#box textarea")).to_have_value("half of a question")
+        alert = page.locator("#alert")
+        expect(alert).to_contain_text("The server does not respond", timeout=30_000)
+        expect(page.locator(MESSAGE)).to_have_value("half of a question")
+        screenshot(page, "unreachable")
+        process, _ = start_server(tmp_path / "log2", int(url.rsplit(":", 1)[1]), "--ui")
+        expect(alert).to_contain_text("was restarted", timeout=30_000)
+        expect(page.locator("#chat-left .bot")).to_have_count(1)
+        expect(page.locator(MESSAGE)).to_have_value("half of a question")
         page.get_by_role("button", name="Reload the page").click()
         expect(page.locator("#chat-left .bot")).to_have_count(0, timeout=30_000)
-        expect(page.locator("#box textarea")).to_be_visible(timeout=60_000)
-        expect(gone).to_be_hidden()
+        expect(page.locator(MESSAGE)).to_be_visible(timeout=60_000)
+        expect(alert).to_be_hidden()
         send(page, "Which organ is shown?")
-        wait_answer(page)
+        wait_for_response(page)
         page.context.close()
     finally:
         process.kill()

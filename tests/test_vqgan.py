@@ -1,5 +1,8 @@
+"""The VQGAN: parity with recorded cases and transformers, files, fingerprint."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,18 @@ from medley.vqgan.files import read_vqgan, to_hugging_face_config
 from medley.vqgan.image_tokenizer import ImageTokenizer, token_space_fingerprint
 
 
-def test_codes_and_pixels_equal_the_recorded(layout: Path) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """One recorded code is a near tie (1.6e-7 of the distance): transformers itself gives another
+    one for that image with one thread, where torch's convolutions add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_codes_and_pixels_equal_recorded_cases(layout: Path) -> None:
     expected = load_file(layout / "expected.safetensors")
     tokenizer = ImageTokenizer.from_checkpoint(layout / "input")
     assert torch.equal(tokenizer.encode_pixels(expected["vq_pixels"]), expected["vq_codes"])
@@ -28,12 +42,12 @@ def test_codes_and_pixels_equal_the_recorded(layout: Path) -> None:
     [
         VQGANConfig(32, (1, 2, 2), 1, 64, 16, 16, 512),
         VQGANConfig(32, (1, 1, 2), 2, 64, 16, 16, 512, attn_resolutions=(16,)),
-        # Chameleon's own shape and resolution, narrower so that CI stays fast.
+        # Chameleon's shape and resolution, with a smaller width for a fast test.
         VQGANConfig(32, (1, 1, 2, 2, 4), 2, 512, 256, 256, 8192),
     ],
     ids=["small", "attention", "512"],
 )
-def test_the_encoder_equals_transformers(config: VQGANConfig) -> None:
+def test_encoder_equals_transformers(config: VQGANConfig) -> None:
     torch.manual_seed(0)
     ours = VQGAN(config).eval()
     fields = to_hugging_face_config(config)
@@ -48,7 +62,7 @@ def test_the_encoder_equals_transformers(config: VQGANConfig) -> None:
     assert codes.shape == (1, config.codes_per_image)
 
 
-def test_the_fingerprint_is_the_encoders_and_not_the_decoders() -> None:
+def test_fingerprint_covers_the_encoder_but_not_the_decoder() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(VQGANConfig(32, (1, 2), 1, 32, 8, 8, 64))
     before = token_space_fingerprint(vqgan)
@@ -60,7 +74,7 @@ def test_the_fingerprint_is_the_encoders_and_not_the_decoders() -> None:
     assert token_space_fingerprint(vqgan) != before
 
 
-def test_codes_out_of_range_and_of_wrong_number_are_refused() -> None:
+def test_invalid_codes_and_pixels_are_refused() -> None:
     tokenizer = ImageTokenizer(VQGAN(VQGANConfig(32, (1, 2), 1, 8, 8, 8, 64)))
     with pytest.raises(UserError, match="0 to 63"):
         tokenizer.decode_pixels(torch.full((1, 16), 64))
@@ -75,13 +89,13 @@ def test_codes_out_of_range_and_of_wrong_number_are_refused() -> None:
     [
         ({"double_z": True}, "double_z"),
         ({"ch": 30}, "multiple of 32"),
-        ({"resolution": 65}, "no multiple of the downsampling"),
+        ({"resolution": 65}, "multiple of the downsampling"),
         ({"z_channels": None}, "vqgan.yaml"),
-        ({"ch": 64}, "has shape"),
+        ({"ch": 64}, "Wrong shape"),
         ({"num_res_blocks": 2}, "missing"),
     ],
 )
-def test_bad_configurations_say_why(
+def test_invalid_configurations_give_the_reason(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     source = open_checkpoint("tiny").tokenizer_folder
@@ -94,10 +108,10 @@ def test_bad_configurations_say_why(
 
 
 class ModelCheckpoint:
-    """Stands for the Lightning class whose name a published vqgan.ckpt mentions."""
+    """Represents the Lightning class that a published vqgan.ckpt mentions."""
 
 
-def test_a_lightning_checkpoint_is_read_without_running_its_code(tmp_path: Path) -> None:
+def test_a_lightning_checkpoint_is_loaded_without_its_classes(tmp_path: Path) -> None:
     source = open_checkpoint("tiny").tokenizer_folder
     state = torch.load(source / "vqgan.ckpt", weights_only=True)["state_dict"]
     name, module = ModelCheckpoint.__qualname__, ModelCheckpoint.__module__
@@ -127,15 +141,15 @@ class Malicious:
         return (print, ("code ran",))
 
 
-def test_a_pickle_that_carries_code_is_refused(tmp_path: Path, capsys: object) -> None:
+def test_a_pickle_that_contains_code_is_refused(tmp_path: Path) -> None:
     source = open_checkpoint("tiny").tokenizer_folder
     (tmp_path / "vqgan.yaml").write_bytes((source / "vqgan.yaml").read_bytes())
     torch.save({"state_dict": Malicious()}, tmp_path / "vqgan.ckpt")
-    with pytest.raises(UserError, match=r"vqgan\.ckpt: this pickle holds more than tensors"):
+    with pytest.raises(UserError, match=r"vqgan\.ckpt: The pickle contains more than tensors"):
         read_vqgan(tmp_path)
 
 
-def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_reported(tmp_path: Path) -> None:
     source = open_checkpoint("tiny").tokenizer_folder
     (tmp_path / "vqgan.yaml").write_bytes((source / "vqgan.yaml").read_bytes())
     (tmp_path / "vqgan.ckpt").write_text(

@@ -1,4 +1,4 @@
-"""Our own layers against torch's in double precision."""
+"""Medley's layers against torch's in double precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medley.vqgan.winograd import Conv3x3
 @pytest.fixture(autouse=True)
 def one_thread() -> object:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # what Winograd is for
+    torch.set_num_threads(1)  # Winograd runs on one thread only
     yield
     torch.set_num_threads(before)
 
@@ -27,7 +27,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, -1000.0])
-def test_group_norm_keeps_the_digits_that_torchs_loses(offset: float) -> None:
+def test_group_norm_is_accurate_for_large_offsets(offset: float) -> None:
     torch.manual_seed(0)
     layer = nn.GroupNorm(32, 64, eps=1e-6)
     nn.init.normal_(layer.weight)
@@ -35,7 +35,7 @@ def test_group_norm_keeps_the_digits_that_torchs_loses(offset: float) -> None:
     x = channels_last(torch.randn(2, 64, 70, 66) + offset)
     with torch.no_grad():
         expected = copy.deepcopy(layer).double()(x.double())
-        # The input itself is known to one rounding of its size.
+        # The input has the rounding error of one float32 number.
         tolerance = 2e-6 + abs(offset) * 1e-6
         assert (norm(x, layer) - expected).abs().max() < tolerance
         swished = expected * torch.sigmoid(expected)
@@ -45,7 +45,7 @@ def test_group_norm_keeps_the_digits_that_torchs_loses(offset: float) -> None:
         assert half.dtype == torch.bfloat16
 
 
-def test_with_gradients_the_layers_are_torchs_own() -> None:
+def test_layers_with_gradients_are_torchs() -> None:
     layer, x = nn.GroupNorm(32, 32), channels_last(torch.randn(1, 32, 4, 4))
     assert torch.equal(norm(x, layer), layer(x))
     convolution = Conv3x3(32, 8)
@@ -60,7 +60,7 @@ def test_with_gradients_the_layers_are_torchs_own() -> None:
     channels=st.sampled_from([3, 8, 32]),
     batch=st.integers(1, 2),
 )
-def test_winograd_equals_the_convolution_at_any_size(
+def test_winograd_equals_the_convolution_at_all_sizes(
     height: int, width: int, channels: int, batch: int
 ) -> None:
     torch.manual_seed(height * 41 + width)
@@ -74,7 +74,7 @@ def test_winograd_equals_the_convolution_at_any_size(
     assert (got - exact).abs().max() < 5e-6
 
 
-def test_frozen_weights_are_renewed() -> None:
+def test_freeze_updates_the_transformed_weights() -> None:
     convolution, x = Conv3x3(8, 8), channels_last(torch.randn(1, 8, 6, 6))
     convolution.freeze()
     with torch.no_grad():

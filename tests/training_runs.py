@@ -52,10 +52,13 @@ def write_tokens(path: Path, count: int, seed: int = 0) -> Path:
 
 
 def train_flags(data: Path, output: Path, *more: object) -> list[str]:
-    """Flags of `medley train` for the embedded model, with a log entry at every step."""
-    flags = ["--train_data", data / "train.jsonl", "--ckpt", "tiny", "--output_dir", output]
-    flags += ["--lr", "2e-3", "--logging_steps", 1, "--lora_r", 4, *more]
-    return [str(flag) for flag in flags]
+    """Flags of `medley train` for the embedded model; flags in `more` replace the defaults."""
+    defaults = {
+        "--train_data": data / "train.jsonl", "--ckpt": "tiny", "--output_dir": output,
+        "--lr": "2e-3", "--logging_steps": 1, "--lora_r": 4,
+    }  # fmt: skip
+    kept = [word for flag, value in defaults.items() if flag not in more for word in (flag, value)]
+    return [str(word) for word in (*kept, *more)]
 
 
 def logged_values(output: Path, name: str = "loss") -> list[float]:

@@ -1,16 +1,17 @@
-"""Goes on training a VQGAN on one's own pictures.
+"""Fine-tunes a VQGAN on your images.
 
-In: a checkpoint (or a folder with vqgan.yaml and vqgan.ckpt) and an image list. Out: a folder
-with `tokenizer/vqgan.yaml` and `tokenizer/vqgan.ckpt` in Chameleon's layout, `log.jsonl`, grids
-of originals above reconstructions, and `state.pt`, from which a killed run goes on exactly.
+Input: a checkpoint (or a folder with vqgan.yaml and vqgan.ckpt) and an image list. Output: a
+folder with `tokenizer/vqgan.yaml` and `tokenizer/vqgan.ckpt` in Chameleon's layout, `log.jsonl`,
+grids of originals above reconstructions, `errors.jsonl`, and `state.pt`. The same command resumes
+an interrupted run from `state.pt` with identical weights.
 
     torchrun --nproc-per-node=2 -m tokenizer.finetune_vqgan \
-        --input pictures --ckpt tiny --output finetuned --steps 200 --trainable decoder
+        --input images --ckpt tiny --output finetuned --steps 200 --trainable decoder
 
-With `--trainable all` the codes change their meaning: pictures have to be tokenized again, and
-a decoder that was trained on the old codes is refused. `--trainable decoder` changes no code.
+`--trainable all` changes the meaning of the image codes: tokenize the images again. A decoder that
+was trained on the old codes is refused. `--trainable decoder` changes no image code.
 
-The same as `medley finetune-vqgan`.
+Same as `medley finetune-vqgan`.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""How well a VQGAN keeps one's own pictures: before spending days on a decoder, look.
+"""Measures how well a VQGAN reconstructs your images, before you train a decoder on its codes.
 
-In: a checkpoint and an image list. Out: a folder with `index.html`, a page of measures and of
-originals above their reconstructions for each group, and `report.json` with the same figures.
+Input: a checkpoint and an image list. Output: a folder with `index.html`, a report of metrics and
+of originals above their reconstructions by group, and `report.json` with the same metrics.
 
-    python -m tokenizer.reconstruction_report --input pictures --ckpt tiny --output report
+    python -m tokenizer.reconstruction_report --input images --ckpt tiny --output report
 
-The same as `medley reconstruction-report`.
+Same as `medley reconstruction-report`.
 """
 
 import sys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,14 @@ class Card:
     """A prompt and the response to it."""
 
     prompt: list[Part]
-    response: list[Part] = field(default_factory=list)
+    response: list[Part]
     note: str = ""
+
+    @property
+    def is_correct(self) -> bool | None:
+        """Whether all verdicts on the response are positive; None if there are no verdicts."""
+        verdicts = [part.verdict.correct for part in self.response if part.verdict is not None]
+        return all(verdicts) if verdicts else None
 
 
 def write_report(options: ReportOptions) -> None:

@@ -12,6 +12,7 @@ from medley.checkpoints.chameleon import write_checklist, write_model
 from medley.data.vocabulary import TextTokenizer
 from medley.doctor import SELF_TEST, self_test_values
 from medley.errors import UserError
+from medley.images.preprocess import Preprocessing
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.modeling.dims import ModelDims
 from medley.utils.cli_options import resolved
@@ -63,7 +64,7 @@ def make_tiny(options: Options) -> None:
         log["vqgan"] = []
         vqgan = truncate_codebook(train_vqgan(options, log["vqgan"]), options.active_codes)
         write_json(log_file, log)
-        write_vqgan(tokenizer_folder, vqgan, "crop")
+        write_vqgan(tokenizer_folder, vqgan, Preprocessing(exif_orientation=True))
     tokenizer_file = tokenizer_folder / "text_tokenizer.json"
     if not tokenizer_file.exists():
         with atomic_file(tokenizer_file) as temporary:

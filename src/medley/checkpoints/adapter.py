@@ -1,34 +1,33 @@
-"""LoRA adapters in PEFT's layout: attach, check what was saved, merge.
+"""LoRA adapters in PEFT's layout: find, check, load, merge.
 
-`W + scaling * B A` for every adapted matrix, computed in float32 and rounded once to the
-base's dtype (Hu et al. 2021; scaling is alpha / r, with rslora alpha / sqrt(r)).
+A merged matrix is `W + scaling * B A`, computed in float32 and rounded once to the base's dtype
+(Hu et al. 2021; scaling is alpha / r, or alpha / sqrt(r) with rslora).
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
 from torch import Tensor
 
+from medley.checkpoints.adapter_config import AdapterConfig
+from medley.checkpoints.adapter_updates import PREFIX, Update, plain_name, plan_updates
 from medley.checkpoints.checkpoint import Checkpoint, adapter_base_name, is_adapter, open_checkpoint
+from medley.checkpoints.logits import LogitDifference, compare_logits, random_ids
 from medley.errors import UserError
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.utils.files import read_json
-from medley.utils.tensor_files import check_weights_file, load_tensors
-
-_PREFIX = "base_model.model."
-_COVERED = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None)}
+from medley.utils.tensor_files import load_tensors
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter in a folder: itself, or that of its newest whole Trainer checkpoint."""
+    """The folder itself if it is an adapter, or its newest `checkpoint-N` that is one."""
     if is_adapter(path):
         return path
     numbered = {
@@ -38,178 +37,161 @@ def find_adapter(path: Path) -> Path:
     }
     if not numbered:
         raise UserError(
-            f"{path}: no adapter; expected adapter_config.json and adapter_model.safetensors "
-            "there or in a checkpoint-N below it"
+            f"{path}: No adapter found (expected adapter_config.json and "
+            "adapter_model.safetensors in this folder or in a folder checkpoint-N below it)."
         )
     return numbered[max(numbered)]
 
 
 def resolve_base(adapter: Path, base: str | Path | None) -> Checkpoint:
-    """The base of an adapter: `--base` where given, else what its configuration names."""
-    named = base or adapter_base_name(adapter)
-    if named is None:
-        raise UserError(f"{adapter}: adapter_config.json names no base model; name it with --base")
-    return open_checkpoint(named)
+    """The base checkpoint of an adapter: `base`, or the one that its configuration names."""
+    name = base or adapter_base_name(adapter)
+    if name is None:
+        raise UserError(
+            f"{adapter}: adapter_config.json does not name a base model. Name it with --base."
+        )
+    return open_checkpoint(name)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's tensors; older versions of PEFT wrote a pickle."""
+    path, older = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    return older if older.is_file() and not path.is_file() else path
 
 
 def read_adapter(folder: Path, trained: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of an adapter.
 
-    Raises UserError for one whose tensors are missing, empty, not finite or, where it is `trained`,
-    all zero: such an adapter would merge to the base, silently.
+    Raises UserError if the tensors are missing, empty or not finite. With `trained`, all-zero
+    tensors are an error, too: such an adapter would merge to an unchanged base.
     """
     config: dict[str, Any] = read_json(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    older = folder / "adapter_model.bin"
-    if not path.is_file() and older.is_file():
-        path = older
-        tensors = load_tensors(path)
-    elif path.is_file():
-        check_weights_file(path)
-        try:
-            with safe_open(path, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-        except SafetensorError as error:
-            raise UserError(f"{path}: broken or cut off ({error})") from error
-    else:
-        raise UserError(f"{path}: no such file; the adapter is not whole without it")
-    problem = _validate(tensors, trained)
+    path = weights_file(folder)
+    if not path.is_file():
+        raise UserError(f"{path}: File not found. The adapter is incomplete without it.")
+    tensors = load_tensors(path)
+    problem = _find_problem(tensors, trained)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
     return config, tensors
 
 
-def _validate(tensors: dict[str, Tensor], trained: bool) -> str | None:
+def _find_problem(tensors: dict[str, Tensor], trained: bool) -> str | None:
     if not tensors:
-        return "holds no tensors (saved under ZeRO-3 without gathering?)"
+        return "Contains no tensors (saved under ZeRO-3 without gathering?)."
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
-            return f"{name} is empty (saved under ZeRO-3 without gathering?)"
+            return f"{name} is empty (saved under ZeRO-3 without gathering?)."
         if not bool(tensor.isfinite().all()):
-            return f"{name} holds NaN or infinite values; the training run went wrong"
-    learned = [t for n, t in tensors.items() if "lora_A" not in n]
-    if trained and all(not bool(tensor.any()) for tensor in learned):
-        return "every learned tensor is zero: this adapter was never trained"
+            return f"{name} contains NaN or infinite values. The training run diverged."
+    # lora_A starts random, and base_layer is a copy of the base.
+    others = [t for n, t in tensors.items() if "lora_A" not in n and ".base_layer." not in n]
+    if trained and all(not bool(tensor.any()) for tensor in others):
+        return "All trained tensors are zero. This adapter was never trained."
     return None
 
 
 def load_adapter(
-    decoder: ChameleonForConditionalGeneration, folder: Path, learns: bool = False
-) -> Any:
-    """A decoder with an adapter laid over it, unmerged, as a PeftModel; `learns` to train it on."""
-    _, tensors = read_adapter(folder)  # refuses an empty one with a reason
-    modules = {n: _shape(m) for n, m in decoder.named_modules() if hasattr(m, "weight")}
-    for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix(_PREFIX).partition(".lora_")
-        if not kind:
-            continue
-        shape = modules.get(module)
-        side = 1 if kind.startswith("A") else 0
-        if shape is None or shape[side] != tensor.shape[side]:
+    decoder: ChameleonForConditionalGeneration, folder: Path, trainable: bool = False
+) -> peft.PeftModel:
+    """Applies an adapter to a decoder without merging; with `trainable`, to continue training.
+
+    Raises UserError for an option that PEFT cannot apply again, and for tensors that do not fit.
+    """
+    _, tensors = read_adapter(folder)  # reports an empty adapter
+    config = AdapterConfig.read(folder)
+    config.check(merging=False)
+    if not config.options.get("layer_replication"):
+        updates = plan_updates(config, tensors, _shapes(decoder.config), merging=False)
+        _check_copies(folder, updates, decoder.state_dict().items(), "this base")
+    try:
+        model = peft.PeftModel.from_pretrained(decoder, str(folder), is_trainable=trainable)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # PEFT has no common class of errors
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: PEFT cannot apply this adapter ({first}). Copy its files again, or name "
+            "the base that it was trained on."
+        ) from error
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = {plain_name(name) for name in tensors}
+    expected = {plain_name(name) for name in own}
+    missing = sorted(expected - found)
+    unknown = sorted(found - expected - {plain_name(name) for name in model.state_dict()})
+    for problem, names in (("are missing", missing), ("do not exist in the base", unknown)):
+        if names:
             raise UserError(
-                f"{folder}: {name} {tuple(tensor.shape)} does not fit the base "
-                f"({module}: {'no such matrix' if shape is None else tuple(shape)}); was it "
-                "trained on another one?"
+                f"{folder}: {len(names)} tensors {problem}: {', '.join(names[:3])}. Name the base "
+                "that the adapter was trained on, or copy its files again."
             )
-    model = peft.PeftModel.from_pretrained(decoder, str(folder), is_trainable=learns)
-    return model if learns else model.eval()
+    return model if trainable else model.eval()
 
 
-def _shape(module: Any) -> tuple[int, ...]:
-    """Of a module's weight; of a quantised one as it was before."""
-    if hasattr(module, "in_features"):
-        return (module.out_features, module.in_features)
-    return tuple(module.weight.shape)
+def overwritten_tensors(folder: Path) -> list[str]:
+    """Tensors of the base that PEFT overwrites when it applies the adapter.
+
+    PEFT saves copies of the base's embeddings beside an adapter of them.
+    """
+    config = AdapterConfig.read(folder)
+    _, tensors = read_adapter(folder)
+    names = [plain_name(name).removeprefix(PREFIX) for name in tensors]
+    return [
+        name
+        for name in names
+        if name.endswith((".weight", ".bias"))
+        and ".lora_" not in name
+        and not config.saves(name.rpartition(".")[0])
+    ]
+
+
+def _shapes(config: transformers.ChameleonConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a decoder, before quantization."""
+    with torch.device("meta"):
+        decoder = ChameleonForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
 
 
 def merged_tensors(base: Checkpoint, adapter: Path) -> Iterator[tuple[str, Tensor]]:
     """The base's decoder tensors with the adapter merged in, one at a time.
 
-    Raises UserError for an option that this merge does not cover, for a tensor of the adapter
-    that finds no place, and for shapes that do not match.
+    Raises UserError, before the first tensor, for an unsupported option, for a tensor of the
+    adapter that the base does not have, and for shapes that do not match.
     """
-    config, tensors = read_adapter(adapter)
-    for option, good in _COVERED.items():
-        if option in config and config[option] not in good:
+    config = AdapterConfig.read(adapter)
+    config.check(merging=True)
+    _, tensors = read_adapter(adapter)
+    updates = plan_updates(config, tensors, _shapes(base.config()), merging=True)
+    if any(update.base_copy is not None for update in updates.values()):
+        _check_copies(adapter, updates, base.tensors(), str(base.folder))
+    return _merged(base, updates)
+
+
+def _check_copies(
+    adapter: Path, updates: dict[str, Update], base: Iterable[tuple[str, Tensor]], name: str
+) -> None:
+    """PEFT saves copies of adapted embeddings. Raises UserError if the base has others."""
+    for tensor_name, weight in base:
+        copy = updates.get(tensor_name, Update()).base_copy
+        if copy is None or copy.shape != weight.shape:
+            continue
+        # One of the two may be rounded to another dtype.
+        if not torch.equal(copy.to(weight), weight) and not torch.equal(copy, weight.to(copy)):
             raise UserError(
-                f"{adapter / 'adapter_config.json'}: {option} is {config[option]!r}, which the "
-                f"merge does not cover (it covers {', '.join(map(str, good))})"
+                f"{adapter}: Its copy of the base's {tensor_name} differs from that of {name}. "
+                "Name the base that the adapter was trained on."
             )
-    left = set(tensors)
+
+
+def _merged(base: Checkpoint, updates: dict[str, Update]) -> Iterator[tuple[str, Tensor]]:
     for name, weight in base.tensors():
-        module = name.removesuffix(".weight")
-        yield name, _merged(name, weight, _PREFIX + module, config, tensors, left)
-    if left:
-        raise UserError(
-            f"{adapter}: {len(left)} tensors have no place in {base.folder}: "
-            f"{', '.join(sorted(left)[:3])}"
-        )
+        yield name, updates[name].apply(weight) if name in updates else weight
 
 
-def _merged(
-    name: str,
-    weight: Tensor,
-    module: str,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    left: set[str],
-) -> Tensor:
-    down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    rows = f"{module}.token_adapter.trainable_tokens_delta"
-    saved = f"{module}.weight"
-    merged = weight
-    if saved in tensors:  # modules_to_save: the whole tensor was trained
-        left.discard(saved)
-        merged = tensors[saved].to(weight.dtype)
-    if rows in tensors:
-        left.discard(rows)
-        merged = merged.clone()
-        merged[_token_indices(config, module)] = tensors[rows].to(weight.dtype)
-    if down not in tensors:
-        return merged
-    a, b = tensors[down].float(), tensors[up].float()
-    left -= {down, up}
-    if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-        raise UserError(
-            f"{name}: the base's matrix is {tuple(weight.shape)}, the adapter's "
-            f"{(b.shape[0], a.shape[1])}; is it the base that the adapter was trained on?"
-        )
-    delta = b @ a * _scaling(config, module.removeprefix(_PREFIX))
-    if config.get("fan_in_fan_out"):
-        delta = delta.t()
-    return (merged.float() + delta).to(weight.dtype)
-
-
-def _scaling(config: dict[str, Any], module: str) -> float:
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else float(rank))
-
-
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The first pattern that matches the end of a module's name, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _token_indices(config: dict[str, Any], module: str) -> list[int]:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        for name, own in indices.items():
-            if module.endswith(name):
-                return list(own)
-        raise UserError(f"adapter_config.json names no trainable_token_indices for {module}")
-    return list(indices or [])
-
-
-def verify_merge(base: Checkpoint, adapter: Path, merged: Checkpoint) -> float:
-    """Largest difference of float32 logits between base + adapter and the merged checkpoint."""
-    decoder = load_adapter(base.decoder(torch.float32), adapter)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.text_tokenizer().vocabulary.size, (2, 32), generator=generator)
+def verify_merge(base: Checkpoint, adapter: Path, merged: Checkpoint) -> LogitDifference:
+    """Float32 logits of base and adapter, compared with those of the merged model."""
+    ids = random_ids(base)
     with torch.inference_mode():
-        expected = decoder(input_ids=ids).logits
+        expected = load_adapter(base.decoder(torch.float32), adapter)(input_ids=ids).logits
         found = merged.decoder(torch.float32)(input_ids=ids).logits
-    return float((expected - found).abs().max())
+    return compare_logits(expected, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,16 +123,23 @@ class Checkpoint:
         Raises UserError if the VQGAN in `vqgan_dir` has another token space.
         """
         if vqgan_dir is None:
-            vqgan, fit, has_decoder = self._vqgan
-            return ImageTokenizer(copy.deepcopy(vqgan), fit, has_decoder, device, dtype)
-        vqgan, fit = read_vqgan(vqgan_folder(vqgan_dir) or vqgan_dir)
+            vqgan, preprocessing, has_decoder = self._vqgan
+            return ImageTokenizer(copy.deepcopy(vqgan), preprocessing, has_decoder, device, dtype)
+        vqgan, preprocessing = read_vqgan(vqgan_folder(vqgan_dir) or vqgan_dir)
         found = token_space_fingerprint(vqgan)
         if found != self.fingerprint():
             raise UserError(
                 f"{vqgan_dir}: This VQGAN has another token space than {self.folder} (got "
                 f"{found[:12]}, expected {self.fingerprint()[:12]})."
             )
-        return ImageTokenizer(vqgan, fit, True, device, dtype)
+        own = self._vqgan
+        if own.has_decoder and own.preprocessing != preprocessing:
+            warnings.warn(
+                f"{vqgan_dir}: This VQGAN's preprocessing replaces that of {self.folder} (got "
+                f"{preprocessing.describe()}, expected {own.preprocessing.describe()}).",
+                stacklevel=2,
+            )
+        return ImageTokenizer(vqgan, preprocessing, True, device, dtype)
 
     def fingerprint(self) -> str:
         """The fingerprint of the token space (see `token_space_fingerprint`)."""

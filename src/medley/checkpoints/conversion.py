@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from medley.checkpoints.chameleon import copy_tokenizer, write_model
-from medley.checkpoints.checkpoint import Checkpoint
+from medley.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from medley.checkpoints.huggingface import write_config, write_processor, write_weights
 from medley.checkpoints.weight_map import Norms
 from medley.errors import UserError
@@ -25,7 +24,10 @@ _LICENSES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "ACCEPTABLE_USE*")
 
 
 def write_hugging_face(
-    target: Path, source: Checkpoint, tensors: Iterator[tuple[str, Tensor]] | None = None
+    target: Path,
+    source: Checkpoint,
+    tensors: Iterator[tuple[str, Tensor]] | None = None,
+    verify: Callable[[Checkpoint], None] | None = None,
 ) -> None:
     """Writes a checkpoint in Hugging Face's layout, atomically.
 
@@ -33,6 +35,7 @@ def write_hugging_face(
         source: provides configuration, tokenizers and VQGAN
         tensors: the decoder's tensors, for example of a merged adapter; those of `source` unless
             given
+        verify: called with the new checkpoint before it gets its name. If it raises, nothing stays.
     """
     config, dtype = source.config(), source.dtype()
     vqgan, _, has_decoder = source.vqgan()
@@ -46,6 +49,8 @@ def write_hugging_face(
         if has_decoder:
             copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
         copy_licenses(source.folder, folder)
+        if verify is not None:
+            verify(open_checkpoint(folder))
 
 
 def write_chameleon(
@@ -55,6 +60,7 @@ def write_chameleon(
     original: Checkpoint | None = None,
     shards: int | None = None,
     norms: Norms = "equal",
+    verify: Callable[[Checkpoint], None] | None = None,
 ) -> None:
     """Writes a checkpoint in Chameleon's layout, atomically.
 
@@ -64,7 +70,9 @@ def write_chameleon(
             folder are copied. Without it, both come from `source`.
         shards: number of shards; that of the model unless given
         norms: see `weight_map.to_chameleon`
+        verify: called with the new checkpoint before it gets its name. If it raises, nothing stays.
     """
+    _check_representable(source)
     dims = ModelDims.from_config(source.config())
     if shards is not None and shards < 1:
         raise UserError(f"--shards: Out of range (got {shards}, expected 1 or more).")
@@ -88,6 +96,34 @@ def write_chameleon(
         tokenizer = (original or source).tokenizer_folder
         copy_tokenizer(tokenizer, folder / "tokenizer")
         copy_licenses((original or source).folder, folder)
+        if verify is not None:
+            verify(open_checkpoint(folder))
+
+
+def _check_representable(source: Checkpoint) -> None:
+    """Raises UserError for a configuration that changes logits and that params.json cannot hold."""
+    config = source.config()
+    rope = dict(config.rope_parameters or {})
+    found = {
+        "rope_type": (rope.pop("rope_type", "default"), "default"),
+        "hidden_act": (config.hidden_act, "silu"),
+        "attention_bias": (bool(config.attention_bias), False),
+        "mlp_bias": (bool(config.mlp_bias), False),
+        "tie_word_embeddings": (bool(config.tie_word_embeddings), False),
+        "head_dim": (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            config.hidden_size // config.num_attention_heads,
+        ),
+    }
+    rope.pop("rope_theta", None)
+    found |= {name: (value, None) for name, value in rope.items()}
+    for name, (value, expected) in found.items():
+        if value != expected and not (name == "partial_rotary_factor" and value == 1):
+            raise UserError(
+                f"{source.folder / 'config.json'}: Chameleon's layout cannot hold {name} (got "
+                f"{value!r}, expected {expected!r}), and the model would change without it. Keep "
+                "this model in Hugging Face's layout."
+            )
 
 
 def copy_licenses(source: Path, target: Path) -> None:
@@ -116,13 +152,3 @@ def max_abs_diff(one: Checkpoint, other: Checkpoint) -> float:
         largest = max(largest, float((reference.float() - tensor.float()).abs().max()))
     check_names(expected, found, str(other.folder))
     return largest
-
-
-def max_logit_diff(one: Checkpoint, other: Checkpoint) -> float:
-    """Largest absolute difference of the float32 logits for the same random ids."""
-    generator = torch.Generator().manual_seed(0)
-    size = one.text_tokenizer().vocabulary.size
-    ids = torch.randint(size, (2, 32), generator=generator)
-    with torch.inference_mode():  # one decoder in memory at a time
-        logits = [c.decoder(torch.float32)(input_ids=ids).logits for c in (one, other)]
-    return float((logits[0] - logits[1]).abs().max())

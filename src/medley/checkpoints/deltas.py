@@ -1,7 +1,7 @@
-"""What a model learned beyond its base, tensor by tensor, as LLaVA publishes it.
+"""Weight deltas in LLaVA's format: the difference between a model and its base, by tensor.
 
-A delta is target minus base. Embedding and head may have more rows than the base's: the rows
-added stand whole. What the base lacks stands whole too, where its name is expected.
+Embedding and head may have more rows than the base's. A delta contains the additional rows
+unchanged. It also contains unchanged tensors that only the model has, if they are expected.
 """
 
 from __future__ import annotations
@@ -14,48 +14,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medley.checkpoints.huggingface import HuggingFaceWeights, other_files, write_weights
+from medley.checkpoints.huggingface import other_files, write_weights
 from medley.errors import UserError
 from medley.utils.files import atomic_dir
+from medley.utils.tensor_files import ShardedTensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")
-# Of LLaVA a projector; of ours the VQGAN inside of a Hugging Face folder.
+# LLaVA's projector, and the VQGAN in a Hugging Face folder of a Chameleon model.
 _EXPECTED_NEW = re.compile(r"model\.mm_projector\.(weight|bias)|model\.vqmodel\..+")
 
 
 def add_base(name: str, delta: Tensor, base: Tensor | None) -> Tensor:
-    """base + delta, in the delta's dtype. Raises UserError for shapes that do not fit."""
+    """delta + base, in the delta's dtype. Raises UserError if the shapes do not match."""
     return _combine(name, delta, base, 1)
 
 
 def subtract_base(name: str, target: Tensor, base: Tensor | None) -> Tensor:
-    """target - base, in the target's dtype. Raises UserError for shapes that do not fit."""
+    """target - base, in the target's dtype. Raises UserError if the shapes do not match."""
     return _combine(name, target, base, -1)
 
 
 def _combine(name: str, tensor: Tensor, base: Tensor | None, sign: int) -> Tensor:
     if base is None:
         if not _EXPECTED_NEW.fullmatch(name):
-            raise UserError(f"{name}: not in the base; is it the base that the model was made of?")
+            raise UserError(
+                f"{name}: The base does not have this tensor. Name the base that the model was "
+                "trained from."
+            )
         return tensor
     base = base.to(tensor.dtype)
     if base.shape == tensor.shape:
-        return _finite(name, tensor + sign * base)
-    smaller = all(b <= t for b, t in zip(base.shape, tensor.shape, strict=False))
-    if name not in GROWING or base.ndim != tensor.ndim or not smaller:
+        return _check_finite(name, tensor + sign * base)
+    is_smaller = all(b <= t for b, t in zip(base.shape, tensor.shape, strict=False))
+    if name not in GROWING or base.ndim != tensor.ndim or not is_smaller:
         raise UserError(
-            f"{name}: the base's tensor is {tuple(base.shape)}, this one {tuple(tensor.shape)}"
+            f"{name}: Wrong shape in the base (got {tuple(base.shape)}, expected "
+            f"{tuple(tensor.shape)})."
         )
     combined = tensor.clone()
     combined[: base.shape[0], : base.shape[1]] += sign * base
-    return _finite(name, combined)
+    return _check_finite(name, combined)
 
 
-def _finite(name: str, result: Tensor) -> Tensor:
+def _check_finite(name: str, result: Tensor) -> Tensor:
     if not bool(result.isfinite().all()):
         raise UserError(
-            f"{name}: not finite in {result.dtype}; choose a wider --dtype (bfloat16, float32)"
+            f"{name}: NaN or infinite values in {result.dtype}. Use a wider --dtype (bfloat16, "
+            "float32)."
         )
     return result
 
@@ -66,32 +72,35 @@ def write_combined(
     output: Path,
     combine: Callable[[str, Tensor, Tensor | None], Tensor],
     dtype: torch.dtype | None,
-    take_missing: bool,
+    copy_missing: bool,
 ) -> None:
-    """Writes every tensor of `source` combined with the base's, whole or not at all.
+    """Writes every tensor of `source` combined with the base's, atomically.
 
-    Tokenizer, configuration and whatever else there is comes from `source`. Tensors of the base
-    that `source` lacks are an error, or taken over as they are.
+    Args:
+        source: also provides tokenizer, configuration and all other files
+        combine: `add_base` or `subtract_base`
+        dtype: of computation and result; that of `source` unless given
+        copy_missing: copy tensors of the base that `source` lacks; otherwise they are an error
     """
     for folder in (base, source):
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-    own, of_base = HuggingFaceWeights(source), HuggingFaceWeights(base)
-    known = set(of_base.names())
-    missing = sorted(known - set(own.names()))
-    if missing and not take_missing:
+            raise UserError(f"{folder}: Folder not found.")
+    source_tensors, base_tensors = ShardedTensors(source), ShardedTensors(base)
+    base_names = set(base_tensors.names())
+    missing = sorted(base_names - set(source_tensors.names()))
+    if missing and not copy_missing:
         raise UserError(
-            f"{source}: {len(missing)} tensors of the base are not in it: "
-            f"{', '.join(missing[:3])}; LLaVA loses them without a word, --take_missing takes "
-            "them over from the base"
+            f"{source}: {len(missing)} tensors of the base are missing: {', '.join(missing[:3])}. "
+            "LLaVA's program drops them silently. --copy_missing copies them from the base."
         )
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in own.tensors():
-            other = of_base.get(name) if name in known else None
+        for name, tensor in source_tensors.tensors():
+            other = base_tensors.get(name) if name in base_names else None
             yield name, combine(name, tensor.to(dtype or tensor.dtype), other)
         for name in missing:
-            yield name, of_base.get(name).to(dtype or of_base.get(name).dtype)
+            tensor = base_tensors.get(name)
+            yield name, tensor.to(dtype or tensor.dtype)
 
     with atomic_dir(output) as temporary:
         write_weights(temporary, tensors())

@@ -53,9 +53,9 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'system' and loop.first %}"
     "{% set state.system = content + '\n' %}"
     "{% elif message['role'] == ('user' if state.turns % 2 == 0 else 'assistant') %}"
-    "{% if state.turns > 0 %}" + END_TURN + "{% endif %}"
+    "{% if state.turns > 0 %}" + END_TURN + "{% endif %}"  # alias
     "{{ state.system + content }}{% set state.system = '' %}"
-    "{% set state.turns = state.turns + 1 %}"
+    "{% set state.turns = state.turns + 1 %}"  # alias
     "{% else %}{{ raise_exception('role ' + message['role'] + ' is not expected here: user and "
     "assistant alternate, user first') }}{% endif %}"
     "{% endfor %}"

@@ -1,7 +1,7 @@
-"""Writes safetensors files one tensor at a time, so that none but that one is in memory.
+"""Writes safetensors files one tensor at a time. At most one tensor is in memory.
 
-The format (its own documentation): the length of a JSON header, the header, padded with spaces,
-and the tensors' bytes one after another. Room for the header is left and filled at the end.
+The format: the length of a JSON header, the header padded with spaces, and the bytes of all
+tensors. The writer reserves space for the header and writes the header at the end.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEADER_BYTES = 1 << 18  # room for the names of some 1,500 tensors
-_NAMES = {
+HEADER_BYTES = 1 << 18  # space for about 1,500 names
+_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
@@ -22,14 +22,14 @@ _NAMES = {
 
 
 class SafetensorsWriter:
-    """A file that grows by `add` and is whole after `close`; `abandon` leaves it as it is."""
+    """A file that grows with `add`. `close` completes it, `abandon` leaves it incomplete."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")  # noqa: SIM115  # closed by close()
         self._file.write(bytes(8 + HEADER_BYTES))
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._header_size = 100
-        self.size = 0  # bytes of tensors
+        self.size = 0  # bytes of all tensors
 
     @property
     def names(self) -> list[str]:
@@ -42,7 +42,7 @@ class SafetensorsWriter:
         tensor = tensor.detach().cpu().contiguous()
         end = self.size + tensor.nbytes
         self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self.size, end],
         }

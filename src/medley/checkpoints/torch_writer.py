@@ -1,7 +1,7 @@
-"""Writes `.pth` files one tensor at a time, so that none but that one is in memory.
+"""Writes `.pth` files one tensor at a time. At most one tensor is in memory.
 
-`torch.save` lays the file out without the tensors' bytes, which are then written into their places.
-The format is a zip archive: each tensor has a record, stored as it is, and a checksum of it.
+`torch.save` creates the file without the tensors' bytes. The writer then fills in the bytes. The
+format is a zip archive with an uncompressed record and a checksum for each tensor.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, at its end
-_DESCRIPTOR = b"PK\x07\x08"  # followed by the checksum, after a record's bytes
-_DIRECTORY_ENTRY = struct.Struct("<4s24xHHH12x")  # mark, lengths of the three fields after it
-_CHECKSUM = 16  # its place in such an entry
+_LOCAL_HEADER = struct.Struct("<26xHH")  # ends with the lengths of name and extra field
+_DESCRIPTOR = b"PK\x07\x08"  # follows a record's bytes and precedes the checksum
+_DIRECTORY_ENTRY = struct.Struct("<4s24xHHH12x")  # signature, lengths of three fields
+_ENTRY_SIGNATURE = b"PK\x01\x02"
+_CHECKSUM_OFFSET = 16  # in a directory entry
 
 
 class TorchWriter:
-    """A file of tensors by name; `meta` gives their shapes and dtypes, `put` fills each once."""
+    """A file of tensors by name. `put` must be called once for each tensor.
+
+    `meta` contains a tensor of the right shape and dtype for each name, in the order of the file.
+    """
 
     def __init__(self, path: Path, meta: Mapping[str, Tensor]) -> None:
         with FakeTensorMode():
             empty = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in meta.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True), open(path, "wb") as file:
-            torch.save(empty, file)  # to a handle: the archive is not named after the file
+            torch.save(
+                empty, file
+            )  # an open file: otherwise the archive would contain the file's name
         self._meta = {n: (t.shape, t.dtype) for n, t in meta.items()}
         with zipfile.ZipFile(path) as archive:
             self._directory = archive.start_dir
@@ -37,7 +43,7 @@ class TorchWriter:
                 Path(i.filename).name: i for i in archive.infolist() if "/data/" in i.filename
             }
             self._headers = {n: records[str(k)].header_offset for k, n in enumerate(meta)}
-        self._checksums: dict[int, int] = {}  # by the place of a record's header
+        self._checksums: dict[int, int] = {}  # header offset of a record -> its checksum
         self._file = open(path, "rb+")  # noqa: SIM115  # closed by close()
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -49,25 +55,25 @@ class TorchWriter:
         self._file.seek(sum(lengths), 1)
         self._file.write(content)
         self._checksums[header] = checksum = zlib.crc32(content)
-        place = self._file.tell()
+        end = self._file.tell()
         if self._file.read(4) == _DESCRIPTOR:
-            self._file.seek(place + 4)
+            self._file.seek(end + 4)
             self._file.write(struct.pack("<I", checksum))
 
     def close(self) -> None:
-        """Enters the checksums in the archive's directory."""
+        """Writes the checksums to the archive's directory."""
         assert len(self._checksums) == len(self._meta), "a tensor was not written"
         with zipfile.ZipFile(self._file) as archive:
             infos = archive.infolist()
-        place = self._directory
+        offset = self._directory
         for info in infos:
-            self._file.seek(place)
-            mark, *lengths = _DIRECTORY_ENTRY.unpack(self._file.read(_DIRECTORY_ENTRY.size))
-            assert mark == b"PK\x01\x02"
+            self._file.seek(offset)
+            signature, *lengths = _DIRECTORY_ENTRY.unpack(self._file.read(_DIRECTORY_ENTRY.size))
+            assert signature == _ENTRY_SIGNATURE
             if info.header_offset in self._checksums:
-                self._file.seek(place + _CHECKSUM)
+                self._file.seek(offset + _CHECKSUM_OFFSET)
                 self._file.write(struct.pack("<I", self._checksums[info.header_offset]))
-            place += _DIRECTORY_ENTRY.size + sum(lengths)
+            offset += _DIRECTORY_ENTRY.size + sum(lengths)
         self._file.close()
 
     def abandon(self) -> None:

@@ -160,7 +160,8 @@ def write_convert_manifest(
 ) -> None:
     write_manifest(
         options.output, resolved(options), [Path(f) for f in sorted(conversion.input_files)], None,
-        counts=dict(conversion.stats.counts), splits=conversion.split_hashes(),
+        counts=dict(conversion.stats.counts), remarks=dict(conversion.stats.remarks),
+        unread_keys=dict(conversion.stats.unread_keys), splits=conversion.split_hashes(),
         statistics=conversion.dataset_stats.tables(), leaks=leaks,
     )  # fmt: skip
 

@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
-from medley.images.preprocess import Fit, uint8_to_pixels
-from medley.images.sources import Frames, ImageList, ImageSource, Partition
+from medley.images.folders import describe_skipped
+from medley.images.image_source import ImageSource
+from medley.images.preprocess import Preprocessing, uint8_to_pixels
+from medley.images.sources import Frames, ImageList, Partition
 from medley.inference.loading import local_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.distributed import from_main_rank, is_main_rank, process_group, rank, world_size
@@ -38,10 +40,16 @@ from medley.utils.files import atomic_dir, atomic_file
 from medley.utils.jsonl import append_jsonl, json_lines, write_jsonl
 from medley.utils.malloc import keep_freed_memory
 from medley.utils.manifest import read_manifest, write_manifest
-from medley.utils.run_identity import check_same_run, run_identity
+from medley.utils.run_identity import run_identity
 from medley.utils.tensor_files import load_pickle
 from medley.vqgan import VQGAN
 from medley.vqgan.files import open_vqgan, vqgan_folder, write_vqgan
+from medley.vqgan.finetuning_run import (
+    check_resumed,
+    recorded_identity,
+    remove_incomplete_result,
+    weights_hash,
+)
 from medley.vqgan.image_tokenizer import token_space_fingerprint
 from medley.vqgan.metrics import CodeUsage, comparison_grid
 from medley.vqgan.perceptual import PerceptualDistance
@@ -53,13 +61,9 @@ GRID = 8  # images in a grid
 COLLAPSED = 0.1  # of the perplexity at the start
 # Options that may change when a run is resumed. The images are compared by their names.
 NOT_IDENTITY = (
-    "input", "output", "ckpt", "steps", "lr", "eval_steps", "image_key", "limit", "frames",
-    "num_workers", "device", "on_error",
+    "input", "output", "ckpt", "steps", "eval_steps", "image_key", "limit", "frames",
+    "num_workers", "device", "on_error", "resume_anyway",
 )  # fmt: skip
-RECORDED_NAMES = {
-    "pictures": "images", "names": "image_names_hash", "perceptual": "lpips_weights",  # alias
-    "commitment": "commitment_weight", "val_share": "val_fraction",  # alias
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,12 @@ class FinetuneVqganOptions:
         image_key: column of the paths
         limit: use only the first N rows of the input
         frames: for files with several frames (DICOM, NIfTI, TIFF), first, middle or all
+        exif_orientation: rotate photographs as their EXIF tag specifies, in this run and with its
+            result; by default yes, but with --trainable decoder as the checkpoint specifies
         num_workers: processes that read images, for each rank
         device: auto, cpu, cuda or mps
         on_error: exit status if images cannot be read, fail (3) or skip (0)
+        resume_anyway: fields in which a resumed run may differ from its beginning, lr for instance
     """
 
     aliases: ClassVar[dict[str, Alias]] = {
@@ -120,9 +127,11 @@ class FinetuneVqganOptions:
     image_key: str = "img_path"
     limit: int | None = None
     frames: Frames | None = None
+    exif_orientation: bool | None = None
     num_workers: int = 0
     device: str = "auto"
     on_error: Literal["fail", "skip"] = "fail"
+    resume_anyway: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "bs", "eval_steps"):
@@ -157,67 +166,109 @@ def finetune_vqgan(options: FinetuneVqganOptions) -> None:
     require_extra("torchmetrics", "evaluate", "finetune-vqgan")
     keep_freed_memory()
     device = local_device(options.device)
-    vqgan, fit = open_complete_vqgan(options.ckpt)
+    vqgan, original = open_complete_vqgan(options.ckpt)
+    preprocessing = choose_preprocessing(options, original)
     fingerprint = token_space_fingerprint(vqgan)
     perceptual = None
     if options.lpips_weights is not None:
         perceptual = PerceptualDistance.from_files(*options.lpips_weights).to(device)
     tuner = Finetuner(vqgan, options.finetuning(), perceptual, device, options.seed)
-    dataset = ImageDataset(vqgan.config.resolution, fit)
+    dataset = ImageDataset(vqgan.config.resolution, preprocessing)
     with process_group():
         listed = ImageList(options.input, options.image_key, limit=options.limit)
         parts = (part.select_frames(options.frames) for part in listed.partitions(1000))
         sources = [source for part in parts for source in part.sources]
+        if listed.skipped and is_main_rank():
+            print(f"{options.input}: {describe_skipped(listed.skipped)}")
         readable, failed = split_unreadable(sources, dataset, options.num_workers)
-        if is_main_rank():
-            rows = ({"img_path": name, "error": error} for name, error in failed)
-            write_jsonl(options.output / "errors.jsonl", rows)
         training, held_out = hold_out(
             readable, options.val_fraction, options.seed, str(options.input)
         )
-        identity = identify_run(options, readable, fingerprint)
-        from_main_rank(lambda: start_run(options, identity, fit))
+        weights = weights_hash(vqgan)
+        identity = identify_run(options, readable, fingerprint, preprocessing, weights)
+        from_main_rank(lambda: start_run(options, identity, preprocessing))
+        if is_main_rank():
+            rows = ({"img_path": name, "error": error} for name, error in failed)
+            write_jsonl(options.output / "errors.jsonl", rows)
         load_state(options, tuner)
         train(options, tuner, dataset, training, held_out)
         from_main_rank(
-            lambda: finish(options, tuner.vqgan, fit, fingerprint, identity, len(failed))
+            lambda: finish(options, tuner.vqgan, preprocessing, fingerprint, identity, len(failed))
         )
 
 
-def open_complete_vqgan(ckpt: str) -> tuple[VQGAN, Fit]:
-    vqgan, fit, has_decoder = open_vqgan(ckpt)
+def choose_preprocessing(options: FinetuneVqganOptions, original: Preprocessing) -> Preprocessing:
+    """The preprocessing of the result: new codes obey EXIF, a new decoder of old codes does not."""
+    exif_orientation = options.exif_orientation
+    if exif_orientation is None:
+        exif_orientation = original.exif_orientation or options.trainable == "all"
+    if options.trainable == "decoder" and exif_orientation != original.exif_orientation:
+        raise UserError(
+            f"--exif_orientation: Other than that of {options.ckpt} (got {exif_orientation}, "
+            f"expected {original.exif_orientation}). --trainable decoder keeps the image codes, "
+            "so leave the option out."
+        )
+    return Preprocessing(original.fit, exif_orientation)
+
+
+def open_complete_vqgan(ckpt: str) -> tuple[VQGAN, Preprocessing]:
+    vqgan, preprocessing, has_decoder = open_vqgan(ckpt)
     if not has_decoder:
         raise UserError(
             f"{ckpt}: This checkpoint has no VQGAN decoder. Name a folder that contains vqgan.yaml "
             "and vqgan.ckpt with --ckpt."
         )
-    return vqgan, fit
+    return vqgan, preprocessing
 
 
 def identify_run(
-    options: FinetuneVqganOptions, images: list[ImageSource], fingerprint: str
+    options: FinetuneVqganOptions,
+    images: list[ImageSource],
+    fingerprint: str,
+    preprocessing: Preprocessing,
+    weights: str | None = None,
 ) -> dict[str, Any]:
+    """What the result depends on; `weights` is a hash of the VQGAN to start from."""
     names = "\n".join(source.name for source in images)
     return run_identity(options, NOT_IDENTITY) | {
+        "exif_orientation": preprocessing.exif_orientation,
         "images": len(images),
         "image_names_hash": hashlib.sha256(names.encode()).hexdigest(),
         "ranks": world_size(),
         "token_space_before": fingerprint,
+        "vqgan": weights,
     }
 
 
-def start_run(options: FinetuneVqganOptions, identity: dict[str, Any], fit: Fit) -> None:
+def start_run(
+    options: FinetuneVqganOptions, identity: dict[str, Any], preprocessing: Preprocessing
+) -> None:
+    """Records the run, or compares it with the one in the folder that it is to continue.
+
+    Raises UserError for a folder that contains anything but such a run.
+    """
     manifest = read_manifest(options.output)
-    if manifest.get("token_space") is not None:
+    recorded = recorded_identity(manifest)
+    if not recorded:
+        found = [f for f in sorted(options.output.glob("*")) if not f.name.startswith(".")]
+        if found:
+            names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
+            raise UserError(
+                f"{options.output}: Is not empty and has no manifest.json of a fine-tuning run "
+                f"(contains {names}). Name a new folder with --output."
+            )
+    elif manifest.get("token_space") is not None:
         raise UserError(
             f"{options.output}: Contains a finished VQGAN. Name another folder with --output."
         )
-    recorded = {RECORDED_NAMES.get(n, n): v for n, v in (manifest.get("run") or {}).items()}
-    check_same_run(recorded or identity, identity, options.output)
-    # The last save of an interrupted run may have left an incomplete folder.
-    shutil.rmtree(options.output / "tokenizer", ignore_errors=True)
+    else:
+        check_resumed(options.output, recorded, identity, options.resume_anyway or ())
+        remove_incomplete_result(options.output / "tokenizer")
     inputs = [options.input]
-    write_manifest(options.output, resolved(options), inputs, None, fit=fit, run=identity)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_manifest(
+        options.output, resolved(options), inputs, None, **preprocessing.describe(), run=identity
+    )
 
 
 def load_state(options: FinetuneVqganOptions, tuner: Finetuner) -> None:
@@ -306,19 +357,21 @@ def save_and_validate(
 def finish(
     options: FinetuneVqganOptions,
     vqgan: VQGAN,
-    fit: Fit,
+    preprocessing: Preprocessing,
     before: str,
     identity: dict[str, Any],
     failed: int,
 ) -> None:
     with atomic_dir(options.output / "tokenizer") as folder:
-        write_vqgan(folder, vqgan, fit)
+        write_vqgan(folder, vqgan, preprocessing)
         source = vqgan_folder(options.ckpt)
         if source is not None and (source / "text_tokenizer.json").is_file():
             shutil.copy(source / "text_tokenizer.json", folder)
     after = token_space_fingerprint(vqgan)
     inputs = [options.input]
-    write_manifest(options.output, resolved(options), inputs, after, fit=fit, run=identity)
+    write_manifest(
+        options.output, resolved(options), inputs, after, **preprocessing.describe(), run=identity
+    )
     print(f"wrote {options.output / 'tokenizer'}")
     if after == before:
         print("The token space is unchanged. Use the VQGAN with --vqgan and the old decoder.")

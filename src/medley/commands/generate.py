@@ -19,7 +19,7 @@ from medley.inference.batch import (
     save_response,
     write_html_report,
 )
-from medley.inference.model import Prompt
+from medley.inference.interface import Prompt
 from medley.inference.prompts import (
     check_context_room,
     fetch_image_part,

@@ -89,8 +89,9 @@ def generate_instructions(options: GenerateInstructionsOptions) -> None:
     failed_file = sidecar(options.output, "failed")
     if failed:
         write_jsonl(failed_file, failed)
+        error = failed[0]["error"].rstrip(".")
         raise PartialFailure(
             f"{len(failed)} of {len(rows) + len(failed)} records failed (see {failed_file}; the "
-            f"first error: {failed[0]['error'].rstrip('.')}). Run the same command again to retry them."
+            f"first error: {error}). Run the same command again to retry them."
         )
     failed_file.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
+from medley.images.folders import describe_skipped
 from medley.images.sources import Frames, ImageList, Partition
 from medley.inference.loading import resolve_device
 from medley.utils.cli_options import Alias, resolved
@@ -100,8 +101,9 @@ def reconstruction_report(options: ReconstructionReportOptions) -> None:
     perceptual = None
     if options.lpips_weights is not None:
         perceptual = PerceptualDistance.from_files(*options.lpips_weights).to(device)
-    dataset = ImageDataset(tokenizer.size, tokenizer.fit)
-    batches = image_batches(partitions(options), dataset, options.bs, options.num_workers)
+    dataset = ImageDataset(tokenizer.size, tokenizer.preprocessing)
+    listed = open_list(options)
+    batches = image_batches(partitions(options, listed), dataset, options.bs, options.num_workers)
     groups, errors = measure_groups(
         tokenizer,
         tqdm(batches, desc="measuring", unit="batch"),
@@ -121,10 +123,15 @@ def reconstruction_report(options: ReconstructionReportOptions) -> None:
     write_json(options.output / "report.json", report)
     with atomic_file(options.output / "index.html") as temporary:
         temporary.write_text(render_report(report, groups), encoding="utf-8")
-    write_manifest(options.output, resolved(options), [options.input], tokenizer.fingerprint)
+    write_manifest(
+        options.output, resolved(options), [options.input], tokenizer.fingerprint,
+        **tokenizer.preprocessing.describe(), skipped_files=dict(listed.skipped),
+    )  # fmt: skip
     for name, metrics in [*report["groups"].items(), ("all", report["all"])]:
         print(f"{name}: " + ", ".join(f"{n} {format_metric(v)}" for n, v in metrics.items()))
     print(f"wrote {options.output / 'index.html'}")
+    if listed.skipped:
+        print(f"{options.input}: {describe_skipped(listed.skipped)}")
     if errors and options.on_error == "fail":
         raise PartialFailure(
             f"{options.output / 'report.json'}: {len(errors)} images could not be read. Use "
@@ -132,11 +139,17 @@ def reconstruction_report(options: ReconstructionReportOptions) -> None:
         )
 
 
-def partitions(options: ReconstructionReportOptions) -> Iterator[Partition]:
+def open_list(options: ReconstructionReportOptions) -> ImageList:
     keep_columns = options.group_by != FOLDER
-    listed = ImageList(options.input, options.image_key, keep_columns, options.limit)
+    return ImageList(options.input, options.image_key, keep_columns, options.limit)
+
+
+def partitions(options: ReconstructionReportOptions, listed: ImageList) -> Iterator[Partition]:
     for part in listed.partitions(1000):
-        if part.extra_columns is not None and options.group_by not in part.extra_columns.column_names:
+        if (
+            part.extra_columns is not None
+            and options.group_by not in part.extra_columns.column_names
+        ):
             raise UserError(
                 f"{options.input}: Column not found for --group_by (got {options.group_by!r}, "
                 f"expected one of {', '.join(part.extra_columns.column_names)})."

@@ -1,6 +1,6 @@
 """`medley serve`: models behind OpenAI's and LLaVA's protocols, or LLaVA's controller.
 
-medley serve --ckpt CKPT [--ckpt CKPT NAME=OTHER] [--adapter NAME=DIR] [--ui] [--port 8000]
+medley serve --ckpt CKPT [NAME=CKPT ...] [--adapter NAME=DIR ...] [--ui] [--port 8000]
 medley serve --controller --port 21001
 medley serve --probe http://127.0.0.1:8000
 """

@@ -31,7 +31,7 @@ from medley.errors import PartialFailure, UserError
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.files import atomic_file
 from medley.utils.jsonl import jsonl_line
-from medley.utils.manifest import read_manifest, write_manifest
+from medley.utils.manifest import read_manifest, read_preprocessing, write_manifest
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,16 @@ def _check_result(options: TokenizeOptions, total: TokenizationStats) -> None:
         )
     if not total.documents:
         raise UserError(f"{options.input_file}: The file has no documents to write.")
+    answers = total.answers
+    if answers["empty"] and answers["empty"] == answers["all"] - answers["untrained"]:
+        raise UserError(
+            f"{options.input_file}: All {answers['empty']} answers are empty, so there is nothing "
+            "to learn. Check the names of the keys in the documents."
+        )
+    if answers["untrained documents"] == total.documents:
+        raise UserError(
+            f"{options.input_file}: All answers have the weight 0, so there is nothing to learn."
+        )
 
 
 def _write_manifest(options: TokenizeOptions, total: TokenizationStats) -> None:
@@ -162,5 +172,6 @@ def _write_manifest(options: TokenizeOptions, total: TokenizationStats) -> None:
     lengths = {str(length): count for length, count in sorted(total.lengths.items())}
     write_manifest(
         options.output_file, resolved(options), inputs, source.get("token_space"),
-        fit=source.get("fit"), counts=total.counts(), lengths=lengths,
+        **read_preprocessing(source), counts=total.counts(), lengths=lengths,
+        answers=dict(total.answers), remarks=dict(total.remarks),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Tokenizes images to image codes, on any number of ranks.
 
-In: a CSV, a Parquet file, a folder of images, a WebDataset tar or a folder of tars. Out: a folder
-of Parquet partitions with a manifest, and `errors_rank_<r>.jsonl` that lists every image that could
-not be read.
+In: a CSV, Parquet or Arrow file, a folder of images, a WebDataset tar or a folder of tars. Out: a
+folder of Parquet partitions with a manifest, and `errors_rank_<r>.jsonl` that lists every image
+that could not be read.
 
     torchrun --nproc-per-node=2 -m medley tokenize-images \
         --input images.csv --output codes --ckpt tiny
@@ -14,6 +14,7 @@ only the missing partitions.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from medley.data.image_token_store import (
 from medley.data.image_tokenization import encode_partitions
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, default_num_workers, image_batches
-from medley.images.preprocess import Fit
+from medley.images.folders import describe_skipped
+from medley.images.preprocess import Fit, Preprocessing
 from medley.images.sources import Frames, ImageList, ListDigest, Partition
 from medley.inference.loading import local_device
 from medley.utils.cli_options import Alias, resolved
@@ -56,13 +58,14 @@ class TokenizeImagesOptions:
     """Tokenizes images to image codes.
 
     Args:
-        input: CSV or Parquet file with a column of paths, folder of images, or WebDataset tar
+        input: CSV, Parquet or Arrow file with a column of paths (or of images, in the last two),
+            folder of images, or WebDataset tar
         output: folder of the image codes
         ckpt: checkpoint with the VQGAN, a folder with vqgan.yaml and vqgan.ckpt, or tiny
         bs: images per forward pass
         partition_size: rows of the input in one output file
         n_limit: use only the first rows of the input
-        image_key: column of the paths
+        image_key: column of the paths or images
         keep_columns: keep the other columns of the input (of a tar, __key__, txt and json)
         num_workers: processes that read images, for each rank; by default, chosen by the number of
             cores
@@ -70,7 +73,8 @@ class TokenizeImagesOptions:
         compile: compile the encoder (30 seconds at first, faster after that)
         fit: crop or pad; by default, as the checkpoint specifies
         frames: frames to use of files with several (DICOM, NIfTI, TIFF); first, middle or all
-        exif_orientation: rotate photographs as their EXIF tag specifies
+        exif_orientation: rotate photographs as their EXIF tag specifies; by default, as the
+            checkpoint specifies
         device: auto, cpu, cuda or mps
         on_error: exit status if images could not be read; fail (status 3) or skip (status 0)
     """
@@ -92,7 +96,7 @@ class TokenizeImagesOptions:
     compile: bool = False
     fit: Fit | None = None
     frames: Frames | None = None
-    exif_orientation: bool = False
+    exif_orientation: bool | None = None
     device: str = "auto"
     on_error: Literal["fail", "skip"] = "fail"
 
@@ -112,7 +116,7 @@ def tokenize_images(options: TokenizeImagesOptions) -> None:
     keep_freed_memory()
     device, dtype = local_device(options.device), DTYPES[options.dtype]
     tokenizer = ImageTokenizer.from_checkpoint(options.ckpt, device=device, dtype=dtype)
-    tokenizer.fit = options.fit or tokenizer.fit
+    tokenizer.preprocessing = _choose_preprocessing(options, tokenizer.preprocessing)
     if options.compile:
         tokenizer.vqgan.encoder.compile()
     with process_group():
@@ -127,21 +131,39 @@ def tokenize_images(options: TokenizeImagesOptions) -> None:
         from_main_rank(lambda: _report(options, run["rows"], end - start, end - encoding_start))
 
 
+def _choose_preprocessing(options: TokenizeImagesOptions, own: Preprocessing) -> Preprocessing:
+    """The checkpoint's preprocessing with the options that override it. Warns of a difference."""
+    exif_orientation = options.exif_orientation
+    chosen = Preprocessing(
+        options.fit or own.fit,
+        own.exif_orientation if exif_orientation is None else exif_orientation,
+    )
+    for name, value in chosen.describe().items():
+        if value != own.describe()[name] and is_main_rank():
+            warnings.warn(
+                f"--{name}: Other than the preprocessing of {options.ckpt} (got {value}, expected "
+                f"{own.describe()[name]}). In use the model will see other images than in "
+                "training.",
+                stacklevel=2,
+            )
+    return chosen
+
+
 def _prepare_output(options: TokenizeImagesOptions, tokenizer: ImageTokenizer) -> dict[str, Any]:
     """Reads the list once, checks the output folder and writes the manifest.
 
     Returns the run's identity: everything the codes depend on.
     """
-    digest = options.image_list.digest(options.partition_size)
+    images = options.image_list
+    digest = images.digest(options.partition_size)
     run: dict[str, Any] = {
         "rows": digest.rows,
         "paths_hash": digest.hexdigest(),
         "partition_size": options.partition_size,
         "keep_columns": options.keep_columns,
         "dtype": options.dtype,
-        "fit": tokenizer.fit,
+        **tokenizer.preprocessing.describe(),
         "frames": options.frames,
-        "exif_orientation": options.exif_orientation,
         "token_space": tokenizer.fingerprint,
     }
     options.output.mkdir(parents=True, exist_ok=True)
@@ -154,10 +176,10 @@ def _prepare_output(options: TokenizeImagesOptions, tokenizer: ImageTokenizer) -
         )
     write_manifest(
         options.output, resolved(options), [options.input], tokenizer.fingerprint,
-        fit=tokenizer.fit, run=run,
+        **tokenizer.preprocessing.describe(), run=run, skipped_files=dict(images.skipped),
     )  # fmt: skip
-    for incomplete in options.output.glob(".*.part"):
-        incomplete.unlink()  # of an interrupted run
+    if images.skipped:
+        print(f"{options.input}: {describe_skipped(images.skipped)}")
     return run
 
 
@@ -180,7 +202,7 @@ def _encode(
                     progress.total = (progress.total or 0) + additional
                     yield selected
 
-        dataset = ImageDataset(tokenizer.size, tokenizer.fit, options.exif_orientation)
+        dataset = ImageDataset(tokenizer.size, tokenizer.preprocessing)
         workers = options.num_workers
         if workers is None:
             workers = default_num_workers(tokenizer.device, local_world_size())

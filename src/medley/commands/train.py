@@ -26,6 +26,7 @@ from medley.trainer.run import (
 )
 from medley.trainer.summary import print_run_summary
 from medley.utils.distributed import from_main_rank, world_size
+from medley.utils.temporary_files import disk_errors
 
 __all__ = ["TrainOptions", "train"]
 
@@ -36,7 +37,7 @@ def train(options: TrainOptions) -> None:
     text = base.text_tokenizer()
     packing = packing_config(options, base)
     train_set, val_sets = open_datasets(options, packing, base, text.vocabulary)
-    checkpoint = find_resume_checkpoint(options, train_set)
+    checkpoint = find_resume_checkpoint(options, train_set, base)
     if checkpoint is not None and (options.output_dir / "manifest.json").exists():
         print(f"{options.output_dir}: this run is already finished.")
         return
@@ -48,6 +49,7 @@ def train(options: TrainOptions) -> None:
         from_main_rank(lambda: deepspeed.to_universal_checkpoint(checkpoint))
     trainer = make_trainer(options, arguments, model, base, train_set, val_sets)
     print_run_summary(options, trainer, train_set, text)
-    run_steps(trainer, checkpoint)
-    save_result(options, trainer, base)
-    validate_last_step(options, trainer)
+    with disk_errors(options.output_dir):
+        run_steps(trainer, checkpoint)
+        save_result(options, trainer, base)
+        validate_last_step(options, trainer)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medley.data.document import Document
 from medley.data.document_tokenizer import DocumentTokenizer
 from medley.data.preview import TRAINED_ON, image_loader, preview_text, render_documents
-from medley.data.validation import ValidationStats, check_document, read_unparsed
+from medley.data.validation import CheckedDocument, ValidationStats, check_document, read_unparsed
 from medley.errors import PartialFailure, UserError
 from medley.utils.cli_options import Alias
 from medley.utils.files import atomic_file
@@ -58,7 +58,7 @@ class ValidateOptions:
 def validate(options: ValidateOptions) -> None:
     tokenizer = DocumentTokenizer(options.tokenizer_file, options.image_codes, options.max_length)
     stats = ValidationStats()
-    first_ids: list[int] | None = None
+    first: CheckedDocument | None = None
     examples: list[tuple[str, Document]] = []
     documents = tqdm(read_unparsed(options.input_file), unit=" documents", mininterval=1)
     for where, content in documents:
@@ -70,15 +70,16 @@ def validate(options: ValidateOptions) -> None:
                 tqdm.write(f"{where}: {error}", file=sys.stderr)
             continue
         stats.add(checked, tokenizer.tokenizer.vocabulary)
-        first_ids = first_ids or checked.ids
+        first = first or checked
         if len(examples) < options.examples:
             examples.append((where, checked.document))
-    if first_ids is None and not stats.errors:
+    if first is None and not stats.errors:
         raise UserError(f"{options.input_file}: The file has no documents.")
-    if first_ids is not None:
+    if first is not None:
         opening, closing = TRAINED_ON
         print(f"\nFirst document, with the trained tokens between {opening} and {closing}:\n")
-        print(preview_text(first_ids, tokenizer.tokenizer), "\n")
+        spans = first.trained_spans(tokenizer.tokenizer.vocabulary)
+        print(preview_text(first.ids, tokenizer.tokenizer, spans), "\n")
     for name, value in stats.summary():
         print(f"{name}: {value}")
     if options.html_report is not None:

@@ -7,11 +7,11 @@ of its tokens.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from medley.data.vocabulary import END_TURN, IMAGE, TextTokenizer, Vocabulary
 from medley.errors import UserError
 
 ROLES = ("user", "assistant")
-_SPECIAL_IN_TEXT = re.compile(f"({re.escape(IMAGE)}|{re.escape(END_TURN)})")
 
 
 class DocumentError(UserError):
@@ -46,8 +45,11 @@ ContentPart = str | ImagePart
 
 @dataclass(frozen=True)
 class Turn:
+    """A turn. `trained` is false for a message of weight 0, which training leaves out."""
+
     role: str
     parts: tuple[ContentPart, ...]
+    trained: bool = True
 
     def __post_init__(self) -> None:
         parts = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
@@ -55,7 +57,7 @@ class Turn:
         if self.role not in ROLES:
             raise DocumentError(
                 f"Unsupported role {self.role!r} (expected {' or '.join(ROLES)}; a system message "
-                "must be the first message)."
+                "must be the first message, and tools are unsupported)."
             )
 
 
@@ -80,12 +82,20 @@ class Document:
     def images(self) -> list[ImagePart]:
         return [part for turn in self.turns for part in turn.parts if isinstance(part, ImagePart)]
 
+    @cached_property
+    def untrained_turns(self) -> tuple[int, ...]:
+        """The numbers of the turns that training leaves out, from 0."""
+        return tuple(number for number, turn in enumerate(self.turns) if not turn.trained)
+
     def map_images(self, function: Callable[[ImagePart], ImagePart]) -> Document:
         """Returns the document with `function` applied to each image."""
         return Document(
             tuple(
-                Turn(t.role, tuple(function(p) if isinstance(p, ImagePart) else p for p in t.parts))
-                for t in self.turns
+                replace(
+                    turn,
+                    parts=tuple(function(p) if isinstance(p, ImagePart) else p for p in turn.parts),
+                )
+                for turn in self.turns
             )
         )
 
@@ -133,31 +143,24 @@ class Document:
 
     @classmethod
     def from_json(cls, row: Any) -> Document:
-        """One line of a documents file -> document.
+        """One line of a documents file -> document (see `document_json.read_document`)."""
+        from medley.data.document_json import read_document  # here: it imports Document
 
-        The line has `text` or `messages`, and `image_path` and `image_tokens` for its images.
-        Raises DocumentError that names the missing or inconsistent field.
-        """
-        if not isinstance(row, dict):
-            raise DocumentError(f"The line contains {type(row).__name__} (expected an object).")
-        if "messages" in row:
-            turns = _turns_from_messages(row["messages"], bool(_images_from_row(row)))
-        elif "text" in row:
-            turns = _turns_from_text(row["text"])
-        else:
-            raise DocumentError("The line has neither 'text' nor 'messages'.")
-        return cls(tuple(_insert_images(turns, _images_from_row(row))))
+        return read_document(row).document
 
     def to_json(self) -> dict[str, Any]:
         """One line of a documents file, the inverse of `from_json`.
 
-        The line has `text` if its special tokens represent all turns, else `messages`. Adjacent
-        texts are joined, and empty texts are left out. Raises DocumentError if some images have
-        only a path and others only codes.
+        The line has `text` if its special tokens represent all turns, else `messages`. In `text`,
+        adjacent texts are joined, and empty texts are left out. In `messages`, a text with a typed
+        `<image>` is marked as `literal`, and a turn that is not trained on has the weight 0. Raises
+        DocumentError if some images have only a path and others only codes.
         """
         typed = ["\0".join(_text_runs(turn)) for turn in self.turns]
-        if _implies_roles([turn.role for turn in self.turns]) and not any(
-            map(_contains_special_token, typed)
+        if (
+            _implies_roles([turn.role for turn in self.turns])
+            and not self.untrained_turns
+            and not any(map(_contains_special_token, typed))
         ):
             row: dict[str, Any] = {"text": END_TURN.join(map(_turn_text, self.turns))}
         else:
@@ -206,114 +209,20 @@ def _turn_text(turn: Turn) -> str:
 
 
 def _turn_message(turn: Turn) -> dict[str, Any]:
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-        for part in turn.parts
-    ]
-    return {"role": turn.role, "content": content}
+    message: dict[str, Any] = {"role": turn.role, "content": list(map(_content_part, turn.parts))}
+    return message if turn.trained else {**message, "weight": 0}
 
 
-# Position of an image in a turn, until `_insert_images` replaces it.
-_PLACEHOLDER = ImagePart(codes=())
+def _content_part(part: ContentPart) -> dict[str, Any]:
+    if isinstance(part, ImagePart):
+        return {"type": "image"}
+    return {"type": "text", "text": part, **({"literal": True} if IMAGE in part else {})}
 
 
-def _turns_from_text(text: Any) -> list[Turn]:
-    if not isinstance(text, str):
-        raise DocumentError(f"'text' is {type(text).__name__} (expected a string).")
-    segments: list[list[ContentPart]] = [[]]
-    for piece in _SPECIAL_IN_TEXT.split(text):
-        if piece == END_TURN:
-            segments.append([])
-        elif piece == IMAGE:
-            segments[-1].append(_PLACEHOLDER)
-        elif piece:
-            segments[-1].append(piece)
-    if len(segments) == 1:
-        return [Turn("assistant", tuple(segments[0]))]
-    return [Turn(ROLES[i % 2], tuple(parts)) for i, parts in enumerate(segments)]
-
-
-def _turns_from_messages(messages: Any, has_images: bool) -> list[Turn]:
-    if not isinstance(messages, list) or not messages:
-        raise DocumentError("'messages' must be a list with at least one message.")
-    turns: list[Turn] = []
-    system: list[ContentPart] = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise DocumentError(f"Message {number} lacks 'role' or 'content'.")
-        parts = _parts_from_content(message["content"], number, has_images)
-        if message["role"] == "system" and number == 0:  # part of the first user turn
-            system = [*parts, "\n"]
-        else:
-            turns.append(Turn(str(message["role"]), (*system, *parts)))
-            system = []
-    return turns
-
-
-def _parts_from_content(content: Any, number: int, has_images: bool) -> list[ContentPart]:
-    if isinstance(content, str):
-        # As in ShareGPT, <image> in a message is the position of an image. In a line without
-        # images, <image> is text that a user typed.
-        pieces = re.split(f"({re.escape(IMAGE)})", content) if has_images else [content]
-        return [_PLACEHOLDER if piece == IMAGE else piece for piece in pieces if piece]
-    if not isinstance(content, list):
-        raise DocumentError(f"Message {number}: 'content' must be a string or a list of parts.")
-    parts: list[ContentPart] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            parts.append(str(part.get("text", "")))
-        elif kind == "image":
-            parts.append(_PLACEHOLDER)
-        else:
-            raise DocumentError(
-                f"Message {number}: Unsupported part of type {kind!r} (expected text or image)."
-            )
-    return parts
-
-
-def _images_from_row(row: dict[str, Any]) -> list[ImagePart]:
-    paths, codes = row.get("image_path"), row.get("image_tokens")
-    paths = [paths] if isinstance(paths, str) else paths or []
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise DocumentError("'image_path' must be a string or a list of strings.")
-    if any("\0" in path for path in paths):
-        raise DocumentError("'image_path' contains a NUL character.")
-    lists = codes or []
-    if not isinstance(lists, list):
-        raise DocumentError("'image_tokens' must be a list of image codes or a list of such lists.")
-    if lists and not isinstance(lists[0], list):
-        lists = [lists]
-    if paths and lists and len(paths) != len(lists):
-        raise DocumentError(
-            f"{len(paths)} image paths but {len(lists)} lists of image codes (expected one list "
-            "per path)."
-        )
-    for one in lists:
-        if not isinstance(one, list) or not set(map(type, one)) <= {int}:
-            raise DocumentError("'image_tokens' contains a value that is not an integer.")
-    count = max(len(paths), len(lists))
-    return [
-        ImagePart(
-            path=paths[i] if paths else None,
-            codes=tuple(lists[i]) if lists else None,
-        )
-        for i in range(count)
-    ]
-
-
-def _insert_images(turns: list[Turn], images: list[ImagePart]) -> list[Turn]:
-    placeholders = sum(part is _PLACEHOLDER for turn in turns for part in turn.parts)
-    if placeholders != len(images):
-        raise DocumentError(
-            f"The number of {IMAGE} placeholders ({placeholders}) differs from the number of "
-            f"images ({len(images)})."
-        )
-    remaining = iter(images)
-    return [
-        Turn(t.role, tuple(next(remaining) if p is _PLACEHOLDER else p for p in t.parts))
-        for t in turns
-    ]
+def shorten(value: object, length: int = 200) -> str:
+    """A value as text for a message; a data URL would fill pages."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 # --- parts <-> ids ------------------------------------------------------------------------
@@ -326,7 +235,7 @@ def parts_to_ids(parts: Sequence[ContentPart], tokenizer: TextTokenizer) -> list
         if isinstance(part, str):
             ids += tokenizer.encode(part)
         elif part.codes is None:
-            raise DocumentError(f"The image {part.path or part.image} has no image codes.")
+            raise DocumentError(f"The image {shorten(part.path or part.image)} has no image codes.")
         elif not part.codes:
             raise DocumentError("An image has an empty list of image codes.")
         else:
@@ -368,14 +277,24 @@ def ids_to_parts(ids: Sequence[int], tokenizer: TextTokenizer) -> list[ContentPa
     return [*parts, tokenizer.decode(text)] if text else parts
 
 
-def assistant_spans(ids: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int]]:
+def turn_spans(ids: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """Half-open ranges of positions of a document's turns, each with the token that ends it."""
+    turn_ends = [position for position, token in enumerate(ids) if token == vocabulary.end_turn]
+    edges = [0, *turn_ends, len(ids) - 1]
+    return [(start + 1, end + 1) for start, end in pairwise(edges)]
+
+
+def assistant_spans(
+    ids: Sequence[int], vocabulary: Vocabulary, untrained_turns: Collection[int] = ()
+) -> list[tuple[int, int]]:
     """Half-open ranges of positions in a document's ids that training uses by default.
 
-    Each range is an assistant turn with the token that ends it. A document without an end-of-turn
-    token has one range: everything except `<s>`.
+    Each range is an assistant turn with the token that ends it, without those in
+    `untrained_turns`. A document without an end-of-turn token has one range: everything except
+    `<s>`.
     """
-    turn_ends = [position for position, token in enumerate(ids) if token == vocabulary.end_turn]
-    if not turn_ends:
-        return [(1, len(ids))]
-    edges = [*turn_ends, len(ids) - 1]
-    return [(edges[i] + 1, edges[i + 1] + 1) for i in range(0, len(edges) - 1, 2)]
+    spans = turn_spans(ids, vocabulary)
+    first = 0 if len(spans) == 1 else 1  # a single turn is the assistant's
+    return [
+        spans[number] for number in range(first, len(spans), 2) if number not in untrained_turns
+    ]

@@ -7,14 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.data.document import Document, DocumentError, ImagePart
+from medley.data.document import DocumentError, ImagePart, shorten
+from medley.data.document_json import is_empty_answer, read_document
 from medley.data.image_token_store import ImageTokenStore
 from medley.data.medmax_compat import encode_medmax
+from medley.data.token_dataset import UNTRAINED_TURNS
 from medley.data.vocabulary import TextTokenizer, Vocabulary
+from medley.utils.image_names import image_name_hint, is_data_url
 
 MAX_LINE_BYTES = 32 << 20  # a document of 4,096 tokens has less than 100,000
 Overflow = Literal["error", "drop", "trim_text"]
 Compat = Literal["none", "medmax"]
+_EMBEDDED = (
+    "It is embedded in the line. Save it as a file with `medley convert --from documents "
+    "--image_folder FOLDER`."
+)
 
 
 class MissingImageCodes(DocumentError):
@@ -36,6 +43,11 @@ class TokenizedDocument:
         image_tokens: number of ids that are image tokens, or begin or end tokens of an image
         images_with_inline_codes: images whose codes are in the line itself
         truncated_tokens: text tokens that were removed
+        untrained_turns: numbers of the turns of weight 0, which training leaves out
+        turns: number of turns
+        answers: number of assistant turns
+        empty_answers: those without text and images
+        remarks: notes on how the line was read
     """
 
     row: dict[str, Any]
@@ -44,6 +56,23 @@ class TokenizedDocument:
     image_tokens: int
     images_with_inline_codes: int
     truncated_tokens: int = 0
+    untrained_turns: tuple[int, ...] = ()
+    turns: int = 1
+    answers: int = 1
+    empty_answers: int = 0
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether no assistant turn is trained on."""
+        answers = {0} if self.answers and self.turns == 1 else set(range(1, self.turns, 2))
+        return answers <= set(self.untrained_turns)
+
+    def output_row(self) -> dict[str, Any]:
+        """The row of a token file."""
+        own = {name: value for name, value in self.row.items() if name != UNTRAINED_TURNS}
+        untrained = {UNTRAINED_TURNS: list(self.untrained_turns)} if self.untrained_turns else {}
+        return {**own, "tokens": self.ids, **untrained}
 
 
 class DocumentTokenizer:
@@ -86,13 +115,21 @@ class DocumentTokenizer:
         )
 
     def _tokenize(self, row: Any) -> TokenizedDocument:
-        document = Document.from_json(row)
+        read = read_document(row)
+        document = read.document
+        if [turn.role for turn in document.turns] == ["user"]:
+            raise DocumentError("The document has no assistant turn, so there is nothing to learn.")
         inline = sum(image.codes is not None for image in document.images)
         document = document.map_images(self._with_codes)
         lengths = [len(image.codes or ()) + 2 for image in document.images]
         return TokenizedDocument(
-            row, document.to_ids(self.tokenizer), len(lengths), sum(lengths), inline
-        )
+            row, document.to_ids(self.tokenizer), len(lengths), sum(lengths), inline,
+            untrained_turns=document.untrained_turns,
+            turns=len(document.turns),
+            answers=sum(turn.role == "assistant" for turn in document.turns),
+            empty_answers=sum(map(is_empty_answer, document.turns)),
+            remarks=read.remarks,
+        )  # fmt: skip
 
     def _tokenize_as_medmax(self, row: Any) -> TokenizedDocument:
         ids = encode_medmax(row, self.tokenizer)
@@ -111,16 +148,18 @@ class DocumentTokenizer:
                     f"in {store.folder})."
                 )
             return image
+        name = str(image.path)
         if store is None:
             raise MissingImageCodes(
-                f"The image {image.path} has no codes in the line. Pass the folder with its codes "
-                "as --image_codes."
+                f"The image {shorten(image.path)} has no codes in the line. "
+                + (_EMBEDDED if is_data_url(name) else "Pass their folder as --image_codes.")
             )
-        codes = store.get(str(image.path))
+        codes = store.get(name)
         if codes is None:
+            hint = f"Tokenize it with `medley tokenize-images`.{image_name_hint(name)}"
+            hint = _EMBEDDED if is_data_url(name) else hint
             raise MissingImageCodes(
-                f"The image {image.path} has no codes in {store.folder}. Tokenize it with "
-                "`medley tokenize-images`."
+                f"The image {shorten(name)} has no codes in {store.folder}. {hint}"
             )
         return replace(image, codes=tuple(codes.tolist()))
 

@@ -38,6 +38,9 @@ class TokenizationStats:
         dropped_documents: documents left out by `--overflow drop`
         bad_lines: lines with an error, of which `missing_image_codes` and `too_long` are parts
         lengths: number of documents by length, rounded up to a power of two
+        answers: assistant turns (`all`), those without text and images (`empty`), turns of weight 0
+            (`untrained`), and documents without a turn to train on (`untrained documents`)
+        remarks: how often each note on a line occurs
     """
 
     documents: int = 0
@@ -52,6 +55,8 @@ class TokenizationStats:
     missing_image_codes: int = 0
     too_long: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
 
     def add_document(self, document: TokenizedDocument) -> None:
         self.documents += 1
@@ -61,6 +66,12 @@ class TokenizationStats:
         self.images_with_inline_codes += document.images_with_inline_codes
         self.truncated_documents += bool(document.truncated_tokens)
         self.truncated_tokens += document.truncated_tokens
+        self.answers.update({
+            "all": document.answers, "empty": document.empty_answers,
+            "untrained": len(document.untrained_turns),
+            "untrained documents": int(document.is_untrained),
+        })  # fmt: skip
+        self.remarks.update(document.remarks)
         self.lengths[1 << (len(document.ids) - 1).bit_length()] += 1
 
     def add_error(self, error: UserError) -> None:
@@ -73,8 +84,9 @@ class TokenizationStats:
             setattr(self, own.name, getattr(self, own.name) + getattr(other, own.name))
 
     def counts(self) -> dict[str, int]:
-        """All totals except `lengths`."""
-        return {own.name: getattr(self, own.name) for own in fields(self) if own.name != "lengths"}
+        """All totals except `lengths`, `answers` and `remarks`."""
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {name: int(v) for name, v in values.items() if not isinstance(v, Counter)}
 
     def report(self) -> str:
         """The totals and a histogram of the lengths, as text."""
@@ -85,8 +97,14 @@ class TokenizationStats:
             f"{self.dropped_documents} documents dropped because they are too long, "
             f"{self.truncated_documents} truncated by {self.truncated_tokens} tokens, "
             f"{self.bad_lines} bad lines",
-            f"{'tokens up to':>14}  documents",
         ]
+        if self.answers["untrained"]:
+            lines.append(
+                f"{self.answers['untrained']} turns are not trained on (weight 0); "
+                f"{self.answers['untrained documents']} documents have no other answer"
+            )
+        lines += [f"{remark}: {number} times" for remark, number in self.remarks.most_common()]
+        lines.append(f"{'tokens up to':>14}  documents")
         for length, documents in sorted(self.lengths.items()):
             bar = "#" * round(40 * documents / self.documents)
             lines.append(f"{length:>14}  {documents:<10} {bar}")
@@ -160,7 +178,7 @@ def _tokenize_range(where: LineRange) -> TokenizedRange:
             result.stats.dropped_documents += 1
             continue
         result.stats.add_document(document)
-        rows.append({**document.row, "tokens": document.ids})
+        rows.append(document.output_row())
     if parquet:
         result.output = to_record_batch(rows)
     else:

@@ -34,8 +34,11 @@ from medley.utils.arrow_cache import (
 )
 from medley.utils.files import atomic_file
 from medley.utils.jsonl import write_jsonl
+from medley.utils.tables import parquet_batches
+from medley.utils.unicode_names import existing_name, normal_forms
 
 _NAME = re.compile(r"partition_(\d+)_rank_(\d+)\.parquet")
+MAX_PATH_BYTES = 1 << 16
 _FAILED = b"medley.failed"  # key in the metadata of a partition file
 
 
@@ -140,9 +143,9 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
 class ImageTokenStore:
     """Looks up the codes of an image in a folder of partition files, or in one Parquet file.
 
-    An image is identified by its path as written, then by its real path. On first use, all files
-    are converted to one memory-mapped Arrow file with an index of path hashes next to it. The
-    codes of millions of images therefore need no memory.
+    An image is identified by its path as written or in another normal form of Unicode, then by its
+    real path. On first use, all files are converted to one memory-mapped Arrow file with an index
+    of path hashes next to it. The codes of millions of images therefore need no memory.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -207,9 +210,10 @@ class ImageTokenStore:
         return str(self._path_chunks[chunk][offset].as_py())
 
     def _find_row(self, path: str) -> int | None:
-        for row in _rows_with_hash(self._hashes, self._rows, _path_hash(path)):
-            if self._path(row) == path:
-                return row
+        for form in normal_forms(path):
+            for row in _rows_with_hash(self._hashes, self._rows, _path_hash(form)):
+                if self._path(row) == form:
+                    return row
         real = _real_path(path)
         if self._real_paths is None:  # built on first use: it resolves every path on disk
             hashes = np.array([_path_hash(_real_path(p)) for p in self.paths()], np.uint64)
@@ -222,7 +226,7 @@ class ImageTokenStore:
 
 
 def _real_path(path: str) -> str:
-    return str(Path(path).resolve())
+    return str(Path(existing_name(path)).resolve())
 
 
 def _path_hash(path: str) -> int:
@@ -283,12 +287,23 @@ def _codes_per_image(files: list[Path]) -> int:
 
 def _batches(file: Path) -> Iterator[pa.Table]:
     try:
-        for batch in pq.ParquetFile(file).iter_batches(5000, columns=["img_path", "img_tokens"]):
+        for batch in parquet_batches(file, 5000, ["img_path", "img_tokens"]):
             if batch.num_columns != 2:
                 raise KeyError("img_path or img_tokens is missing")
-            yield pa.Table.from_batches([batch])
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
+            table = pa.Table.from_batches([batch])
+            _check_path_lengths(file, table["img_path"])
+            yield table
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError) as error:
         raise UserError(f"{file}: Not a Parquet file of image codes ({error}).") from error
+
+
+def _check_path_lengths(file: Path, paths: pa.ChunkedArray) -> None:
+    longest = pc.max(pc.binary_length(paths)).as_py() or 0
+    if longest > MAX_PATH_BYTES:
+        raise UserError(
+            f"{file}: img_path contains a value of {longest} bytes (expected paths of at most "
+            f"{MAX_PATH_BYTES}). Write the file again with `medley tokenize-images`."
+        )
 
 
 def _check_consistent(

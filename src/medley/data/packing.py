@@ -5,7 +5,7 @@ Shapes: B packed sequences of a batch, S sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from heapq import heappush, heapreplace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medley.data.document import assistant_spans
+from medley.data.document import assistant_spans, turn_spans
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 
@@ -57,12 +57,16 @@ def pack_balanced(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def build_labels(
-    ids: NDArray[np.int64], vocabulary: Vocabulary, train_on: TrainOn = "assistant"
+    ids: NDArray[np.int64],
+    vocabulary: Vocabulary,
+    train_on: TrainOn = "assistant",
+    untrained_turns: Collection[int] = (),
 ) -> NDArray[np.int64]:
     """Labels (S,) of one document, not shifted: the id, or IGNORE_INDEX if not trained on.
 
     `assistant` trains on the assistant turns with the tokens that end them, `all` on all tokens,
-    `images` on all image tokens with their begin and end tokens.
+    `images` on all image tokens with their begin and end tokens. No turn in `untrained_turns` has
+    labels, whatever `train_on` is.
     """
     trained = np.zeros(len(ids), bool)
     if train_on == "images":
@@ -74,6 +78,9 @@ def build_labels(
     else:
         for start, end in assistant_spans(ids.tolist(), vocabulary):
             trained[start:end] = True
+    if untrained_turns:
+        for number, (start, end) in enumerate(turn_spans(ids.tolist(), vocabulary)):
+            trained[start:end] &= number not in untrained_turns
     trained[0] = False  # no token precedes the first one and predicts it
     return np.where(trained, ids, IGNORE_INDEX)
 
@@ -82,14 +89,20 @@ def build_sequence(
     documents: Sequence[NDArray[np.int64]],
     vocabulary: Vocabulary,
     train_on: TrainOn = "assistant",
+    untrained_turns: Sequence[Collection[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Documents -> one packed sequence: input_ids, position_ids and labels, each int64 (S,).
 
+    `untrained_turns` are the turns of each document that have no labels.
     Positions restart at 0 in every document, which confines attention to each document.
     """
     ids = np.concatenate(documents)
     positions = np.concatenate([np.arange(len(d), dtype=np.int64) for d in documents])
-    labels = np.concatenate([build_labels(d, vocabulary, train_on) for d in documents])
+    untrained = untrained_turns if untrained_turns is not None else [()] * len(documents)
+    labels = np.concatenate([
+        build_labels(document, vocabulary, train_on, turns)
+        for document, turns in zip(documents, untrained, strict=True)
+    ])  # fmt: skip
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),

@@ -32,7 +32,10 @@ from medley.utils.arrow_cache import (
 )
 from medley.utils.files import atomic_file, partial_hash, read_json, write_json
 from medley.utils.jsonl import json_lines
+from medley.utils.tables import batch_rows, parquet_batches
 
+UNTRAINED_TURNS = "untrained_turns"  # field: numbers of the turns that training leaves out
+_CACHE_VERSION = 2
 MAX_TOKEN_ID = np.iinfo(np.uint16).max
 _BATCH = 2000  # sequences in one record batch
 _ROW_GROUP = 400  # sequences; small, so that writing overlaps with tokenizing
@@ -71,27 +74,37 @@ def write_token_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 PARQUET_SCHEMA = pa.schema(
-    [("tokens", pa.list_(pa.uint16())), ("source", pa.string()), ("task", pa.string())]
-)
+    [
+        ("tokens", pa.list_(pa.uint16())), ("source", pa.string()), ("task", pa.string()),
+        (UNTRAINED_TURNS, pa.list_(pa.uint16())),
+    ]
+)  # fmt: skip
 
 
 def to_record_batch(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows with `tokens` -> `tokens` (uint16), `source` and `task`; other keys are left out."""
-    offsets = array("i", accumulate((len(row["tokens"]) for row in rows), initial=0))
-    flat = array("H", chain.from_iterable(row["tokens"] for row in rows))
-    tokens = pa.ListArray.from_arrays(to_arrow(pa.int32(), offsets), to_arrow(pa.uint16(), flat))
+    """Rows with `tokens` -> the columns of PARQUET_SCHEMA; other keys are left out."""
+    tokens = _to_arrow_lists([row["tokens"] for row in rows])
+    untrained = _to_arrow_lists([row.get(UNTRAINED_TURNS) or [] for row in rows])
     texts = [
         to_arrow_strings([_optional_str(row.get(name)) for row in rows])
         for name in ("source", "task")
     ]
-    return pa.record_batch([tokens, *texts], schema=PARQUET_SCHEMA)
+    return pa.record_batch([tokens, *texts, untrained], schema=PARQUET_SCHEMA)
+
+
+def _to_arrow_lists(lists: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of numbers from 0 to MAX_TOKEN_ID -> an Arrow array."""
+    offsets = array("i", accumulate(map(len, lists), initial=0))
+    flat = array("H", chain.from_iterable(lists))
+    return pa.ListArray.from_arrays(to_arrow(pa.int32(), offsets), to_arrow(pa.uint16(), flat))
 
 
 class TokenParquetWriter:
     """Collects record batches of any size into row groups of some hundred rows."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, PARQUET_SCHEMA)
+        self._file = open(path, "wb")  # noqa: SIM115  # closed by __exit__
+        self._writer = pq.ParquetWriter(self._file, PARQUET_SCHEMA)
         self._pending: list[pa.RecordBatch] = []
 
     def __enter__(self) -> TokenParquetWriter:
@@ -106,9 +119,15 @@ class TokenParquetWriter:
         self._writer.write_table(pa.Table.from_batches(self._pending, PARQUET_SCHEMA))
         self._pending = []
 
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                self._flush()
+                self._writer.close()
+        finally:
+            # After an error nothing more is written: it would fail again on a full disk.
+            self._writer.is_open = False
+            self._file.close()
 
 
 def write_token_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -141,16 +160,16 @@ def read_token_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
         number = 0
         try:
-            reader = pq.ParquetFile(path)
+            names = pq.read_schema(path).names
+            columns = [name for name in PARQUET_SCHEMA.names if name in names]
+            for batch in parquet_batches(path, _BATCH, columns):
+                for row in batch_rows(batch):
+                    number += 1
+                    yield f"{path}: row {number}", row
         except FileNotFoundError as error:
             raise UserError(f"{path}: File not found.") from error
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{path}: Not a Parquet file ({error}).") from error
-        columns = [n for n in ("tokens", "source", "task") if n in reader.schema_arrow.names]
-        for batch in reader.iter_batches(_BATCH, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
         return
     for number, line in json_lines(path):
         try:
@@ -165,7 +184,8 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
 
     `dataset[i]` are the ids of sequence i, int64 (S,); `lengths` are all lengths, int64 (N,);
     `task(i)` is the task of sequence i. The cache `.NAME.cache.arrow` next to the file takes two
-    bytes per token and is rebuilt when the file changes.
+    bytes per token and is rebuilt when the file changes. `untrained_turns(i)` are the numbers of
+    the turns of sequence i that training leaves out; none in files of older versions.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -174,13 +194,17 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
             raise UserError(f"{path}: Token file not found. Create it with `medley tokenize`.")
         cache = writable_cache_path(self.path.with_name(f".{self.path.name}.cache.arrow"))
         task_names = cache.with_name(f"{cache.name}.tasks.json")
-        key = f"{partial_hash(self.path)} {self.path.stat().st_mtime_ns}"
+        key = f"{_CACHE_VERSION} {partial_hash(self.path)} {self.path.stat().st_mtime_ns}"
         if read_cache_key(cache) != key or not task_names.exists():
             _build_cache(self.path, cache, task_names, key)
         table = open_mapped(cache)
         self._chunks = [
             (to_numpy(chunk.values, np.uint16), to_numpy(chunk.offsets, np.int32))
             for chunk in table["tokens"].chunks
+        ]
+        self._untrained = [
+            (to_numpy(chunk.values, np.uint16), to_numpy(chunk.offsets, np.int32))
+            for chunk in table[UNTRAINED_TURNS].chunks
         ]
         self._task_names: list[str | None] = read_json(task_names)
         self._tasks = [to_numpy(chunk, np.int16) for chunk in table["task"].chunks]
@@ -206,6 +230,16 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
         values, offsets = self._chunks[chunk]
         return values[offsets[row] : offsets[row + 1]].astype(np.int64)
 
+    def untrained_turns(self, index: int) -> tuple[int, ...]:
+        """Numbers of the turns of a sequence that training leaves out, from 0."""
+        chunk, row = self._locate(index)
+        values, offsets = self._untrained[chunk]
+        return tuple(values[offsets[row] : offsets[row + 1]].tolist())
+
+    @property
+    def has_untrained_turns(self) -> bool:
+        return any(len(values) for values, _ in self._untrained)
+
     def task(self, index: int) -> str | None:
         chunk, row = self._locate(index)
         return self._task_names[int(self._tasks[chunk][row])]
@@ -213,9 +247,12 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
 
 def _build_cache(path: Path, cache: Path, task_names: Path, key: str) -> None:
     schema = pa.schema(
-        [("tokens", pa.list_(pa.uint16())), ("task", pa.int16())],
+        [
+            ("tokens", pa.list_(pa.uint16())), ("task", pa.int16()),
+            (UNTRAINED_TURNS, pa.list_(pa.uint16())),
+        ],
         metadata={CACHE_KEY: key.encode()},
-    )
+    )  # fmt: skip
     max_tasks = np.iinfo(np.int16).max
     task_ids: dict[str | None, int] = {}
     with atomic_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
@@ -226,7 +263,9 @@ def _build_cache(path: Path, cache: Path, task_names: Path, key: str) -> None:
             ]
             if len(task_ids) > max_tasks:
                 raise UserError(f"{path}: Too many different tasks (expected at most {max_tasks}).")
-            writer.write_batch(pa.record_batch([ids, pa.array(tasks, pa.int16())], schema=schema))
+            untrained = [row.get(UNTRAINED_TURNS) or [] for row in batch]
+            columns = [ids, pa.array(tasks, pa.int16()), pa.array(untrained, schema.types[2])]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
         write_json(task_names, list(task_ids))  # before the cache, which is unusable without it
 
 
@@ -242,4 +281,13 @@ def _validated_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(
                 f"{where}: A token id is out of range (got {bad}, expected 0 to {MAX_TOKEN_ID})."
             )
+        check_untrained_turns(row, where)
         yield row
+
+
+def check_untrained_turns(row: dict[str, Any], where: str) -> None:
+    """Raises UserError unless the field is missing or a list of turn numbers."""
+    turns = row.get(UNTRAINED_TURNS) or []
+    is_list = isinstance(turns, list) and all(type(turn) is int for turn in turns)
+    if not is_list or not all(0 <= turn <= MAX_TOKEN_ID for turn in turns):
+        raise UserError(f"{where}: {UNTRAINED_TURNS!r} is not a list of turn numbers.")

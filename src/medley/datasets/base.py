@@ -7,16 +7,18 @@ writes a sample as a record.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from medley.data.document import ContentPart, Document, ImagePart, Turn
-from medley.data.vocabulary import IMAGE
+from medley.data.document import Document, ImagePart
 from medley.errors import UserError
+from medley.utils.image_names import image_name_hint as image_name_hint
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 SPLITS = ("train", "val", "test")
 CAPTION_PROMPT = "Please describe this picture."  # MedMax's caption prompt  # alias
 
@@ -178,6 +180,10 @@ def resolve_image_path(name: Any, folder: Path | None) -> str:
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise RecordError(f"An image path is invalid (got {repr_short(name)}).")
+    if _ADDRESS.match(name):
+        raise RecordError(
+            f"An image path is an address (got {repr_short(name)}).{image_name_hint(name)}"
+        )
     if folder is None:
         return name
     joined = name if name.startswith(os.sep) else f"{_to_text(folder)}{os.sep}{name}"
@@ -233,100 +239,3 @@ def require_path(image_part: ImagePart) -> str:
     if image_part.path is None:
         raise RecordError("An image has image codes but no path; this format requires a path.")
     return str(image_part.path)
-
-
-def single_image(image_parts: Sequence[ImagePart]) -> ImagePart | None:
-    """The only image, or None. Raises RecordError for several images."""
-    if len(image_parts) > 1:
-        raise RecordError(
-            f"The record has too many images for this format (got {len(image_parts)}, expected at "
-            "most 1)."
-        )
-    return image_parts[0] if image_parts else None
-
-
-# --- question-answer pairs and captions ---------------------------------------------------
-
-
-def from_qa(image_path: str | None, question: str, answer: str) -> Document:
-    """A document with one user turn (image and question) and one assistant turn (answer)."""
-    image: list[ContentPart] = [ImagePart(path=image_path)] if image_path is not None else []
-    return Document((Turn("user", (*image, question)), Turn("assistant", (answer,))))
-
-
-def to_qa(document: Document) -> tuple[str | None, str, str]:
-    """Inverse of `from_qa`: image path, question, answer.
-
-    Raises RecordError for a document that is not a single question and its answer.
-    """
-    if [turn.role for turn in document.turns] != ["user", "assistant"]:
-        raise RecordError(
-            f"The document has {len(document.turns)} turns; this format holds one question and one "
-            "answer."
-        )
-    question, answer = document.turns
-    image_part = single_image(document.images)
-    parts = question.parts[1:] if image_part is not None else question.parts
-    if image_part is not None and question.parts[0] is not image_part:
-        raise RecordError("The image is not before the question, as this format requires.")
-    path = None if image_part is None else require_path(image_part)
-    return path, join_text(parts), join_text(answer.parts)
-
-
-def from_caption(image_path: str, caption: str, config: ConversionConfig) -> Document:
-    """A document with a caption prompt, an image and its caption.
-
-    With an empty prompt (`--prompt ""`), one assistant turn holds the image and the caption, and
-    both are trained on.
-    """
-    prompt = CAPTION_PROMPT if config.prompt is None else config.prompt
-    if prompt:
-        return from_qa(image_path, prompt, caption)
-    return Document((Turn("assistant", (ImagePart(path=image_path), caption)),))
-
-
-def to_caption(document: Document, config: ConversionConfig) -> tuple[str, str]:
-    """Inverse of `from_caption`: image path, caption.
-
-    Raises RecordError for a document that is not an image and its caption, or that has another
-    prompt.
-    """
-    prompt = CAPTION_PROMPT if config.prompt is None else config.prompt
-    if prompt:
-        path, question, caption = to_qa(document)
-        if question != prompt:
-            raise RecordError(
-                f"The prompt is not the caption prompt (got {repr_short(question)}). Set --prompt "
-                "to it."
-            )
-    else:
-        first, *rest = document.turns[0].parts or ("",)
-        if len(document.turns) > 1 or document.turns[0].role != "assistant":
-            raise RecordError(
-                f"The document has {len(document.turns)} turns; this format holds one caption."
-            )
-        path, caption = None, ""
-        if isinstance(first, ImagePart) and all(isinstance(part, str) for part in rest):
-            path, caption = require_path(first), join_text(rest)
-    if path is None:
-        raise RecordError("The document is not an image and its caption, as this format requires.")
-    return path, caption
-
-
-def join_text(parts: Sequence[ContentPart]) -> str:
-    assert all(isinstance(part, str) for part in parts)
-    return "".join(str(part) for part in parts)
-
-
-def split_at_placeholders(text: str, image_count: int) -> list[ContentPart | None]:
-    """Splits a text at its `<image>` placeholders and gives None for each of them.
-
-    In a record without images, `<image>` is ordinary text.
-    """
-    if not image_count:
-        return [text] if text else []
-    pieces: list[ContentPart | None] = []
-    for number, piece in enumerate(text.split(IMAGE)):
-        pieces += [None] if number else []
-        pieces += [piece] if piece else []
-    return pieces

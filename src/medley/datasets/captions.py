@@ -9,23 +9,22 @@ from medley.datasets.base import (
     FormatSpec,
     Sample,
     extra_fields,
-    from_caption,
     get_text,
-    get_value,
     relative_image_name,
-    resolve_image_path,
-    to_caption,
 )
-from medley.datasets.readers import records_of
+from medley.datasets.embedded_images import require_images
+from medley.datasets.input_files import records_at
+from medley.datasets.pairs import from_caption, to_caption
 
 
 def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
     caption = get_text(record, config.caption_key, remarks)
-    path = resolve_image_path(get_value(record, config.image_key), config.image_folder)
+    images = require_images(record, [config.image_key], record.get("id"), config, remarks)
     fields = {"task": "Image Captioning"}
     fields |= extra_fields(record, config.caption_key, config.image_key)
-    return Sample(from_caption(path, caption, config), fields, tuple(remarks))
+    document = from_caption(images, caption, config, record, (config.image_key,))
+    return Sample(document, fields, tuple(remarks))
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
 
 
 FORMAT = FormatSpec(
-    lambda config: records_of(config.path), read, write, "csv",
+    lambda config: records_at(config.path), read, write, "csv",
     columns=lambda config: (config.image_key, config.caption_key),
-    default_image_folder=lambda path: path.parent,
+    default_image_folder=lambda path: path if path.is_dir() else path.parent,
 )  # fmt: skip

@@ -139,6 +139,9 @@ class Conversion:
             lines.append(f"  {name}: {records} records, hash {digest[:16]}{comparison}")
         lines += [f"  {line}" for line in leaks]
         lines += [f"  {remark}: {number} times" for remark, number in self.stats.remarks.items()]
+        if self.stats.unread_keys:
+            keys = ", ".join(f"{name} ({n})" for name, n in self.stats.unread_keys.most_common())
+            lines.append(f"  keys with text that are not part of the documents: {keys}")
         if duplicates := self.stats.duplicates.count():
             lines.append(f"  {duplicates} records have the id of an earlier record")
         if counts["restricted"]:

@@ -1,17 +1,17 @@
 """Records of LLaVA and LLaVA-Med: instructions, alignment pairs, LLaVA 1.5's mix, questions.
 
 The format is a list of
-`{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` with any other fields. The
-line break between the `<image>` placeholder and the text of its message belongs to the format:
-`read` removes it and `write` adds it.
+`{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}` with any other fields; a
+list of images as LLaVA-NeXT writes it. The line break between the `<image>` placeholder and the
+text of its message belongs to the format: `read` removes it and `write` adds it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
-from medley.data.vocabulary import IMAGE
+from medley.data.document import ContentPart, ImagePart, Turn
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
@@ -23,13 +23,25 @@ from medley.datasets.base import (
     relative_image_name,
     repr_short,
     require_path,
-    resolve_image_path,
-    single_image,
 )
-from medley.datasets.readers import records_of
+from medley.datasets.embedded_images import read_images
+from medley.datasets.input_files import records_at
+from medley.datasets.placement import (
+    IMAGE_KEYS,
+    SYSTEM_KEYS,
+    build_document,
+    format_turn,
+    has_content,
+    place_images,
+    refuse_placeholder,
+    take_system,
+    unread_message_keys,
+    weight_of,
+)
 
 # The 500,000 alignment pairs of LLaVA-Med have the second spelling.
 CONVERSATION_KEYS = ("conversations", "conversatons")
+ID_KEYS = ("id", "sample_id", "question_id")
 ROLES = {"human": "user", "gpt": "assistant"}
 _SENDERS = {role: sender for sender, role in ROLES.items()}
 
@@ -40,15 +52,15 @@ def read(record: Any, config: ConversionConfig) -> Sample:
     if isinstance(record, dict) and key not in record:
         raise RecordError(f"{spelling!r} is missing.")
     messages = get_value(record, key)
-    if "id" not in record:
-        raise RecordError("'id' is missing.")
     if not isinstance(messages, list) or not messages:
         raise RecordError(f"{key!r} is not a list of messages (got {repr_short(messages)}).")
     remarks: list[str] = []
-    image_part = None
-    if record.get("image") is not None:
-        image_part = ImagePart(path=resolve_image_path(record["image"], config.image_folder))
-    turns, placeholders = [], 0
+    system, system_keys = take_system(record)
+    if len(messages) > 1 and isinstance(messages[0], dict) and messages[0].get("from") == "system":
+        system = get_text(messages[0], "value", remarks)
+        messages = messages[1:]
+    texts: list[str] = []
+    roles: list[str] = []
     for number, message in enumerate(messages):
         sender = get_value(message, "from")
         if not isinstance(sender, str) or ROLES.get(sender) != ("user", "assistant")[number % 2]:
@@ -56,78 +68,75 @@ def read(record: Any, config: ConversionConfig) -> Sample:
                 f"Message {number} has an invalid sender (got {repr_short(sender)}, expected "
                 f"{'human' if number % 2 == 0 else 'gpt'})."
             )
-        text = get_text(message, "value", remarks)
-        placeholders += text.count(IMAGE) if image_part is not None else 0
-        turns.append(Turn(ROLES[sender], tuple(_parse_parts(text, image_part))))
-    if image_part is not None and placeholders != 1:
-        raise RecordError(
-            f"The number of {IMAGE} placeholders is invalid (got {placeholders}, expected 1 for "
-            "the record's image)."
-        )
-    try:
-        document = Document(tuple(turns))
-    except DocumentError as error:
-        raise RecordError(str(error)) from error
-    return Sample(document, extra_fields(record, key, "image"), tuple(remarks))
+        texts.append(get_text(message, "value", remarks))
+        roles.append(ROLES[sender])
+        unread = unread_message_keys(message, "from", "value")
+        remarks += [f"message key {name!r} not read" for name in unread]
+    image_key, image_parts = find_images(record, config, remarks)
+    turns = place_images(texts, image_parts, record, IMAGE_KEYS, line_breaks=True)
+    if system is not None:
+        refuse_placeholder(system)
+        turns[0] = (f"{system}\n", *turns[0])
+    document = build_document(roles, turns, messages)
+    fields = extra_fields(record, *CONVERSATION_KEYS, *system_keys, image_key, "image")
+    if "id" not in fields and (identifier := identifier_of(record)) is not None:
+        fields = {"id": identifier, **extra_fields(fields, *ID_KEYS)}
+    return Sample(document, fields, tuple(remarks))
 
 
-def _parse_parts(text: str, image_part: ImagePart | None) -> list[ContentPart]:
-    if image_part is None or IMAGE not in text:
-        return [text]
-    before, _, after = text.partition(IMAGE)
-    if not before:
-        after = after.removeprefix("\n")
-    elif not after:
-        before = before.removesuffix("\n")
-    return [part for part in (before, image_part, after) if part != ""]
+def identifier_of(record: dict[str, Any]) -> Any:
+    """The id of a record, under any of its names; None without one."""
+    return next((record[key] for key in ID_KEYS if record.get(key) is not None), None)
+
+
+def find_images(
+    record: dict[str, Any], config: ConversionConfig, remarks: list[str]
+) -> tuple[str, list[ImagePart]]:
+    """The key of a record that names its images, and the images.
+
+    Raises RecordError for a record with several such keys.
+    """
+    keys = [key for key in IMAGE_KEYS if has_content(record.get(key))]
+    if len(keys) > 1 and any(record[key] != record[keys[0]] for key in keys):
+        raise RecordError(f"The record names its images in {' and '.join(map(repr, keys))}.")
+    key = keys[0] if keys else IMAGE_KEYS[0]
+    return key, read_images(record.get(key), identifier_of(record), config, remarks)
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
-    document = sample.document
-    image_part = single_image(document.images)
-    turns = list(document.turns)
+    turns = list(sample.document.turns)
+    image_parts = sample.document.images
     if turns[0].role == "assistant":  # a caption or a text without a question
-        turns = add_prompt(turns[0], image_part, config)
+        turns = add_prompt(turns[0], config)
     record: dict[str, Any] = {"id": sample.fields.get("id")}
     if record["id"] is None:
         raise RecordError("'id' is missing; this format requires it.")
-    if image_part is not None:
-        record["image"] = relative_image_name(require_path(image_part), config.image_folder)
+    names = [relative_image_name(require_path(i), config.image_folder) for i in image_parts]
+    if names:
+        record["image"] = names[0] if len(names) == 1 else names
     record["conversations"] = [
-        {"from": _SENDERS[turn.role], "value": _format_parts(turn, image_part)} for turn in turns
+        {"from": _SENDERS[turn.role], "value": format_turn(turn.parts), **weight_of(turn)}
+        for turn in turns
     ]
-    return {**record, **extra_fields(sample.fields, *record, "image", *CONVERSATION_KEYS)}
+    unused = (*record, *IMAGE_KEYS, *CONVERSATION_KEYS, *SYSTEM_KEYS)
+    return {**record, **extra_fields(sample.fields, *unused)}
 
 
-def add_prompt(turn: Turn, image_part: ImagePart | None, config: ConversionConfig) -> list[Turn]:
+def add_prompt(turn: Turn, config: ConversionConfig) -> list[Turn]:
     """A single assistant turn -> a user turn (the image and --prompt) and the assistant turn."""
     if config.prompt is None:
         raise RecordError(
             "The document begins with an assistant turn; this format requires a question before "
             "it. Set --prompt."
         )
-    if image_part is not None and turn.parts[0] is not image_part:
-        raise RecordError("An image follows text; this format cannot represent images in answers.")
-    image: tuple[ContentPart, ...] = () if image_part is None else (image_part,)
+    image: tuple[ContentPart, ...] = tuple(p for p in turn.parts[:1] if isinstance(p, ImagePart))
     rest = turn.parts[len(image) :]
-    return [Turn("user", (*image, config.prompt)), Turn("assistant", rest)]
-
-
-def _format_parts(turn: Turn, image_part: ImagePart | None) -> str:
-    texts = [part for part in turn.parts if isinstance(part, str)]
-    if image_part is not None and any(IMAGE in text for text in texts):
-        raise RecordError(f"The text contains {IMAGE}, which this format reads as an image.")
-    position = next((i for i, part in enumerate(turn.parts) if not isinstance(part, str)), None)
-    if position is None:
-        return "".join(texts)
-    before = "".join(str(part) for part in turn.parts[:position])
-    after = "".join(str(part) for part in turn.parts[position + 1 :])
-    if not before:
-        return f"{IMAGE}\n{after}" if after else IMAGE
-    return f"{before}{IMAGE}{after}" if after else f"{before}\n{IMAGE}"
+    if any(isinstance(part, ImagePart) for part in rest):
+        raise RecordError("An image follows text; this format cannot represent images in answers.")
+    return [Turn("user", (*image, config.prompt)), replace(turn, parts=rest)]
 
 
 FORMAT = FormatSpec(
-    lambda config: records_of(config.path), read, write,
-    default_image_folder=lambda path: path.parent,
+    lambda config: records_at(config.path), read, write,
+    default_image_folder=lambda path: path if path.is_dir() else path.parent,
 )  # fmt: skip

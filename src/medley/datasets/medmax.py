@@ -25,7 +25,7 @@ from medley.datasets.base import (
     repr_short,
     resolve_image_paths,
 )
-from medley.datasets.readers import records_of
+from medley.datasets.input_files import records_at
 from medley.errors import UserError
 
 CREDENTIAL = "credential"
@@ -92,4 +92,4 @@ def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:
     return {**row, CREDENTIAL: sample.fields.get(CREDENTIAL, "no")}
 
 
-FORMAT = FormatSpec(lambda config: records_of(config.path), read, write, "jsonl")
+FORMAT = FormatSpec(lambda config: records_at(config.path), read, write, "jsonl")

@@ -12,17 +12,18 @@ from medley.datasets.base import (
     RawRecord,
     Sample,
     extra_fields,
-    from_caption,
     get_text,
     relative_image_name,
     resolve_image_path,
-    to_caption,
 )
-from medley.datasets.embedded_images import save_embedded_image
+from medley.datasets.embedded_images import require_images
+from medley.datasets.input_files import table_files
+from medley.datasets.pairs import from_caption, to_caption
 from medley.datasets.readers import records_of
 from medley.errors import UserError
 from medley.utils.files import read_json
 
+_IMAGE_KEYS = ("file_name", "image")
 METADATA = "metadata.jsonl"
 _STATE, _DICT = "state.json", "dataset_dict.json"  # written by datasets.save_to_disk
 
@@ -47,23 +48,22 @@ def _find_files(path: Path) -> list[Path]:
             raise UserError(f"{path / _STATE}: The list of data files is missing.") from error
         return [Path(resolve_image_path(name, path)) for name in names]
     files = [path / METADATA] if (path / METADATA).is_file() else []
-    files = files or sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    files = files or table_files(path)
     if not files:
-        raise UserError(f"{path}: The folder contains no {METADATA}, {_STATE} or Parquet files.")
+        raise UserError(
+            f"{path}: The folder contains no {METADATA}, {_STATE}, Parquet or Arrow files."
+        )
     return files
 
 
 def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
     caption = get_text(record, "caption", remarks)
-    if isinstance(record.get("image"), dict):
-        path = save_embedded_image(record["image"], record.get("id"), config)
-    else:
-        name = record.get("file_name", record.get("image"))
-        path = resolve_image_path(name, config.image_folder)
+    images = require_images(record, _IMAGE_KEYS, record.get("id"), config, remarks)
     fields = {"source": "medtrinity", "task": "Image Captioning"}
     fields |= extra_fields(record, "caption", "image", "file_name")
-    return Sample(from_caption(path, caption, config), fields, tuple(remarks))
+    document = from_caption(images, caption, config, record, _IMAGE_KEYS)
+    return Sample(document, fields, tuple(remarks))
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:

@@ -15,18 +15,17 @@ from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
     RawRecord,
-    RecordError,
     Sample,
     extra_fields,
-    from_qa,
     get_text,
     get_value,
     repr_short,
-    resolve_image_path,
 )
-from medley.datasets.embedded_images import save_embedded_image
-from medley.datasets.readers import records_of, split_files
+from medley.datasets.embedded_images import require_images
+from medley.datasets.input_files import ROW_ID, split_files, table_records
+from medley.datasets.pairs import from_qa
 from medley.errors import UserError
+from medley.utils.files import refuse_lfs_pointer
 
 FILES = {
     split: (f"qas/{split}/{split}_qa.pkl", f"qas/{split}_qa.pkl", f"{split}_qa.pkl")
@@ -48,6 +47,7 @@ def read_pickle(path: Path) -> Any:
         raise UserError(
             f"{path}: The file is too large (got {path.stat().st_size} bytes, limit {_MAX_PICKLE})."
         )
+    refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as file:
             return _PlainUnpickler(file).load()
@@ -56,17 +56,10 @@ def read_pickle(path: Path) -> Any:
 
 
 def records(config: ConversionConfig) -> Iterator[RawRecord]:
-    is_parquet = config.path.suffix.lower() == ".parquet"
-    if is_parquet or (config.path.is_dir() and not (config.path / "qas").is_dir()):
-        files = [config.path] if is_parquet else sorted(config.path.glob("**/*.parquet"))
-        prefix = {"val": "validation"}.get(config.split, config.split)
-        for path in [p for p in files if config.split == "all" or p.name.startswith(prefix)]:
-            split = path.name.partition("-")[0]
-            for where, _, record in records_of(path):
-                name = f"{path.stem}-{where.rpartition(' ')[2]}"  # the records have no id
-                yield where, {"validation": "val"}.get(split, split), {**record, "id": name}
-        if files:
-            return
+    tables = table_records(config, FILES)
+    if tables is not None:  # the copies on hubs
+        yield from tables
+        return
     for split, path in split_files(config, FILES, "PathVQA"):
         questions = read_pickle(path)
         if not isinstance(questions, list):
@@ -84,17 +77,15 @@ def read(record: Any, config: ConversionConfig) -> Sample:
     question = get_text(record, "question", remarks).strip()
     answer = get_text(record, "answer", remarks).strip()
     image = get_value(record, "image")
-    if isinstance(image, dict):
-        path = save_embedded_image(image, str(get_value(record, "id")), config)
-    elif isinstance(image, str):
-        name = image if image.endswith(".jpg") else f"{image}.jpg"
-        path = resolve_image_path(f"{record.get('split', '')}/{name}", config.image_folder)
-    else:
-        raise RecordError(f"'image' is not a name (got {repr_short(image)}).")
+    if isinstance(image, str):
+        name = image if ROW_ID in record or image.endswith(".jpg") else f"{image}.jpg"
+        image = f"{record.get('split', '')}/{name}" if ROW_ID not in record else name
+    images = require_images({"image": image}, ["image"], record.get("id"), config, remarks)
     closed = answer.lower() in ("yes", "no")  # the definition in the paper
     fields = {"source": "pathvqa", "task": "VQA", "answer_type": "CLOSED" if closed else "OPEN"}
-    fields |= extra_fields(record, "question", "answer", "image", "split")
-    return Sample(from_qa(path, question, answer), fields, tuple(remarks))
+    fields |= extra_fields(record, "question", "answer", "image", "split", ROW_ID)
+    document = from_qa(images, question, answer, record, ["image"])
+    return Sample(document, fields, tuple(remarks))
 
 
 def image_folder(path: Path) -> Path:

@@ -14,20 +14,21 @@ from medley.datasets.base import (
     RecordError,
     Sample,
     extra_fields,
-    from_qa,
     get_text,
     relative_image_name,
     repr_short,
-    resolve_image_path,
-    to_qa,
 )
-from medley.datasets.readers import records_of, split_files
+from medley.datasets.embedded_images import require_images
+from medley.datasets.input_files import ROW_ID, split_files, table_records
+from medley.datasets.pairs import from_qa, to_qa
+from medley.datasets.readers import records_of
 
 FILES = {
     "train": ("train.csv", "train_2.csv", "train2.csv"),
     "test": ("test_clean.csv", "test.csv", "test_2.csv", "test2.csv"),
 }
 LETTERS = ("A", "B", "C", "D")
+_IMAGE_KEYS = ("Figure_path", "image")
 _LABEL = re.compile(r"^\s*([A-D])\s*[:.)]\s*")
 COLUMNS = (
     "Figure_path", "Question", "Answer", *(f"Choice {letter}" for letter in LETTERS), "Answer_label"
@@ -35,6 +36,10 @@ COLUMNS = (
 
 
 def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    tables = table_records(config, FILES)
+    if tables is not None:  # the copies on hubs
+        yield from tables
+        return
     for split, path in split_files(config, FILES, "PMC-VQA"):
         yield from records_of(path, split)
 
@@ -45,12 +50,15 @@ def read(record: Any, config: ConversionConfig) -> Sample:
     choices = [_LABEL.sub("", get_text(record, f"Choice {x}", remarks)).strip() for x in LETTERS]
     letter = _answer_letter(record, choices)
     question = "\n".join([get_text(record, "Question", remarks).strip(), *_choice_lines(choices)])
-    path = resolve_image_path(get_text(record, "Figure_path", remarks).strip(), config.image_folder)
+    if isinstance(record.get("Figure_path"), str):
+        record = {**record, "Figure_path": record["Figure_path"].strip()}
+    images = require_images(record, _IMAGE_KEYS, record.get("id"), config, remarks)
     fields = {
         "source": "pmc_vqa", "task": "VQA", "answer_type": "CLOSED", "choices": choices,
     }  # fmt: skip
-    fields |= extra_fields(record, *COLUMNS, "split")
-    return Sample(from_qa(path, question, letter), fields, tuple(remarks))
+    fields |= extra_fields(record, *COLUMNS, *_IMAGE_KEYS, "split", ROW_ID)
+    document = from_qa(images, question, letter, record, _IMAGE_KEYS)
+    return Sample(document, fields, tuple(remarks))
 
 
 def _choice_lines(choices: Sequence[str]) -> list[str]:

@@ -8,17 +8,18 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from medley.datasets.base import ConversionConfig, FormatSpec, RawRecord, RecordError
 from medley.errors import UserError
+from medley.utils.files import refuse_lfs_pointer
+from medley.utils.tables import arrow_batches, batch_rows, parquet_batches
 
 _MAX_CELL = 1 << 24  # characters of a CSV cell
 _CHUNK = 1 << 20  # bytes per read
@@ -26,6 +27,7 @@ _MAX_RECORD = 1 << 26  # characters
 _BATCH = 256  # table rows that are converted to Python values at once
 _DECODER = json.JSONDecoder()
 _TRUNCATED = "The file ends in the middle of this record."
+_ENCODING_HINT = " Convert the file, for example with iconv -f WINDOWS-1252 (or UTF-16) -t UTF-8."
 _REST_UNREADABLE = " The rest of the file cannot be read."
 
 csv.field_size_limit(_MAX_CELL)
@@ -41,7 +43,9 @@ def records_of(path: Path, split: str = "") -> Iterator[RawRecord]:
     Lines, or the position where a JSON list breaks off. Raises UserError for a missing file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: No such file.")
+        problem = "Expected a file, not a folder" if path.is_dir() else "No such file"
+        raise UserError(f"{path}: {problem}.")
+    refuse_lfs_pointer(path)
     readers = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv,
                ".arrow": _read_arrow}  # fmt: skip
     reader = readers.get(path.suffix.lower(), _read_json)
@@ -107,7 +111,7 @@ def _read_json_list(file: BinaryIO) -> Iterator[tuple[str, Any]]:
         if window.peek():
             raise RecordError("Invalid JSON (extra data after the list).")
     except UnicodeDecodeError as error:
-        reason = f"Invalid UTF-8 ({error.reason}).{_REST_UNREADABLE}"
+        reason = f"Invalid UTF-8 ({error.reason}).{_ENCODING_HINT}{_REST_UNREADABLE}"
         yield f" record {number}", RecordError(reason, truncated=True)
     except RecordError as error:
         yield f" record {number}", RecordError(f"{error}{_REST_UNREADABLE}", truncated=True)
@@ -147,18 +151,19 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 content = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
-                yield f"{number}", RecordError(f"Invalid JSON ({error}).", content=content)
+                hint = _ENCODING_HINT if isinstance(error, UnicodeDecodeError) else ""
+                yield f"{number}", RecordError(f"Invalid JSON ({error}).{hint}", content=content)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows as dictionaries of text; the first line has the names of the columns."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        rows = csv.reader(file, delimiter=_find_delimiter(path), strict=True)
         try:
             names = next(rows, [])
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: Invalid CSV ({error}).") from error
+            hint = _ENCODING_HINT if isinstance(error, UnicodeDecodeError) else ""
+            raise UserError(f"{path}: Invalid CSV ({error}).{hint}") from error
         if len(set(names)) < len(names):
             raise UserError(f"{path}: Duplicate column name (got {', '.join(names)}).")
         for number in count():
@@ -168,7 +173,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                reason = f"Invalid UTF-8 ({error.reason}).{_REST_UNREADABLE}"
+                reason = f"Invalid UTF-8 ({error.reason}).{_ENCODING_HINT}{_REST_UNREADABLE}"
                 yield location, RecordError(reason, truncated=True)
                 return
             except csv.Error as error:
@@ -184,31 +189,44 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 yield location, RecordError(reason, content=row)
 
 
+def _find_delimiter(path: Path) -> str:
+    """The delimiter of a CSV file: a semicolon or a tab if the first line has no comma."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline(_MAX_CELL)
+    unquoted = "".join(header.split('"')[::2])
+    if "," in unquoted:
+        return ","
+    return next((d for d in (";", "\t") if d in unquoted), ",")
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: The file is not a Parquet file ({error}).") from error
-    with file:
-        number = 0
-        for batch in file.iter_batches(_BATCH):
-            for record in batch.to_pylist():
-                yield f" record {number}", _to_json_value(record)
-                number += 1
+    yield from _table_rows(path, "a Parquet file", parquet_batches(path, _BATCH))
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
-    """Memory-maps an Arrow stream, the file format of the `datasets` library."""
-    try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            number = 0
-            for batch in stream:
-                for start in range(0, len(batch), _BATCH):
-                    for record in batch.slice(start, _BATCH).to_pylist():
-                        yield f" record {number}", _to_json_value(record)
-                        number += 1
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: The file is not an Arrow stream ({error}).") from error
+    """Memory-maps an Arrow file or stream, the file format of the `datasets` library."""
+    yield from _table_rows(path, "an Arrow file or stream", arrow_batches(path))
+
+
+def _table_rows(
+    path: Path, kind: str, batches: Iterator[pa.RecordBatch]
+) -> Iterator[tuple[str, Any]]:
+    rows = (row for batch in batches for row in batch_rows(batch))
+    for number in count():
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            if not number:
+                raise UserError(f"{path}: The file is not {kind} ({reason}).") from error
+            reason = f"The table is damaged ({reason}).{_REST_UNREADABLE}"
+            yield f" record {number}", RecordError(reason, truncated=True)
+            return
+        yield f" record {number}", _to_json_value(row)
 
 
 def _to_json_value(value: Any) -> Any:
@@ -222,42 +240,6 @@ def _to_json_value(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def split_files(
-    config: ConversionConfig, names: Mapping[str, Sequence[str]], dataset: str
-) -> list[tuple[str, Path]]:
-    """(split, file) for each selected split of a dataset.
-
-    Args:
-        config: gives the input, a folder or a single file, and the selected split
-        names: published file names of each split, relative to the folder
-        dataset: name of the dataset in errors
-
-    Raises:
-        UserError: there is no file of a selected split.
-    """
-    path = config.path
-    if path.is_file():
-        splits = [s for s, files in names.items() if path.name in {Path(f).name for f in files}]
-        if config.split not in ("all", *splits[:1]):
-            own_split = splits[0] if splits else "of an unknown split"
-            raise UserError(f"--split {config.split}: {path} is {own_split}.")
-        return [(splits[0] if splits else "", path)]
-    selected = list(names) if config.split == "all" else [config.split]
-    if unknown := [split for split in selected if split not in names]:
-        raise UserError(
-            f"--split {unknown[0]}: {dataset} has no such split (expected one of "
-            f"{', '.join(names)})."
-        )
-    files = []
-    for split in selected:
-        existing = [path / name for name in names[split] if (path / name).is_file()]
-        files += [(split, existing[0])] if existing else []
-    if not files:
-        expected = ", ".join(name for split in selected for name in names[split])
-        raise UserError(f"{path}: No file of {dataset} found (expected one of {expected}).")
-    return files
 
 
 # --- writers ------------------------------------------------------------------------------

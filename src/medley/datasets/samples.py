@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from PIL import Image
-
-from medley.datasets.base import ConversionConfig, FormatSpec, RecordError, RestrictedRecord, Sample
+from medley.datasets.base import (
+    ConversionConfig,
+    FormatSpec,
+    RecordError,
+    RestrictedRecord,
+    Sample,
+    extra_fields,
+    image_name_hint,
+)
+from medley.datasets.embedded_images import has_bytes
+from medley.datasets.placement import media_remarks, refuse_other_media, unread_keys
 from medley.datasets.statistics import DuplicateCounter
 from medley.errors import UserError
+from medley.images.formats import ImageError, open_pillow
+from medley.utils.unicode_names import existing_name
 
 ImageCheck = Literal["none", "exists", "header", "full"]
 _CACHED_IMAGES = 1 << 16  # images whose validation result is cached
@@ -40,11 +50,13 @@ class ConversionStats:
     Attributes:
         counts: number of records, of written, bad and restricted ones, and of truncated files
         remarks: how often each note occurs, such as "numbers read as text"
+        unread_keys: keys with text that are not part of the documents, and their numbers of records
         duplicates: ids that occur more than once
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
+    unread_keys: Counter[str] = field(default_factory=Counter)
     duplicates: DuplicateCounter = field(default_factory=DuplicateCounter)
 
 
@@ -75,6 +87,7 @@ def iter_samples(
             reject(where, error, error.content if isinstance(record, RecordError) else record)
             continue
         stats.remarks.update(sample.remarks)
+        stats.unread_keys.update(unread_keys(sample.fields, record))
         stats.duplicates.add(sample.fields.get("id"))
         yield ReadSample(where, split, record, sample)
     if not stats.counts["records"]:
@@ -84,7 +97,16 @@ def iter_samples(
 def read_record(spec: FormatSpec, record: Any, config: ConversionConfig) -> Sample:
     """Converts a raw record. Raises RecordError, also for values of unexpected types."""
     try:
-        return spec.read(record, config)
+        refuse_other_media(record)
+        sample = spec.read(record, config)
+        parts = (part for turn in sample.document.turns for part in turn.parts)
+        remarks = media_remarks(parts)
+        binary = [key for key, value in sample.fields.items() if has_bytes(value)]
+        remarks += [f"field {key!r} holds bytes and is left out" for key in binary]
+        if not remarks:
+            return sample
+        fields = extra_fields(sample.fields, *binary)
+        return replace(sample, fields=fields, remarks=(*sample.remarks, *remarks))
     except UserError:
         raise
     except (TypeError, KeyError, AttributeError, IndexError, ValueError, RecursionError) as error:
@@ -111,25 +133,25 @@ class ImageValidator:
 
     def _find_problem(self, path: str) -> str | None:
         try:
-            exists = Path(path).is_file() or Path(path.partition("#")[0]).is_file()
+            names = [existing_name(name) for name in (path, path.partition("#")[0])]
+            name = next((name for name in names if Path(name).is_file()), None)
         except (OSError, ValueError) as error:
             return f"{path[:100]}: Invalid file name ({error})."
-        if not exists:
-            return f"{path}: No such image."
+        if name is None:
+            return f"{path}: No such image.{image_name_hint(path)}"
         if self.check == "exists":
             return None
-        if self.check == "header" and not is_medical(path):
-            try:
-                with Image.open(path):
-                    return None
-            except (OSError, Image.DecompressionBombError) as error:
-                return f"{path}: The image cannot be read ({error})."
-        from medley.images.preprocess import ImageError, open_image  # imports torch: one second
-
         try:
+            if self.check == "header" and not is_medical(path):
+                with open_pillow(name, path):
+                    return None
+            from medley.images.preprocess import open_image  # imports torch: one second
+
             open_image(path, None if self.check == "full" or "#" in path else "first")
         except ImageError as error:
-            return f"{path}: The image cannot be read ({error})."
+            return f"{path}: The image cannot be read ({str(error).removeprefix(f'{path}: ')})."
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"{path}: The image cannot be read ({' '.join(str(error).split())})."
         return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medley.data.document import Document, ImagePart, Turn
+from medley.data.vocabulary import IMAGE
 from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
@@ -21,6 +22,9 @@ from medley.datasets.base import (
     repr_short,
     resolve_image_path,
 )
+from medley.datasets.embedded_images import read_images
+from medley.datasets.input_files import ROW_ID, table_records
+from medley.datasets.placement import check_image_count
 from medley.errors import UserError
 from medley.utils.files import read_json
 
@@ -34,6 +38,10 @@ _BECAUSE = "BECAUSE:"
 
 def records(config: ConversionConfig) -> Iterator[RawRecord]:
     folder = config.path
+    tables = table_records(config, {"": (PROBLEMS,)})
+    if tables is not None:  # the copies on hubs
+        yield from tables
+        return
     problems, splits = read_json(folder / PROBLEMS), read_json(folder / SPLITS)
     has_lists = isinstance(splits, dict) and all(isinstance(ids, list) for ids in splits.values())
     if not isinstance(problems, dict) or not has_lists:
@@ -84,15 +92,19 @@ def read(problem: Any, config: ConversionConfig) -> Sample:
             raise RecordError(f"{key!r} is not a string (got {repr_short(problem[key])}).")
     question, answer = format_problem(problem, config.prompt_format, config.compat == "llava")
     parts: tuple[str | ImagePart, ...] = (question,)
-    if problem.get("image"):
+    remarks: list[str] = []
+    if isinstance(problem.get("image"), dict | bytes | list):
+        parts = (question, *read_images(problem["image"], identifier, config, remarks))
+    elif problem.get("image"):
         name = f"{identifier}/{problem['image']}"
         folder = problem_image_folder(config.image_folder, problem)
         # LLaVA's converter puts the image after the text.
         parts = (question, ImagePart(path=resolve_image_path(name, folder)))
+    check_image_count((question + answer).count(IMAGE), 0, problem, ())
     document = Document((Turn("user", parts), Turn("assistant", (answer,))))
     fields = {"id": identifier, "source": "science_qa", "task": "VQA", "answer_type": "CLOSED"}
-    used = ("question", "hint", "lecture", "solution", "image", "split", "task")
-    return Sample(document, {**fields, **extra_fields(problem, *used)})
+    used = ("question", "hint", "lecture", "solution", "image", "split", "task", ROW_ID)
+    return Sample(document, {**fields, **extra_fields(problem, *used)}, tuple(remarks))
 
 
 def problem_image_folder(folder: Path | None, problem: dict[str, Any]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from medley.datasets.base import (
     get_value,
     repr_short,
 )
-from medley.datasets.readers import records_of, split_files
+from medley.datasets.input_files import ROW_ID, split_files, table_records
+from medley.datasets.readers import records_of
 
 FILES = {
     "train": ("train.json",), "val": ("validate.json", "validation.json"), "test": ("test.json",),
@@ -27,11 +29,26 @@ LANGUAGES = ("en", "zh")
 
 def records(config: ConversionConfig) -> Iterator[RawRecord]:
     """The records in the configured language; an invalid language is left for `read` to report."""
+    for where, split, record in _all_records(config):
+        language = record.get("q_lang") if isinstance(record, dict) else None
+        if config.language == "all" or language not in LANGUAGES or language == config.language:
+            yield where, split, record
+
+
+def _all_records(config: ConversionConfig) -> Iterator[RawRecord]:
+    tables = table_records(config, FILES)
+    if tables is not None:  # the copies on hubs
+        for where, split, record in tables:
+            if isinstance(record, dict) and "q_lang" not in record:
+                record = {**record, "q_lang": _guess_language(record.get("question"))}
+            yield where, split, record
+        return
     for split, path in split_files(config, FILES, "SLAKE"):
-        for where, _, record in records_of(path, split):
-            language = record.get("q_lang") if isinstance(record, dict) else None
-            if config.language == "all" or language not in LANGUAGES or language == config.language:
-                yield where, split, record
+        yield from records_of(path, split)
+
+
+def _guess_language(question: Any) -> str:
+    return "zh" if re.search("[\u4e00-\u9fff]", str(question)) else "en"
 
 
 def read(record: Any, config: ConversionConfig) -> Sample:
@@ -39,9 +56,11 @@ def read(record: Any, config: ConversionConfig) -> Sample:
         raise RecordError(
             f"q_lang is invalid (got {repr_short(record['q_lang'])}, expected en or zh)."
         )
-    sample = vqa_rad.read({**record, "image_name": get_value(record, "img_name")}, config)
-    fields = {**extra_fields(sample.fields, "img_name"), "source": "slake"}
-    return Sample(sample.document, fields, sample.remarks)
+    renamed = extra_fields(record, "img_name")
+    if "img_name" in record or ROW_ID not in record:
+        renamed["image_name"] = get_value(record, "img_name")
+    sample = vqa_rad.read(renamed, config)
+    return Sample(sample.document, {**sample.fields, "source": "slake"}, sample.remarks)
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:

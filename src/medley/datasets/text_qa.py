@@ -15,11 +15,10 @@ from medley.datasets.base import (
     RecordError,
     Sample,
     extra_fields,
-    from_qa,
     get_text,
-    to_qa,
 )
-from medley.datasets.readers import records_of
+from medley.datasets.input_files import records_at
+from medley.datasets.pairs import from_qa, to_qa
 from medley.utils.files import read_json
 
 
@@ -33,7 +32,7 @@ def records(config: ConversionConfig) -> Iterator[RawRecord]:
         for name, record in content.items():  # PubMedQA's layout: id -> record
             yield f"{path}: record {name}", "", {"id": name, **record}
     else:
-        yield from records_of(path)
+        yield from records_at(path)
 
 
 def _is_object(path: Path) -> bool:
@@ -52,7 +51,8 @@ def read(record: Any, config: ConversionConfig) -> Sample:
     question = get_text(record, config.question_key, remarks)
     answer = get_text(record, config.answer_key, remarks)
     fields = extra_fields(record, config.question_key, config.answer_key)
-    return Sample(from_qa(None, question, answer), fields, tuple(remarks))
+    document = from_qa([], question, answer, record)
+    return Sample(document, fields, tuple(remarks))
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:

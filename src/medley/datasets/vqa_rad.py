@@ -13,16 +13,17 @@ from medley.datasets.base import (
     RecordError,
     Sample,
     extra_fields,
-    from_qa,
     get_text,
     get_value,
     relative_image_name,
     repr_short,
-    resolve_image_path,
-    to_qa,
 )
-from medley.datasets.readers import records_of, split_files
+from medley.datasets.embedded_images import require_images
+from medley.datasets.input_files import ROW_ID, split_files, table_records
+from medley.datasets.pairs import from_qa, to_qa
+from medley.datasets.readers import records_of
 
+IMAGE_KEYS = ("image_name", "image")
 FILES = {"train": ("trainset.json",), "test": ("testset.json",)}
 ANSWER_TYPES = ("OPEN", "CLOSED")
 
@@ -34,6 +35,10 @@ def image_folder(path: Path) -> Path:
 
 
 def records(config: ConversionConfig) -> Iterator[RawRecord]:
+    tables = table_records(config, FILES)
+    if tables is not None:  # the copies on hubs
+        yield from tables
+        return
     for split, path in split_files(config, FILES, "VQA-RAD"):
         yield from records_of(path, split)
 
@@ -52,13 +57,16 @@ def read(record: Any, config: ConversionConfig) -> Sample:
     remarks: list[str] = []
     question = get_text(record, "question", remarks).strip()
     answer = get_text(record, "answer", remarks).strip()
-    path = resolve_image_path(get_value(record, "image_name"), config.image_folder)
-    fields = {
-        "id": get_value(record, "qid"), "source": "vqa_rad", "task": "VQA",
-        "answer_type": parse_answer_type(get_value(record, "answer_type")),
-    }  # fmt: skip
-    fields |= extra_fields(record, "qid", "image_name", "question", "answer", *fields)
-    return Sample(from_qa(path, question, answer), fields, tuple(remarks))
+    identifier = get_value(record, "id" if ROW_ID in record else "qid")
+    images = require_images(record, IMAGE_KEYS, identifier, config, remarks)
+    if ROW_ID in record and "answer_type" not in record:  # hubs omit it
+        answer_type = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
+    else:
+        answer_type = parse_answer_type(get_value(record, "answer_type"))
+    fields = {"id": identifier, "source": "vqa_rad", "task": "VQA", "answer_type": answer_type}
+    fields |= extra_fields(record, "qid", *IMAGE_KEYS, "question", "answer", ROW_ID, *fields)
+    document = from_qa(images, question, answer, record, IMAGE_KEYS)
+    return Sample(document, fields, tuple(remarks))
 
 
 def write(sample: Sample, config: ConversionConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from medley.evaluation.records import LocatedRecord
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 MAX_SCORE = 10.0
 REPLY_KEYS = ("gpt_eval", "result", "content")  # of LLaVA-Med v1.5, LLaVA-Med v1.0 and LLaVA
+SCORE_KEYS = ("tuple", "score")  # pairs in LLaVA's reviews, some of which have no key above
 _SCORE = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
 # A line with two scores and nothing else, except for "Scores:" before them and brackets.
 _TWO_SCORES = re.compile(
@@ -144,8 +145,9 @@ def parse_reviews(
 ) -> tuple[list[tuple[dict[str, Any], Pair]], list[str]]:
     """(review, scores) for each parsed reply, and a description of each reply without scores.
 
-    Raises UserError for a review without a reply field, and with `as_llava_med` for a reply that
-    LLaVA-Med's parser rejects.
+    A review without a reply field has its pair of scores, as LLaVA's reviews do. Raises UserError
+    for a review with neither, and with `as_llava_med` for one without a reply that LLaVA-Med's
+    parser accepts.
     """
     parse = parse_pair_as_llava_med if as_llava_med else parse_pair
     parsed: list[tuple[dict[str, Any], Pair]] = []
@@ -153,17 +155,40 @@ def parse_reviews(
     for where, review in reviews:
         key = next((key for key in REPLY_KEYS if key in review), None)
         reply = review[key] if key else None
-        if key is None or not isinstance(reply, str | None):
+        if key is None and not as_llava_med and any(name in review for name in SCORE_KEYS):
+            pair, shown = pair_of_review(where, review)
+        elif key is None or not isinstance(reply, str | None):
             raise UserError(
                 f"{where}: The judge's reply is missing or not a string (expected one of the keys "
-                f"{', '.join(REPLY_KEYS)})."
+                f"{', '.join(REPLY_KEYS)}"
+                f"{'' if as_llava_med else ', or scores in ' + ' or '.join(SCORE_KEYS)})."
             )
-        pair = None if reply is None else parse(reply)
+        else:
+            pair = None if reply is None else parse(reply)
+            shown = "no reply" if reply is None else repr(reply[:80])
         if pair is None:
-            unparsed.append(f"{where}: {'no reply' if reply is None else repr(reply[:80])}")
+            unparsed.append(f"{where}: {shown}")
         else:
             parsed.append(({"type": review.get("category"), **review}, pair))
     return parsed, unparsed
+
+
+def pair_of_review(where: str, review: dict[str, Any]) -> tuple[Pair | None, str]:
+    """The scores of a review in LLaVA's layout, and their text.
+
+    None for LLaVA's [-1, -1], which means that the reply has no scores, and for null. Raises
+    UserError for anything else that is not two scores from 0 to 10.
+    """
+    key = next(name for name in SCORE_KEYS if name in review)
+    value = review[key]
+    if value is None or value == [-1, -1]:
+        return None, f"{key} {value!r}"
+    is_pair = isinstance(value, list) and [type(x) in (int, float) for x in value] == [True, True]
+    if not is_pair or not all(0 <= x <= MAX_SCORE for x in value):
+        raise UserError(
+            f"{where}: {key} is invalid (got {value!r:.80}, expected two numbers from 0 to 10)."
+        )
+    return (float(value[0]), float(value[1])), f"{key} {value!r}"
 
 
 def llava_table(reviews: Iterable[dict[str, Any]]) -> list[str]:

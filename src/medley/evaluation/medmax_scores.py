@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medley.errors import UserError
+from medley.evaluation.choice_letters import find_letter, listed_choices
 from medley.evaluation.examples import Example, ScoredExample
 from medley.evaluation.judge import failure_note
 from medley.evaluation.judge_scores import (
@@ -19,7 +20,6 @@ from medley.evaluation.judge_scores import (
     parse_pair_as_llava_med,
     summarize_groups,
 )
-from medley.evaluation.matching import find_yes_no, gold_yes_no
 from medley.evaluation.medmax_suite import (
     CAPTIONING,
     CHAT,
@@ -30,7 +30,7 @@ from medley.evaluation.medmax_suite import (
     chat_reference,
     gold_text,
 )
-from medley.evaluation.science_qa import parse_letter
+from medley.evaluation.yes_no import find_yes_no, gold_yes_no
 from medley.utils.chat_client import RequestFailed
 
 JUDGED = ("open", MIXED, CHAT)
@@ -54,11 +54,14 @@ def is_closed_correct(gold: str, answer: str, as_published: bool) -> bool:
     return gold in text and other not in text
 
 
-def is_choice_correct(gold: str, answer: str, as_published: bool) -> bool:
-    """Our own: the letter of the answer. Published: the complete answer is the gold letter."""
+def is_choice_correct(gold: str, answer: str, as_published: bool, question: str = "") -> bool:
+    """Our own: the letter of the answer, or the text of its choice in the question.
+
+    Published: the complete answer is the gold letter.
+    """
     if as_published:
         return answer.upper().strip() == gold
-    return parse_letter(answer) == gold.strip().upper()
+    return find_letter(answer, listed_choices(question)) == gold.strip().upper()
 
 
 def parse_verdict(reply: str, as_published: bool) -> float | None:
@@ -119,12 +122,12 @@ class MedmaxScores:
         self.notes = {r.number: answers[r.number].error for r in records}
         self.pairs: dict[int, Pair] = {}
         self._groups = {r.number: r.group for r in records}
-        rules: dict[str, Callable[[str, str, bool], bool]] = {
-            "closed": is_closed_correct, "mcq": is_choice_correct,
-        }  # fmt: skip
-        for record in self.answered(*rules):
-            rule, answer = rules[record.group], answers[record.number].text
-            correct = float(rule(record.answer, answer, as_published))
+        for record in self.answered("closed", "mcq"):
+            gold, answer = record.answer, answers[record.number].text
+            if record.group == "closed":
+                correct = float(is_closed_correct(gold, answer, as_published))
+            else:
+                correct = float(is_choice_correct(gold, answer, as_published, record.prompt))
             self.by_number[record.number] |= {"correct": correct, "accuracy": correct}
 
     def answered(self, *groups: str) -> list[MedmaxRecord]:

@@ -14,9 +14,9 @@ from medley.data.vocabulary import IMAGE
 from medley.datasets.base import CAPTION_PROMPT, RecordError, resolve_image_path
 from medley.datasets.readers import records_of
 from medley.errors import UserError
-from medley.evaluation.matching import gold_yes_no
 from medley.evaluation.records import is_list_of
 from medley.evaluation.science_qa import LETTERS
+from medley.evaluation.yes_no import gold_yes_no
 from medley.utils.files import check_unicode
 
 Processor = Literal["sft", "chameleon", "default"]

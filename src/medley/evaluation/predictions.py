@@ -11,9 +11,9 @@ from typing import Any
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 from medley.evaluation.examples import Example
-from medley.evaluation.matching import gold_yes_no
 from medley.evaluation.questions import CLOSED, OPEN, Question
 from medley.evaluation.records import read_objects
+from medley.evaluation.yes_no import gold_normality, gold_yes_no
 from medley.utils.files import read_json
 
 
@@ -112,13 +112,14 @@ def _match_by_prompt(
 
 
 def to_example(question: Question, answer: str) -> Example:
-    """An example; without an answer_type, gold answers yes and no are closed, all others open.
+    """An example; without an answer_type, gold answers yes, no and normality are closed.
 
     Raises UserError for a question without a gold answer.
     """
     if question.gold is None:
         raise UserError(f"Question {question.identifier}: The gold answer is missing.")
-    kind = question.kind or (OPEN if gold_yes_no(question.gold) is None else CLOSED)
+    is_closed = gold_yes_no(question.gold) or gold_normality(question.gold)
+    kind = question.kind or (CLOSED if is_closed else OPEN)
     return Example(
         question.identifier, question.text, question.gold, answer, kind, question.image,
         question.fields,

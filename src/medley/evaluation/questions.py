@@ -8,17 +8,26 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from medley.data.document import Document, ImagePart, Turn
+from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import ConversionConfig, RecordError, resolve_image_path
-from medley.datasets.llava import CONVERSATION_KEYS
-from medley.datasets.readers import records_of
+from medley.datasets.base import ConversionConfig, RecordError
+from medley.datasets.input_files import records_at
+from medley.datasets.llava import CONVERSATION_KEYS, find_images
+from medley.datasets.placement import (
+    IMAGE_KEYS,
+    check_image_count,
+    place_images,
+    refuse_other_media,
+    refuse_placeholder,
+    take_system,
+)
 from medley.datasets.registry import FORMATS, FormatName
 from medley.datasets.samples import read_record
 from medley.errors import UserError
 from medley.utils.files import check_unicode
 
 OPEN, CLOSED = "OPEN", "CLOSED"
+_ID_KEYS = ("question_id", "id", "sample_id")
 _KINDS = {
     OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN,
 }  # fmt: skip
@@ -59,17 +68,18 @@ def read_questions(path: Path, name: FormatName, config: ConversionConfig) -> li
     """The questions in their order. Raises UserError with the location of an invalid one.
 
     `llava` covers LLaVA's question files (JSONL with question_id, image and text) and its lists
-    (id, image, conversations). Other formats are read as `medley convert` reads them.
+    (id, image, conversations), with one image or several. Other formats are read as
+    `medley convert` reads them.
     """
-    questions = []
-    records = records_of(path) if name == "llava" else FORMATS[name].records(config)
+    questions: list[Question] = []
+    records = records_at(path) if name == "llava" else FORMATS[name].records(config)
     for where, _, record in records:
         if isinstance(record, RecordError):
             raise UserError(f"{where}: {record}")
         try:
             check_unicode(where, record)
             if name == "llava":
-                questions.append(_from_llava(record, config.image_folder))
+                questions.append(_from_llava(record, config, len(questions)))
             else:
                 questions.append(_from_record(record, name, config, len(questions)))
         except RecordError as error:
@@ -79,12 +89,12 @@ def read_questions(path: Path, name: FormatName, config: ConversionConfig) -> li
     return questions
 
 
-def _from_llava(record: Any, folder: Path | None) -> Question:
+def _from_llava(record: Any, config: ConversionConfig, number: int) -> Question:
     if not isinstance(record, dict):
         raise RecordError("Expected an object.")
-    key = next((name for name in ("question_id", "id") if name in record), None)
+    refuse_other_media(record)
     turns = next((record[name] for name in CONVERSATION_KEYS if name in record), None)
-    if key is None or ("text" not in record and turns is None):
+    if "text" not in record and turns is None:
         raise RecordError("Expected question_id and text, or id and conversations.")
     texts = list(_turn_texts(record, turns))
     if len(texts) > 2:
@@ -93,24 +103,44 @@ def _from_llava(record: Any, folder: Path | None) -> Question:
             "record of each question."
         )
     text, gold = texts[0], texts[1] if len(texts) > 1 else None
-    identifier, image = record[key], record.get("image")
+    key = next((name for name in _ID_KEYS if name in record), None)
+    identifier = number if key is None else record[key]
     if not isinstance(text, str):
         raise RecordError("The question must be a string.")
     if isinstance(gold, bool | list | dict):
         raise RecordError("The answer must be a string.")
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise RecordError(f"{key} must be a string or a number (got {identifier!r}).")
-    if not isinstance(image, str | None):
-        raise RecordError(f"image must be a path (got {image!r}).")
-    # In LLaVA's files <image> is before or after the text. In the prompt the image comes first.
-    prompt_text = text.replace(IMAGE, "").strip()
-    image_parts = [ImagePart(path=resolve_image_path(image, folder))] if image else []
-    used = (*CONVERSATION_KEYS, "text", key, "image")
+    image_key, images = find_images(record, config, [])
+    if gold is not None and IMAGE in str(gold):
+        raise RecordError(f"The answer contains {IMAGE}, but only text can be scored.")
+    system, system_keys = take_system(record)
+    parts = _prompt_parts(text, images, record)
+    if system is not None:
+        refuse_placeholder(system)
+        parts = (f"{system}\n", *parts)
+    used = {*CONVERSATION_KEYS, *system_keys, "text", key, image_key, "image"}
     fields = {name: value for name, value in record.items() if name not in used}
     return Question(
-        identifier, text, Document((Turn("user", (*image_parts, prompt_text)),)),
+        identifier, text, Document((Turn("user", parts),)),
         None if gold is None else str(gold), _parse_kind(record.get("answer_type")), fields,
     )  # fmt: skip
+
+
+def _prompt_parts(
+    text: str, images: list[ImagePart], record: dict[str, Any]
+) -> tuple[ContentPart, ...]:
+    """A question with its images: one image comes first, several are at their placeholders.
+
+    In LLaVA's files `<image>` is before or after the text, or is left out.
+    """
+    placeholders = text.count(IMAGE)
+    if placeholders:
+        check_image_count(placeholders, len(images), record, IMAGE_KEYS)
+    if len(images) > 1 and placeholders:
+        (parts,) = place_images([text.strip()], images, record, IMAGE_KEYS, line_breaks=True)
+        return parts
+    return (*images, text.replace(IMAGE, "").strip())
 
 
 def _turn_texts(record: dict[str, Any], turns: Any) -> Iterator[Any]:
@@ -145,7 +175,8 @@ def _from_record(record: Any, name: FormatName, config: ConversionConfig, number
         gold = "".join(str(part) for part in turns[1].parts)
     if name == "science_qa":  # The gold answer is the letter, whatever the prompt format adds.
         gold = ascii_uppercase[sample.fields["answer"]]
-    identifier = sample.fields.get("id", number)
+    identifier = sample.fields.get("id")
+    identifier = number if identifier is None else identifier
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         raise RecordError(f"id must be a string or a number (got {identifier!r}).")
     fields = {n: v for n, v in sample.fields.items() if n != "id"}

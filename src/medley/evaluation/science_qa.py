@@ -1,4 +1,4 @@
-"""ScienceQA answers: the letter in a text, as LLaVA's scorer finds it, and the scores."""
+"""ScienceQA answers: the letter in a text, as LLaVA's scorer finds it or our way; the scores."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from medley.data.vocabulary import IMAGE
 from medley.datasets.base import resolve_image_path
 from medley.datasets.science_qa import PROBLEMS, SPLITS, problem_image_folder
 from medley.errors import UserError
+from medley.evaluation.choice_letters import find_letter
 from medley.evaluation.confidence import proportion_interval
 from medley.evaluation.examples import Example, ScoredExample
 from medley.evaluation.predictions import missing_ids
@@ -24,26 +25,16 @@ from medley.utils.files import read_json
 Compat = Literal["none", "llava", "llava_med"]
 
 FAILED = "FAILED"
-LETTERS = "ABCDE"
+LETTERS = "ABCDE"  # of the published scorers
 # As published: the unescaped period matches any character, which must be present.
 _PUBLISHED = re.compile(r"The answer is ([A-Z]).")
-# Our own: a letter that is the whole answer or is followed by punctuation or a line break
-# ("A toy" starts with an article)...
-_FIRST_LETTER = re.compile(rf"\(?([{LETTERS}])\)?(?:[.,:!\uff1a\uff09\n].*)?", re.DOTALL)
-_ONLY_LETTER = re.compile(rf"\(?([{LETTERS.lower()}])\)?[.!]?")
-# ... or the letter after "answer", "option" or "choice": a capital, or a small one at the end.
-_NAMED_LETTER = re.compile(
-    rf"\b(?i:answer|option|choice)(?i:\s+is)?\s*[:\uff1a]?\s*\(?(?:([{LETTERS}])(?![\w'])"
-    rf"|([{LETTERS.lower()}])\)?[.!]?\s*$)"
-)
-_EMPHASIS = str.maketrans("", "", "*_`")
 
 
-def parse_letter(text: str, compat: Compat = "none") -> str:
+def parse_letter(text: str, compat: Compat = "none", choices: Sequence[str] = ()) -> str:
     """The letter of an answer, or FAILED.
 
-    It is the whole answer, precedes a period and text, or is the only letter after "The answer
-    is".
+    Our own rules are in `choice_letters.py`. A published scorer wants the letter alone, before a
+    period and text, or once after "The answer is".
     """
     if compat == "llava_med":
         matches = _PUBLISHED.findall(text)
@@ -55,12 +46,7 @@ def parse_letter(text: str, compat: Compat = "none") -> str:
             return text[0]
         matches = _PUBLISHED.findall(text)
         return str(matches[0]) if len(matches) == 1 else FAILED
-    plain = text.translate(_EMPHASIS).strip()
-    named = {str(capital or small).upper() for capital, small in _NAMED_LETTER.findall(plain)}
-    if named:
-        return named.pop() if len(named) == 1 else FAILED
-    match = _FIRST_LETTER.fullmatch(plain) or _ONLY_LETTER.fullmatch(plain)
-    return match[1].upper() if match else FAILED
+    return find_letter(text, choices) or FAILED
 
 
 def parse_last_letter(text: str) -> str:
@@ -222,9 +208,11 @@ def score_answers(
             continue
         text = FAILED if answer is None else str(answer["text"])
         prompt = "Unknown" if answer is None else str(answer.get("prompt", ""))
-        letter = FAILED if answer is None else parse_letter(text, compat)
-        count = len(problem["choices"])
-        index = LETTERS.find(letter) if len(letter) == 1 else -1
+        choices = problem["choices"]
+        letter = FAILED if answer is None else parse_letter(text, compat, choices)
+        count = len(choices)
+        letters = ascii_uppercase if compat == "none" else LETTERS
+        index = letters.find(letter) if len(letter) == 1 else -1
         index = index if index < count else -1
         scored_index = results[identifier] = index
         if index < 0 and compat == "llava_med":

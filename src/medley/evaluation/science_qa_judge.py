@@ -41,10 +41,15 @@ def check_complete(path: Path, answers: Answers, wanted: Sequence[str]) -> None:
         )
 
 
-def disagreements(wanted: Sequence[str], first: Answers, second: Answers) -> list[str]:
+def disagreements(
+    wanted: Sequence[str], first: Answers, second: Answers, problems: Mapping[str, Any]
+) -> list[str]:
     """The problems whose answers differ, or have no letter."""
     letters = {
-        name: [parse_letter(str(answers[name]["text"])) for answers in (first, second)]
+        name: [
+            parse_letter(str(answers[name]["text"]), choices=problems[name]["choices"])
+            for answers in (first, second)
+        ]
         for name in wanted
     }
     return [name for name, (a, b) in letters.items() if a != b or FAILED in (a, b)]

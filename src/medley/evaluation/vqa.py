@@ -9,13 +9,14 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from string import ascii_uppercase
 from typing import Any
 
+from medley.evaluation.choice_letters import find_letter, listed_choices, valid_letters
 from medley.evaluation.examples import Example, ScoredExample
 from medley.evaluation.matching import (
+    answer_text,
     contains_words,
-    find_yes_no,
-    gold_yes_no,
     same_answer,
     split_words,
 )
@@ -31,7 +32,13 @@ from medley.evaluation.report import (
     is_metric,
     metrics_table,
 )
-from medley.evaluation.science_qa import FAILED, LETTERS, parse_letter
+from medley.evaluation.yes_no import (
+    find_gold_verb,
+    find_normality,
+    find_yes_no,
+    gold_normality,
+    gold_yes_no,
+)
 
 _MAX_GROUPS = 40  # distinct values of a field that examples are grouped by
 UNCLEAR = "neither"  # an answer that has none of the choices, or several
@@ -41,18 +48,29 @@ MAJORITY, RANDOM = "majority baseline", "random baseline"
 def parse_choice(example: Example) -> tuple[str, str] | None:
     """(gold, answered) of a closed question about yes and no or letters; None for any other.
 
-    An answer with none of the choices, or with several, gives `neither`.
+    An answer with none of the choices, or with several, gives `neither`. The rules are in
+    docs/evaluation-rules.md.
     """
     if example.kind != CLOSED:
         return None
-    gold = example.gold.strip().rstrip(".")
-    if len(gold) == 1 and gold in LETTERS:
-        letter = parse_letter(example.answer)
-        return gold, letter if letter != FAILED else UNCLEAR
+    gold, choices = example.gold.strip().rstrip("."), known_choices(example)
+    if len(gold) == 1 and gold in valid_letters(choices):
+        return gold, find_letter(example.answer, choices) or UNCLEAR
+    if (normality := gold_normality(gold)) is not None:
+        return normality, find_normality(example.answer, example.question) or UNCLEAR
     gold_choice = gold_yes_no(gold)
     if gold_choice is None:
         return None
-    return gold_choice, find_yes_no(example.answer) or UNCLEAR
+    answered = find_yes_no(example.answer) or find_gold_verb(example.answer, gold)
+    return gold_choice, answered or UNCLEAR
+
+
+def known_choices(example: Example) -> tuple[str, ...]:
+    """The choices of a question: of its record, else listed in its text; empty if unknown."""
+    choices = example.fields.get("choices")
+    if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices):
+        return tuple(choices)
+    return listed_choices(example.question)
 
 
 def is_correct(example: Example) -> bool:
@@ -63,15 +81,21 @@ def is_correct(example: Example) -> bool:
     """
     if (choice := parse_choice(example)) is not None:
         return choice[0] == choice[1]
-    matches = contains_words if example.kind == CLOSED else same_answer
-    return matches(example.answer, example.gold)
+    if example.kind != CLOSED:
+        return same_answer(example.answer, example.gold)
+    if contains_words(example.answer, example.gold):
+        return True
+    choices = known_choices(example)
+    same = [same_answer(choice, example.gold) for choice in choices]
+    letter = find_letter(example.answer, choices)
+    return letter is not None and sum(same) == 1 and letter == ascii_uppercase[same.index(True)]
 
 
 def score_example(example: Example) -> ScoredExample:
     correct = float(is_correct(example))
     if example.kind == CLOSED:
         return ScoredExample(example, {"correct": correct, "closed accuracy": correct})
-    words, gold_words = split_words(example.answer), split_words(example.gold)
+    words, gold_words = split_words(answer_text(example.answer)), split_words(example.gold)
     f1_score, _, recall = f1(" ".join(words), " ".join(gold_words))
     scores = {
         "correct": correct, "open exact match": correct, "open recall": recall, "open f1": f1_score,

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medley.images.preprocess import Fit, ImageError, to_uint8_square
-from medley.images.sources import ImageSource, Partition
+from medley.images.formats import ImageError
+from medley.images.image_source import ImageSource
+from medley.images.preprocess import Preprocessing, to_uint8_square
+from medley.images.sources import Partition
 from medley.utils.files import escape_name
 
 MAX_WORKERS = 8
@@ -44,8 +46,8 @@ class ImageBatch:
 class ImageDataset(Dataset[tuple[list[str], Tensor]]):
     """Reads images of any format as uint8 squares of `size` pixels, a batch at a time."""
 
-    def __init__(self, size: int, fit: Fit, exif_orientation: bool = False) -> None:
-        self.size, self.fit, self.exif_orientation = size, fit, exif_orientation
+    def __init__(self, size: int, preprocessing: Preprocessing) -> None:
+        self.size, self.preprocessing = size, preprocessing
 
     def __getitems__(self, sources: list[ImageSource]) -> tuple[list[str], Tensor]:
         """Sources -> one error per source (empty if none), and the images without error."""
@@ -57,8 +59,8 @@ class ImageDataset(Dataset[tuple[list[str], Tensor]]):
                     raise ImageError(
                         f"{escape_name(source.name)}: The file name is not UTF-8. Rename the file."
                     )
-                image = source.open(self.exif_orientation)
-                images.append(to_uint8_square(image, self.size, self.fit)[None])
+                image = source.open(self.preprocessing.exif_orientation)
+                images.append(to_uint8_square(image, self.size, self.preprocessing.fit)[None])
                 errors.append("")
             except ImageError as error:
                 errors.append(escape_name(str(error)))

@@ -9,6 +9,8 @@ import gzip
 import io
 import math
 import os
+import re
+import zlib
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -16,12 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medley.errors import UserError
+from medley.images.formats import MAX_DECODED_BYTES, MEDICAL_SUFFIXES, check_frames, check_pixels
 from medley.utils.extras import require_extra
 
 Kind = Literal["dicom", "nifti", "nifti.gz"]
-SUFFIXES = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
-MAX_VOLUME_BYTES = 4 << 30  # of a decompressed NIfTI volume
 _DICOM_MAGIC_OFFSET = 128
+# A DICOM file without preamble begins with an element of group 0002 or 0008, in little endian.
+_FIRST_ELEMENTS = re.compile(
+    rb"(\x02\x00[\x00\x01\x02]|\x08\x00[\x00\x01\x05\x08\x12-\x16])\x00", re.DOTALL
+)
+_MAX_HEADER_BYTES = 540  # of NIfTI-2
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # UID of the transfer syntax (PS3.5, A.5)
 
 
@@ -29,20 +35,29 @@ def detect_format(data: BinaryIO, name: str) -> Kind | None:
     """The medical format of a file, or None.
 
     The suffix determines the format. A file without one of the suffixes is DICOM if it has DICOM's
-    magic bytes, because scanners often write no suffix.
+    magic bytes, or begins with one of DICOM's elements: scanners often write no suffix, and
+    treatment planning systems no magic bytes.
     """
     lowered = name.lower()
     if lowered.endswith(".nii.gz"):
         return "nifti.gz"
     if lowered.endswith(".nii"):
         return "nifti"
-    if lowered.endswith(SUFFIXES):
+    if lowered.endswith(MEDICAL_SUFFIXES):
         return "dicom"
     start = data.tell()
-    data.seek(start + _DICOM_MAGIC_OFFSET)
-    magic = data.read(4)
+    head = data.read(_DICOM_MAGIC_OFFSET + 4)
     data.seek(start)
-    return "dicom" if magic == b"DICM" else None
+    is_dicom = head[_DICOM_MAGIC_OFFSET:] == b"DICM" or _begins_with_element(head)
+    return "dicom" if is_dicom else None
+
+
+def _begins_with_element(head: bytes) -> bool:
+    """Whether a file begins with a plausible DICOM element, as files without preamble do."""
+    if not _FIRST_ELEMENTS.match(head):
+        return False
+    explicit = head[4:6].isalpha() and head[4:6].isupper()
+    return explicit or 0 < int.from_bytes(head[4:8], "little") <= 64
 
 
 def count_frames(data: BinaryIO, kind: Kind) -> int:
@@ -50,10 +65,11 @@ def count_frames(data: BinaryIO, kind: Kind) -> int:
     start = data.tell()
     try:
         if kind == "dicom":
-            return int(_read_dicom(data, header_only=True).get("NumberOfFrames", 1) or 1)
+            header = _read_dicom(data, header_only=True)
+            return check_frames(int(header.get("NumberOfFrames", 1) or 1))
         shape, axes = _nifti_shape(data, kind)
         canonical = [shape[axes.index(i)] for i in range(len(axes))] + list(shape[len(axes) :])
-        return math.prod(canonical[2:])
+        return check_frames(math.prod(canonical[2:]))
     finally:
         data.seek(start)
 
@@ -103,12 +119,6 @@ def _unit_to_uint8(unit: NDArray[np.float64]) -> NDArray[np.uint8]:
     return (unit * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _check_size(rows: int, columns: int) -> None:
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's limit for its own formats
-    if limit and rows * columns > limit:
-        raise UserError(f"The image has too many pixels ({columns} x {rows}, limit {limit}).")
-
-
 # --- DICOM --------------------------------------------------------------------------------
 
 
@@ -116,7 +126,53 @@ def _read_dicom(data: BinaryIO, header_only: bool = False) -> Any:
     require_extra("pydicom", "medical", "Reading a DICOM file")
     from pydicom import dcmread
 
-    return dcmread(data, stop_before_pixels=header_only, force=True)
+    _check_deflated_size(data)
+    dataset = dcmread(data, stop_before_pixels=header_only, force=True)
+    if not header_only and "TransferSyntaxUID" not in dataset.file_meta:
+        _infer_transfer_syntax(dataset)
+    return dataset
+
+
+def _check_deflated_size(data: BinaryIO) -> None:
+    """Raises UserError for a deflated file that decompresses to too many bytes."""
+    start = data.tell()
+    head = data.read(1 << 16)
+    data.seek(start)
+    first = _DICOM_MAGIC_OFFSET + 4
+    if _DEFLATED not in head or head[first - 4 : first] != b"DICM":
+        return
+    if head[first : first + 4] != b"\2\0\0\0":  # the length of the elements before the pixels
+        raise UserError("The deflated DICOM file has no group length. Save it without deflate.")
+    data.seek(start + first + 12 + int.from_bytes(head[first + 8 : first + 12], "little"))
+    inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while not inflate.eof and (chunk := inflate.unconsumed_tail or data.read(1 << 16)):
+        size += len(inflate.decompress(chunk, 1 << 20))
+        if size > MAX_DECODED_BYTES:
+            raise UserError(
+                f"The deflated DICOM file is too large (expected at most {MAX_DECODED_BYTES} "
+                "bytes). Save it without deflate."
+            )
+    data.seek(start)
+
+
+def _infer_transfer_syntax(dataset: Any) -> None:
+    """Sets the transfer syntax that pydicom found while it parsed a file without one.
+
+    Raises UserError for compressed pixels, whose coding only the transfer syntax names.
+    """
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if "PixelData" in dataset and dataset["PixelData"].is_undefined_length:
+        raise UserError(
+            "The DICOM file has compressed pixels and no transfer syntax (0002,0010), which names "
+            "their coding. Add it, with dcmodify for example."
+        )
+    is_implicit, is_little_endian = dataset.original_encoding
+    if is_implicit:
+        syntax = ImplicitVRLittleEndian
+    else:
+        syntax = ExplicitVRLittleEndian if is_little_endian else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = syntax
 
 
 def _dicom_frame(dataset: Any, frame: int) -> Image.Image:
@@ -124,7 +180,7 @@ def _dicom_frame(dataset: Any, frame: int) -> Image.Image:
 
     if "PixelData" not in dataset:
         raise UserError("The DICOM file has no pixel data.")
-    _check_size(int(dataset.Rows), int(dataset.Columns))
+    check_pixels(int(dataset.Columns), int(dataset.Rows))
     has_several = int(dataset.get("NumberOfFrames", 1) or 1) > 1
     stored = pixel_array(dataset, index=frame if has_several else 0)
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
@@ -202,13 +258,15 @@ def _nifti_header(data: BinaryIO, kind: Kind) -> tuple[Any, Any]:
     import nibabel
 
     start = data.tell()
-    first = _decompress(data, kind).read(4)
+    block = _decompress(data, kind).read(_MAX_HEADER_BYTES)
     data.seek(start)
-    sizes = {int.from_bytes(first, "little"), int.from_bytes(first, "big")}
+    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     image_class = nibabel.Nifti2Image if 540 in sizes else nibabel.Nifti1Image
-    header = image_class.header_class.from_fileobj(_decompress(data, kind), check=False)
-    data.seek(start)
-    return image_class, header
+    size = image_class.header_class.sizeof_hdr
+    if len(block) < size:
+        raise UserError(f"The NIfTI file is truncated (got {len(block)} bytes of its header).")
+    # Without the extensions after the header, which may claim any size.
+    return image_class, image_class.header_class(block[:size], check=False)
 
 
 def _nifti_shape(data: BinaryIO, kind: Kind) -> tuple[tuple[int, ...], list[int]]:
@@ -217,19 +275,20 @@ def _nifti_shape(data: BinaryIO, kind: Kind) -> tuple[tuple[int, ...], list[int]
     shape = tuple(int(length) for length in header.get_data_shape())
     if len(shape) < 2 or min(shape) < 1:
         raise UserError(f"Unsupported NIfTI volume of shape {shape}.")
-    size = math.prod(shape) * header.get_data_dtype().itemsize
-    if size > MAX_VOLUME_BYTES:
+    voxels = math.prod(shape) * header.get_data_dtype().itemsize
+    size = int(header.get_data_offset()) + voxels
+    if not 0 < size <= MAX_DECODED_BYTES:
         raise UserError(
             f"The NIfTI volume is too large (got {size} bytes, expected at most "
-            f"{MAX_VOLUME_BYTES})."
+            f"{MAX_DECODED_BYTES})."
         )
     if len(shape) < 3:  # a single image, which is not reoriented
-        _check_size(shape[1], shape[0])
+        check_pixels(shape[0], shape[1])
         return shape, [0, 1]
     from nibabel.orientations import io_orientation
 
     axes = [int(axis) for axis in io_orientation(header.get_best_affine())[:, 0]]
-    _check_size(shape[axes.index(1)], shape[axes.index(0)])
+    check_pixels(shape[axes.index(0)], shape[axes.index(1)])
     return shape, axes
 
 

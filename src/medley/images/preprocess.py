@@ -11,31 +11,56 @@ frame 12, counted from 0. Of an animation (GIF, WebP, APNG), the first image is 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from medley.errors import UserError
 from medley.images import medical
+from medley.images.formats import ALLOWED_FORMATS as ALLOWED_FORMATS
+from medley.images.formats import ImageError as ImageError
+from medley.images.formats import check_frames, check_pixels, open_pillow
+from medley.utils.image_names import image_name_hint, is_data_url
+from medley.utils.unicode_names import existing_name
 
 Fit = Literal["crop", "pad"]
 Frame = int | Literal["first", "middle"]
 PREPROCESSING_VERSION = "1"  # part of the token-space fingerprint, because pixels determine codes
 MAX_ASPECT_RATIO = 200  # of an image to crop; a higher ratio would need too much memory
 _HIGH_DEPTH_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_ORIENTATION = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # Pillow's names
 _NAME_WITH_FRAME = re.compile(r"(.+)#(\d+)")
 # x / 255 * 2 - 1 for every x, computed in double precision: float32 differs in the last bit.
 _UINT8_TO_PIXEL = torch.from_numpy((np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32))
 
 
-class ImageError(UserError):
-    """An image that cannot be read; the message names the file and the reason."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become squares. It belongs to a checkpoint; the defaults are Chameleon's.
+
+    Attributes:
+        fit: crop the image to its center, or pad it
+        exif_orientation: rotate a photograph as its EXIF tag specifies
+    """
+
+    fit: Fit = "crop"
+    exif_orientation: bool = False
+
+    def describe(self) -> dict[str, str | bool]:
+        """The fields of a manifest and of `vqgan.yaml`."""
+        return {"fit": self.fit, "exif_orientation": self.exif_orientation}
+
+
+CHAMELEON_PREPROCESSING = Preprocessing()
 
 
 def open_image(
@@ -44,27 +69,43 @@ def open_image(
     """Reads an image file as RGB.
 
     Args:
-        path: file, or `FILE#12` for frame 12
+        path: file, `FILE#12` for frame 12, or a data URL
         frame: frame of a file that has several
         exif_orientation: rotate a photograph as its EXIF tag specifies (Chameleon does not)
 
     Raises ImageError for a missing, broken or too large file.
     """
     name = str(path)
-    match = _NAME_WITH_FRAME.fullmatch(name)
+    if is_data_url(name):
+        return read_image(io.BytesIO(decode_data_url(name)), "data URL", frame, exif_orientation)
     try:
+        name = existing_name(name)
+        match = _NAME_WITH_FRAME.fullmatch(name)
         if match and not Path(name).exists():
-            name, frame = match[1], int(match[2])
+            name, frame = existing_name(match[1]), int(match[2])
         with open(name, "rb") as data:
             return read_image(data, name, frame, exif_orientation)
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: Image not found.") from error
+        raise ImageError(f"{path}: Image not found.{image_name_hint(name)}") from error
     except OSError as error:
         raise ImageError(f"{path}: Cannot open the image ({error.strerror}).") from error
     except ImageError:
         raise
     except ValueError as error:  # a NUL character in the name
         raise ImageError(f"{str(path)!r}: Cannot open the image ({error}).") from error
+
+
+def decode_data_url(url: str) -> bytes:
+    """The content of a data URL in base64. Raises ImageError for another one."""
+    header, _, body = url.partition(",")
+    try:
+        if not header.endswith(";base64"):
+            raise ValueError("not in base64")
+        return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:
+        raise ImageError(
+            f"{url[:40]}...: Invalid data URL ({error}, expected data:image/...;base64,...)."
+        ) from error
 
 
 def read_image(
@@ -76,17 +117,14 @@ def read_image(
         if kind is not None:
             frames = medical.count_frames(data, kind)
             return medical.read_frame(data, kind, _frame_number(frame, frames, name), name)
-        with Image.open(data) as image:
+        with open_pillow(data, name) as image:
             image.seek(_frame_number(frame, _count_tiff_pages(image), name))
+            check_pixels(image.width, image.height)  # of this frame
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image) if exif_orientation else image)
+            return to_rgb(apply_exif_orientation(image) if exif_orientation else image)
     except ImageError:
         raise
-    except UserError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: Not an image in a supported format.") from error
-    except Image.DecompressionBombError as error:
+    except (UserError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # decoders raise arbitrary exceptions for broken files
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -98,12 +136,33 @@ def count_frames(data: BinaryIO, name: str) -> int:
     kind = medical.detect_format(data, name)
     if kind is not None:
         return medical.count_frames(data, kind)
-    with Image.open(data) as image:
+    with open_pillow(data, name) as image:
         return _count_tiff_pages(image)
 
 
 def _count_tiff_pages(image: Image.Image) -> int:
-    return int(getattr(image, "n_frames", 1)) if image.format == "TIFF" else 1
+    """Pages of a TIFF; 1 for other formats.
+
+    Pillow's own count takes quadratic time, so that a crafted file could occupy it for hours.
+    """
+    if image.format != "TIFF":
+        return 1
+    pages = 1
+    try:
+        while True:
+            image.seek(pages)
+            pages = check_frames(pages + 1)
+    except EOFError:
+        image.seek(0)
+        return pages
+
+
+def apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """The image as its EXIF tag specifies, without the tag. An invalid tag is ignored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # corrupt EXIF data raises arbitrary exceptions in its parser
+        return image
 
 
 def _frame_number(frame: Frame | None, frames: int, name: str) -> int:
@@ -124,9 +183,18 @@ def _frame_number(frame: Frame | None, frames: int, name: str) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode -> RGB, transparency on white, high bit depths windowed."""
+    """An image of any mode -> RGB, transparency on white, high bit depths windowed.
+
+    The result keeps the EXIF data, so that an image tokenizer can obey its orientation.
+    """
     if image.mode == "RGB":
         return image
+    rgb = _convert_to_rgb(image)
+    rgb.info |= {name: image.info[name] for name in _ORIENTATION if name in image.info}
+    return rgb
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _HIGH_DEPTH_MODES:
         return Image.fromarray(medical.rescale_to_uint8(np.asarray(image))).convert("RGB")
     rgba = np.asarray(image.convert("RGBA"))

@@ -1,4 +1,4 @@
-"""Image lists of any length (CSV, Parquet, folder, WebDataset tar), read one partition at a time.
+"""Image lists of any length (CSV, Parquet, Arrow, folder, WebDataset tar), read by partition.
 
 A partition is a fixed range of the list's rows. The complete list is never in memory. To process a
 partition, a reader iterates over the rows before it.
@@ -8,79 +8,33 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
-import os
 import sys
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from medley.errors import UserError
-from medley.images import medical
-from medley.images.preprocess import Frame, count_frames, open_image, read_image
-from medley.utils.files import escape_name
+from medley.images.embedded import embedded_images, is_embedded, table_batches
+from medley.images.folders import TAR_COLUMNS, Sample, describe_skipped, folder_images, is_tar
+from medley.images.formats import has_image_suffix
+from medley.images.image_source import ImageSource
 
-SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", *medical.SUFFIXES
-)  # fmt: skip
-TAR = ".tar"
-TAR_COLUMNS = ("__key__", "txt", "json")  # the columns of a WebDataset sample
 MAX_FIELD_LENGTH = 1 << 24  # characters of one CSV field
-_CHUNK = 4096  # rows of a table that are read together
+MAX_PATH_LENGTH = 1 << 16  # characters
+MAX_COLUMN_BYTES = 2 << 30  # of the other columns of one partition
+TABLE_SUFFIXES = (".parquet", ".arrow")
+_DELIMITERS = (",", ";", "\t")
+_CHUNK = 4096  # rows of a list that are read together
 
 
 Frames = Literal["first", "middle", "all"]
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """An image in a file or in a tar (`offset`, `length`).
-
-    `name` identifies the image in outputs and errors.
-    """
-
-    name: str
-    file: str
-    frame: Frame | None = None
-    offset: int | None = None
-    length: int = 0
-
-    def open(self, exif_orientation: bool = False) -> Image.Image:
-        """The image as RGB. Raises ImageError."""
-        if self.offset is None:
-            return open_image(self.file, self.frame, exif_orientation)
-        with self._data() as data:
-            # Without the frame number, because the suffix determines the format.
-            name = self.name.removesuffix(f"#{self.frame}")
-            return read_image(data, name, self.frame, exif_orientation)
-
-    def frames(self) -> list[ImageSource]:
-        """One source for each frame of the file, named `name#0`, `name#1` and so on.
-
-        An unreadable file stays one source; opening it raises the error.
-        """
-        try:
-            with self._data() as data:
-                count = count_frames(data, self.name)
-        except Exception:
-            count = 1
-        if count == 1:
-            return [self]
-        return [replace(self, name=f"{self.name}#{i}", frame=i) for i in range(count)]
-
-    def _data(self) -> BinaryIO:
-        if self.offset is None:
-            return open(self.file, "rb")
-        with open(self.file, "rb") as tar:
-            tar.seek(self.offset)
-            return io.BytesIO(tar.read(self.length))
 
 
 @dataclass(frozen=True)
@@ -110,10 +64,13 @@ class ImageList:
     """A list of images on disk, read on demand.
 
     Args:
-        path: CSV or Parquet file, folder, or tar
-        image_key: column of the paths in a table
+        path: CSV, Parquet or Arrow file, folder, tar, or one image
+        image_key: column of the paths, or of the embedded images
         keep_columns: read the other columns as well
         limit: use only the first rows
+
+    `skipped` counts the files of a folder that are not images, by suffix. It is complete after an
+    iteration over the list.
 
     Raises UserError for an invalid list. A broken image raises ImageError when it is opened.
     """
@@ -129,6 +86,7 @@ class ImageList:
             raise UserError(f"{path}: Image list or folder not found.")
         self.path, self.image_key = path, image_key
         self.keep_columns, self.limit = keep_columns, limit
+        self.skipped: Counter[str] = Counter()
 
     def partitions(self, size: int) -> Iterator[Partition]:
         """All partitions in order, each with `size` rows except the last."""
@@ -141,6 +99,7 @@ class ImageList:
             remaining -= len(chunk)
             sources += chunk
             tables += [] if columns is None else [columns.slice(0, len(chunk))]
+            self._check_column_bytes(tables)
             while len(sources) >= size or (sources and remaining == 0):
                 table = pa.concat_tables(tables) if tables else None
                 yield Partition(number, sources[:size], table and table.slice(0, size))
@@ -163,27 +122,53 @@ class ImageList:
     # --- reading rows ---------------------------------------------------------------------
 
     def _chunks(self) -> Iterator[tuple[list[ImageSource], pa.Table | None]]:
-        if self.path.is_dir() or self.path.suffix == TAR:
+        if self.path.is_dir() or is_tar(self.path.name) or has_image_suffix(self.path.name):
             yield from self._folder_chunks()
             return
+        row = 0
         for table in self._tables():
-            names = [str(name) for name in table[self.image_key].to_pylist()]
+            images = table[self.image_key].combine_chunks()
             columns = table.drop_columns([self.image_key]) if self.keep_columns else None
-            yield [ImageSource(name, name) for name in names], columns
+            if not is_embedded(images.type):
+                names = [str(name) for name in images.to_pylist()]
+                yield [ImageSource(name, name) for name in names], columns
+            else:
+                sources, rows = self._embedded_sources(images, row)
+                yield sources, None if columns is None else columns.take(rows)
+            row += len(table)
+
+    def _embedded_sources(
+        self, images: pa.Array, first_row: int
+    ) -> tuple[list[ImageSource], pa.Array]:
+        """The images of a chunk, and the row of each in the chunk."""
+        by_row = embedded_images(self.path, images, first_row)
+        sources = [
+            ImageSource(
+                one.name, str(self.path), column=self.image_key, row=one.row, element=one.element
+            )
+            if one.has_bytes
+            else ImageSource(one.name, one.name)
+            for row in by_row
+            for one in row
+        ]
+        rows = [offset for offset, row in enumerate(by_row) for _ in row]
+        return sources, pa.array(rows, pa.int64())
 
     def _tables(self) -> Iterator[pa.Table]:
-        """Chunks of a CSV or Parquet file with the requested columns."""
+        """Chunks of a table with the requested columns."""
         try:
-            if self.path.suffix == ".parquet":
-                file = pq.ParquetFile(self.path)
-                columns = self._select_columns(file.schema_arrow.names)
-                for batch in file.iter_batches(_CHUNK, columns=columns):
-                    yield self._check_path_type(pa.Table.from_batches([batch]))
+            if self.path.suffix.lower() not in TABLE_SUFFIXES:
+                yield from self._csv_tables()
                 return
-            yield from self._csv_tables()
+            columns: list[str] | None = None
+            if self.path.suffix.lower() == ".parquet":
+                columns = self._select_columns(pq.read_schema(self.path).names)
+            for batch in table_batches(self.path, columns):
+                selected = columns or self._select_columns(batch.schema.names)
+                yield self._check_path_type(pa.Table.from_batches([batch]).select(selected))
         except UserError:
             raise
-        except (ValueError, csv.Error, pa.ArrowInvalid, OSError) as error:
+        except (ValueError, csv.Error, pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}: Cannot read the table ({reason}).") from error
 
@@ -191,7 +176,9 @@ class ImageList:
         """Chunks of a CSV. Every field is a string: "007" stays "007", and "NA" stays "NA"."""
         csv.field_size_limit(MAX_FIELD_LENGTH)
         with open(self.path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            first_line = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=self._delimiter(first_line))
             header = next(reader, [])
             columns = self._select_columns(header)
             indices = [header.index(name) for name in columns]
@@ -206,6 +193,13 @@ class ImageList:
                     )
                 values = [pa.array([row[i] for row in chunk], pa.string()) for i in indices]
                 yield pa.table(dict(zip(columns, values, strict=True)))
+
+    def _delimiter(self, header: str) -> str:
+        """The delimiter with which a header has the column of the paths; else a comma."""
+        for delimiter in _DELIMITERS:
+            if self.image_key in next(csv.reader([header], delimiter=delimiter), []):
+                return delimiter
+        return _DELIMITERS[0]
 
     def _select_columns(self, columns: list[str]) -> list[str]:
         if self.image_key not in columns:
@@ -223,16 +217,34 @@ class ImageList:
 
     def _check_path_type(self, table: pa.Table) -> pa.Table:
         kind = table.schema.field(self.image_key).type
+        if is_embedded(kind):
+            return table
         text = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
             raise UserError(
-                f"{self.path}: Column {self.image_key!r} has type {kind} (expected strings)."
+                f"{self.path}: Column {self.image_key!r} has type {kind} (expected strings, or "
+                "images as bytes, as {bytes, path}, or as lists of them)."
             )
+        for chunk in table[self.image_key].chunks:
+            values = chunk.dictionary if pa.types.is_dictionary(kind) else chunk
+            if (longest := pc.max(pc.utf8_length(values)).as_py() or 0) > MAX_PATH_LENGTH:
+                raise UserError(
+                    f"{self.path}: Column {self.image_key!r} has a value of {longest} characters "
+                    f"(expected paths of at most {MAX_PATH_LENGTH})."
+                )
         return table
 
+    def _check_column_bytes(self, tables: list[pa.Table]) -> None:
+        if (size := sum(table.nbytes for table in tables)) > MAX_COLUMN_BYTES:
+            raise UserError(
+                f"{self.path}: The other columns of a partition are too large (got {size} bytes, "
+                f"expected at most {MAX_COLUMN_BYTES}). Use a smaller --partition_size, or do not "
+                "keep columns."
+            )
+
     def _folder_chunks(self) -> Iterator[tuple[list[ImageSource], pa.Table | None]]:
-        files = _walk(self.path) if self.path.is_dir() else iter([str(self.path)])
-        rows: Iterator[tuple[ImageSource, _Sample]] = (row for f in files for row in _file_rows(f))
+        self.skipped.clear()
+        rows: Iterator[tuple[ImageSource, Sample]] = folder_images(self.path, self.skipped)
         is_empty = True
         while chunk := list(islice(rows, _CHUNK)):
             is_empty = False
@@ -240,7 +252,8 @@ class ImageList:
             table = pa.table(dict(zip(TAR_COLUMNS, columns, strict=True)))
             yield [source for source, _ in chunk], table if self.keep_columns else None
         if is_empty:
-            raise UserError(f"{self.path}: No images found (expected {', '.join(SUFFIXES)}).")
+            skipped = describe_skipped(self.skipped) or "the folder is empty"
+            raise UserError(f"{self.path}: No images found ({skipped}).")
 
 
 class ListDigest:
@@ -257,75 +270,3 @@ class ListDigest:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-_Sample = dict[str, str | None]
-
-
-def _walk(folder: Path | str, ancestors: tuple[str, ...] = ()) -> Iterator[str]:
-    """Images and tars below a folder, sorted by name."""
-    real = os.path.realpath(folder)
-    if real in ancestors:
-        raise UserError(f"{folder}: A symbolic link to its own ancestor {real}. Remove the link.")
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry.path, (*ancestors, real))
-        elif entry.name.lower().endswith((*SUFFIXES, TAR)) or _has_dicom_magic(entry.path):
-            yield entry.path
-
-
-def _has_dicom_magic(path: str) -> bool:
-    """Whether a file is DICOM. Scanners write files without a suffix, or with a numeric one."""
-    try:
-        with open(path, "rb") as data:
-            return medical.detect_format(data, path) == "dicom"
-    except OSError:
-        return False
-
-
-def _file_rows(file: str) -> Iterator[tuple[ImageSource, _Sample]]:
-    """The images of one file: one, or all images of a tar."""
-    if not file.endswith(TAR):
-        yield ImageSource(file, file), dict.fromkeys(TAR_COLUMNS)
-        return
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for key, members in groupby(tar, lambda m: _sample_key(m.name)):
-                # Links are included: they have no content, so opening them reports an error.
-                files = [m for m in members if not m.isdir()]
-                yield from _tar_images(tar, file, key, files)
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
-        with open(file, "rb") as raw:
-            raw.seek(tar.offset)
-            if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                # tarfile does not report this.
-                raise tarfile.ReadError("the end-of-archive block is missing")
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{file}: Cannot read the tar ({error}). Decompress it if it is compressed; download "
-            "it again if it is broken."
-        ) from error
-
-
-def _sample_key(member: str) -> str:
-    """WebDataset: adjacent files with the same name up to the first dot form a sample."""
-    folder, slash, name = member.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-
-def _tar_images(
-    tar: tarfile.TarFile, file: str, key: str, members: list[tarfile.TarInfo]
-) -> Iterator[tuple[ImageSource, _Sample]]:
-    sample: _Sample = {**dict.fromkeys(TAR_COLUMNS), "__key__": escape_name(key)}
-    for member in members:
-        suffix = member.name.rpartition(".")[2].lower()
-        if suffix in TAR_COLUMNS and member.isfile():
-            stream = tar.extractfile(member)
-            assert stream is not None
-            sample[suffix] = stream.read().decode("utf-8", errors="replace")
-    for member in members:
-        if member.name.lower().endswith(SUFFIXES):
-            name = f"{file}/{member.name}"
-            yield ImageSource(name, file, None, member.offset_data, member.size), sample

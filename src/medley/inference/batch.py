@@ -12,7 +12,8 @@ from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
 from medley.generation.engine import MAX_NUM_SEQS
-from medley.inference.model import Model, Prompt
+from medley.inference.interface import Prompt
+from medley.inference.model import Model
 from medley.inference.response import Response
 from medley.utils.files import atomic_file
 from medley.utils.html import render

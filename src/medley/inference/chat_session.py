@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from medley.data.document import ImagePart
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
+from medley.inference.interface import GeneratingModel
 from medley.inference.response import StreamEvent, strip_terminators
 from medley.utils.deprecation import DeprecatedName
-
-if TYPE_CHECKING:
-    from medley.inference.model import Model
 
 
 class ChatSession:
@@ -24,7 +21,7 @@ class ChatSession:
     The engine keeps the keys and values of earlier turns, so that only the new turn is prefilled.
     """
 
-    def __init__(self, model: Model, options: GenerationOptions) -> None:
+    def __init__(self, model: GeneratingModel, options: GenerationOptions) -> None:
         self.model, self.options = model, options
         self.ids: list[int] = [model.vocabulary.bos]  # of all complete turns
         self.num_responses = 0

@@ -9,7 +9,13 @@ from typing import Any, get_args
 
 import torch
 
-from medley.checkpoints.adapter import find_adapter, load_adapter, read_adapter, resolve_base
+from medley.checkpoints.adapter import (
+    find_adapter,
+    load_adapter,
+    overwritten_tensors,
+    resolve_base,
+)
+from medley.checkpoints.adapter_config import AdapterConfig
 from medley.checkpoints.checkpoint import Checkpoint, is_adapter, open_checkpoint
 from medley.errors import UserError
 from medley.inference.model import Model
@@ -107,12 +113,12 @@ def share_base(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
     Both share the base's weights and the tokenizers. The adapter needs memory for its own matrices
     and its cache only. `checkpoint` is the one that `model` was loaded from.
     """
-    config, _ = read_adapter(find_adapter(adapter))
-    init = config.get("init_lora_weights", True)
-    if init not in (True, False, None, "gaussian") or config.get("bias", "none") != "none":
+    folder = find_adapter(adapter)
+    if AdapterConfig.read(folder).changes_base or overwritten_tensors(folder):
         raise UserError(
-            f"{adapter}: the adapter changes weights of its base (init_lora_weights {init!r}, bias "
-            f"{config.get('bias')!r}), which other models share. Merge the adapter first."
+            f"{adapter}: This adapter changes weights of its base, which other models share "
+            "(init_lora_weights, bias, layer_replication, or saved embeddings). Serve it alone, "
+            "or merge it first."
         )
     tensors = (*model.decoder.parameters(), *model.decoder.buffers())
     twin = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})

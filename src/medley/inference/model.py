@@ -18,8 +18,8 @@ from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, GenerationOutput, Mode, Request
 from medley.generation.decoder import Decoder
 from medley.generation.engine import MAX_NUM_SEQS
-from medley.images.preprocess import open_image
 from medley.inference.chat_session import ChatSession
+from medley.inference.interface import Prompt
 from medley.inference.response import Response, StreamEvent, strip_terminators
 from medley.inference.stream_decoder import StreamDecoder
 from medley.utils.deprecation import DeprecatedName, renamed_keywords
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from medley.generation.config import GenerationKeywords
-
-Prompt = Sequence["str | Path | Image.Image | ImagePart"]
 
 
 class Model:
@@ -76,7 +74,9 @@ class Model:
                     f"{self.image_tokenizer.codes_per_image} for this checkpoint."
                 )
             return part
-        image = part.image if part.image is not None else open_image(str(part.path))
+        image = part.image
+        if image is None:
+            image = self.image_tokenizer.open_image(str(part.path))
         codes = tuple(self.image_tokenizer.encode([image])[0].tolist())
         return replace(part, codes=codes)
 

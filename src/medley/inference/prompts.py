@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 
 from medley.data.document import Document, DocumentError, ImagePart
+from medley.data.document_json import read_document
 from medley.data.vocabulary import END_TURN
 from medley.errors import UserError
 from medley.images.remote import fetch_image, is_http_url
 from medley.images.sources import ImageList
-from medley.inference.model import Model, Prompt
+from medley.inference.interface import Prompt
+from medley.inference.model import Model
 from medley.utils.jsonl import json_lines
 
 _FOLDER_PARTITION = 1000  # images of a folder that are listed at a time
@@ -22,18 +26,22 @@ _TYPED_IMAGE = re.compile(r'(?:(?<=\s)|^)@(?:"([^"]+)"|(\S+))')
 def read_prompts(path: Path) -> list[Prompt | Document]:
     """The prompts of a JSON Lines file.
 
-    A line is like that of a documents file: `text` with one `<image>` for each `image_path`, or
-    `messages` that end with the user's. Raises UserError with file and line for an invalid one.
+    A line is like that of a documents file: `text` with one `<image>` for each `image_path`,
+    `messages` that end with the user's, or another layout of `document_json`. Notes on the lines
+    are counted on stderr. Raises UserError with file and line for an invalid one.
     """
     prompts: list[Prompt | Document] = []
+    remarks: Counter[str] = Counter()
     for number, line in json_lines(path):
         where = f"{path}:{number}"
         try:
-            document = Document.from_json(json.loads(line))
+            read = read_document(json.loads(line))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where}: Invalid JSON ({error}).") from error
         except DocumentError as error:
             raise UserError(f"{where}: {error}") from error
+        document = read.document
+        remarks.update(read.remarks)
         if len(document.turns) % 2 == 0:
             raise UserError(
                 f"{where}: The conversation ends with a response, expected the user's turn. "
@@ -43,6 +51,8 @@ def read_prompts(path: Path) -> list[Prompt | Document]:
         prompts.append(list(document.turns[0].parts) if is_single_turn else document)
     if not prompts:
         raise UserError(f"{path}: The file contains no prompts.")
+    for remark, count in remarks.items():
+        print(f"{path}: {remark}: {count} times", file=sys.stderr)
     return prompts
 
 

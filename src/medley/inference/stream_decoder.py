@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from medley.generation import GenerationOutput, Request
+from medley.inference.interface import GeneratingModel
 from medley.inference.response import StreamEvent
-
-if TYPE_CHECKING:
-    from medley.inference.model import Model
 
 
 class StreamDecoder:
@@ -20,7 +17,7 @@ class StreamDecoder:
     A preview comes with every `preview_every` image tokens; 0 for none.
     """
 
-    def __init__(self, model: Model, request: Request, preview_every: int = 0) -> None:
+    def __init__(self, model: GeneratingModel, request: Request, preview_every: int = 0) -> None:
         self.model, self.request, self.preview_every = model, request, preview_every
         self._text_ids: list[int] = []
         self._emitted_text = ""

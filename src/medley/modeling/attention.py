@@ -11,7 +11,9 @@ Shapes: B batch, S sequence, H heads, K head width, N = B S tokens of a batch, c
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -67,7 +69,7 @@ def unavailable_reason(choice: str, dtype: torch.dtype) -> str | None:
 
 
 def sequence_lengths(position_ids: Tensor) -> list[list[int]]:
-    """Positions int64 (B, S) that restart at each document -> the documents' lengths, by sequence."""
+    """Positions int64 (B, S) that restart at each document -> lengths of the documents."""
     lengths = []
     for positions in position_ids.cpu():
         restarts = (positions[1:] != positions[:-1] + 1).nonzero().squeeze(1) + 1
@@ -158,11 +160,22 @@ def _xformers(
     return output.transpose(1, 2)
 
 
-def _mask(*args: Any, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """No mask in training, where the kernel takes the documents' lengths; with a cache, sdpa's."""
-    if q_length == kv_length:
-        return None
-    return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, **kwargs)
+_without_mask: ContextVar[bool] = ContextVar("without_mask", default=False)
+
+
+@contextmanager
+def without_mask() -> Iterator[None]:
+    """In this block the kernels get the documents' lengths, and transformers makes no mask."""
+    token = _without_mask.set(True)
+    try:
+        yield
+    finally:
+        _without_mask.reset(token)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask where the kernel gets the documents' lengths; elsewhere the mask of sdpa."""
+    return None if _without_mask.get() else sdpa_mask(*args, **kwargs)
 
 
 for _name, _kernel in (("sdpa", _sdpa), ("flash", _flash), ("xformers", _xformers)):

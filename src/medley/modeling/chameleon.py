@@ -10,6 +10,7 @@ Shapes: B batch, S sequence, D model width, V vocabulary, N labeled positions.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from medley.data.packing import IGNORE_INDEX
-from medley.modeling.attention import sequence_lengths
+from medley.modeling.attention import sequence_lengths, without_mask
 from medley.modeling.chunked_loss import LOSS_CHUNK, LMHead
 
 
@@ -49,16 +51,19 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
 
     def __init__(self, config: transformers.ChameleonConfig) -> None:
         super().__init__(config)
-        self.lm_head: LMHead = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        # The stock head, with its initial or tied weights, gets a forward that computes the loss.
+        self.lm_head.__class__ = LMHead
 
     @property
     def uses_varlen_attention(self) -> bool:
         """Whether `attention.set_attention` chose a kernel that takes the documents' lengths."""
         return str(self.config._attn_implementation).startswith("medley_")
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -67,36 +72,44 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | float | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Ids int64 (B, S) -> logits (B, S, V), or with labels int64 (B, S) the loss.
 
         Labels are not shifted: the label at a position is predicted from the previous position.
+        `shift_labels` are: the label at a position is predicted from that position.
         The loss is the sum of weighted token losses, divided by `num_items_in_batch` (by default
-        the sum of the weights in this batch). With labels, there is neither a cache nor an
-        attention mask: positions that restart separate packed documents. transformers detects
-        them only without a cache and without a 2-D mask.
+        the sum of the weights in this batch). With labels there is no cache: positions that
+        restart separate packed documents, and transformers detects them only without a cache and
+        without a 2-D mask. Raises ValueError for a mask together with such positions.
         """
-        if labels is not None:
-            if attention_mask is not None:
-                raise ValueError(
-                    "attention_mask is not supported in training. position_ids separate documents."
-                )
+        targets = shift_labels if labels is None or shift_labels is not None else _shifted(labels)
+        documents: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if targets is not None:
             use_cache = False
-            if self.uses_varlen_attention and position_ids is not None:
+            if attention_mask is not None and position_ids is not None and _restarts(position_ids):
+                raise ValueError(
+                    "attention_mask and positions of packed documents exclude each other in "
+                    "training: leave attention_mask out, position_ids separate the documents."
+                )
+            if self.uses_varlen_attention and position_ids is not None and attention_mask is None:
                 kwargs["document_lengths"] = sequence_lengths(position_ids)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+                documents = without_mask()
+        with documents:
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         hidden = outputs.last_hidden_state
-        if labels is not None:
-            loss = self._loss(hidden, labels, num_items_in_batch)
+        if targets is not None:
+            loss = self._loss(hidden, targets, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss)
         if isinstance(logits_to_keep, int):
             selected = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -121,12 +134,13 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         return (labels >= ids[0]) & (labels <= ids[-1])
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | float | None
+        self, hidden: Tensor, shifted: Tensor, num_items: Tensor | int | float | None
     ) -> Tensor:
-        targets = labels[:, 1:].reshape(-1)
+        """Hidden states (B, S, D), labels of the next tokens (B, S) or (B, S - 1) -> the loss."""
+        states = hidden[:, : shifted.shape[1]].reshape(-1, hidden.shape[-1])
+        targets = shifted.reshape(-1)
         positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        targets = targets[positions]
-        states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[positions]
+        targets, states = targets[positions], states[positions]
         weights = self.label_weights(targets)
         image = self._is_image(targets)
         if isinstance(self.lm_head, LMHead):
@@ -145,7 +159,7 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
     def _recompute_loss(
         self, states: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The result of `ChunkedCrossEntropy`; recomputes the logits of a chunk for its gradient."""
+        """Same result as `ChunkedCrossEntropy`. The gradient of a chunk recomputes its logits."""
         total = torch.zeros((), device=states.device)
         losses = [states.new_zeros(0, dtype=torch.float32)]
         # ZeRO-3 gathers the head at each call. The number of calls must be equal on every rank,
@@ -168,6 +182,15 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         log_partition = logits.logsumexp(-1)
         token_loss = log_partition - logits.gather(1, targets[:, None]).squeeze(1)
         return token_loss, self.loss_options.z_loss * log_partition**2
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return labels[:, 1:]
+
+
+def _restarts(position_ids: Tensor) -> bool:
+    """Whether positions restart within a sequence, as those of packed documents do."""
+    return bool((position_ids[:, 1:] < position_ids[:, :-1]).any())
 
 
 def tie_head_norms(decoder: ChameleonForConditionalGeneration) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medley.data.document import Document
 from medley.generation import GenerationOptions
-from medley.inference.model import Prompt
+from medley.inference.interface import Prompt
 from medley.inference.response import StreamEvent
 from medley.serving.stop_strings import StopStringFilter
 from medley.serving.worker import EngineWorker, EventCallback, GenerationJob

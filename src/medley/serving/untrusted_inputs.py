@@ -12,17 +12,17 @@ import io
 import time
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from medley.errors import UserError
 from medley.images import medical
-from medley.images.preprocess import ImageError, read_image, to_rgb
+from medley.images.formats import ImageError, open_pillow
+from medley.images.preprocess import apply_exif_orientation, read_image, to_rgb
 from medley.images.remote import fetch_bytes, is_allowed_host, is_http_url
 from medley.serving.limits import Limits, RequestError
 from medley.vqgan.image_tokenizer import ImageTokenizer
 
 _DATA = "data:"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # in addition to DICOM
 _QUOTED = 80  # characters of a value that an error message quotes
 
 
@@ -105,7 +105,9 @@ class RequestReader:
     def image_from_bytes(self, data: bytes, where: str, name: str = "image") -> Image.Image:
         """The image of a file's contents, called `name` in errors. Raises RequestError."""
         try:
-            return self.tokenizer.square(read_untrusted_image(data, name, self.limits))
+            exif_orientation = self.tokenizer.preprocessing.exif_orientation
+            image = read_untrusted_image(data, name, self.limits, exif_orientation)
+            return self.tokenizer.square(image)
         except ImageError as error:
             raise RequestError(f"{where}: {error}", param=where) from error
 
@@ -116,7 +118,9 @@ def repr_short(value: Any) -> str:
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
 
 
-def read_untrusted_image(data: bytes, name: str, limits: Limits) -> Image.Image:
+def read_untrusted_image(
+    data: bytes, name: str, limits: Limits, exif_orientation: bool = False
+) -> Image.Image:
     """The image of a file's contents as RGB, in its own size.
 
     Raises ImageError for other contents, and for too many pixels before they are decoded.
@@ -130,17 +134,14 @@ def read_untrusted_image(data: bytes, name: str, limits: Limits) -> Image.Image:
             if (frames := medical.count_frames(io.BytesIO(data), kind)) > 1:
                 raise ImageError(f"{name}: Contains {frames} frames. Send one frame.")
             return read_image(io.BytesIO(data), name)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_pillow(io.BytesIO(data), name) as image:
             _check_pixels(image.width * image.height, name, limits)
             if image.format == "TIFF" and _has_second_frame(image):
                 raise ImageError(f"{name}: Contains several frames. Send one frame.")
             image.load()
-            return to_rgb(image)
+            return to_rgb(apply_exif_orientation(image) if exif_orientation else image)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        supported = ", ".join((*FORMATS, "DICOM"))
-        raise ImageError(f"{name}: Unsupported image format (expected {supported}).") from error
     except (UserError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # A corrupt file may raise any exception in a decoder.

@@ -18,7 +18,8 @@ from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
 from medley.generation.engine import MAX_NUM_SEQS
-from medley.inference.model import Model, Prompt
+from medley.inference.interface import Prompt
+from medley.inference.model import Model
 from medley.inference.response import StreamEvent
 from medley.inference.stream_decoder import StreamDecoder
 from medley.serving.limits import Limits, QueueFullError, RequestError

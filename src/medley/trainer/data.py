@@ -103,6 +103,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self.vocabulary, self.config = vocabulary, config
         for source in self.sources:
             check_lengths(source, config.max_length)
+            if config.medmax_labels and source.has_untrained_turns:
+                raise UserError(
+                    f"{source.path}: --compat medmax: MedMax's labels have no weights, but turns "
+                    "of weight 0 must not be trained on. Leave out --compat medmax."
+                )
         self.documents = select_documents(sources, config) if documents is None else documents
         lengths = document_lengths(self.sources, self.documents).tolist()
         if config.pack:
@@ -118,11 +123,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """input_ids, position_ids and labels, int64 (S,), and the index itself."""
         if index >= len(self.sequences):  # blank: one padding token without a label
-            ids = [np.array([self.vocabulary.pad], np.int64)]
+            ids, untrained = [np.array([self.vocabulary.pad], np.int64)], [()]
         else:
-            pairs = (self.documents[i] for i in self.sequences[index])
+            pairs = [self.documents[i] for i in self.sequences[index]]
             ids = [self.sources[source][document] for source, document in pairs]
-        sequence = build_sequence(ids, self.vocabulary, self.config.train_on)
+            untrained = [self.sources[source].untrained_turns(own) for source, own in pairs]
+        sequence = build_sequence(ids, self.vocabulary, self.config.train_on, untrained)
         return {**sequence, SEQUENCE_INDEX: torch.tensor(index)}
 
     def document_names(self, index: int) -> list[str]:
@@ -228,8 +234,8 @@ def open_token_dataset(path: Path, base: Checkpoint, vocabulary: Vocabulary) -> 
     Raises UserError for a file of another token space, without sequences, or with images or ids
     that the base does not have.
     """
-    vqgan, fit, _ = base.vqgan()
-    check_fingerprint(path, base.fingerprint(), str(base.folder), fit)
+    vqgan, preprocessing, _ = base.vqgan()
+    check_fingerprint(path, base.fingerprint(), str(base.folder), preprocessing.describe())
     source = TokenDataset(path)
     if not len(source):
         raise UserError(f"{path}: contains no sequences.")

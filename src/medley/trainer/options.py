@@ -32,6 +32,7 @@ _RESERVED = {
     "warmup_ratio": "--warmup_ratio", "train_sampling_strategy": "--group_by_length",
     "remove_unused_columns": "Medley: all columns are used",
     "prediction_loss_only": "Medley: validation computes losses only",
+    "label_names": "Medley: the labels are called labels",
 }  # fmt: skip
 
 
@@ -57,6 +58,9 @@ class TrainOptions:
         bf16: train in bfloat16
         fp16: train in float16 with loss scaling
         resume: continue from the last complete checkpoint in output_dir
+        resume_anyway: fields of run.json in which the resumed run may differ (or run.json, if it
+            is missing)
+        overwrite: delete the checkpoints and the result of the run in output_dir first
         trainable: weights that are trained
         adapter: adapter to continue training (that of a first stage), instead of a new one
         lora: the same as --trainable lora
@@ -116,6 +120,8 @@ class TrainOptions:
     bf16: bool = False
     fp16: bool = False
     resume: bool = False
+    resume_anyway: list[str] | None = None
+    overwrite: bool = False
     trainable: Trainable = "lora"
     adapter: Path | None = None
     lora: bool = False
@@ -159,6 +165,13 @@ class TrainOptions:
                 self.compat == "medmax" and (self.pack or self.train_on != "assistant")
             ),
             "--bf16 and --fp16 cannot be combined.": self.bf16 and self.fp16,
+            "--resume and --overwrite contradict each other.": self.resume and self.overwrite,
+            "--resume_anyway names fields that a resumed run may change. Add --resume.": (
+                bool(self.resume_anyway) and not self.resume
+            ),
+            "--warmup_ratio must be a fraction of the run, at least 0 and less than 1.": (
+                not 0 <= self.warmup_ratio < 1
+            ),
             "--bs, --grad_acc, --max_samples and --steps must be at least 1.": (
                 min(self.bs, self.grad_acc) < 1
                 or (self.steps is not None and self.steps < 1)
@@ -286,6 +299,9 @@ class TrainOptions:
             "use_cpu": not torch.cuda.is_available(),
             "remove_unused_columns": False,
             "prediction_loss_only": True,
+            # By default every argument of `forward` with "label" in its name: validation would need
+            # `shift_labels` as well, and without it report no losses.
+            "label_names": ["labels"],
             "seed": self.seed,
         }
         # VerifiedCheckpointCallback applies save_total_limit.

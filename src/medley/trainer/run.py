@@ -19,9 +19,9 @@ from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Mode
 from medley.inference.batch import generate_all, save_response
-from medley.inference.prompts import read_prompts
 from medley.inference.loading import local_device
 from medley.inference.model import Model
+from medley.inference.prompts import read_prompts
 from medley.modeling.attention import set_attention
 from medley.modeling.chameleon import LossOptions, tie_head_norms
 from medley.modeling.quantization import quantize_layers
@@ -33,6 +33,7 @@ from medley.trainer.callbacks import (
     SampleCallback,
     write_loss_curve,
 )
+from medley.trainer.checkpoint_safety import check_checkpoint
 from medley.trainer.data import (
     PackedDataset,
     PackingConfig,
@@ -40,6 +41,7 @@ from medley.trainer.data import (
     group_by_task,
     open_token_dataset,
 )
+from medley.trainer.identity import identify_run
 from medley.trainer.options import TrainOptions
 from medley.trainer.parameters import trainable_model
 from medley.trainer.preflight import make_flop_counter
@@ -47,16 +49,9 @@ from medley.trainer.trainer import MixedModalTrainer
 from medley.utils.cli_options import resolved
 from medley.utils.distributed import barrier, is_main_rank, world_size
 from medley.utils.extras import require_extra
-from medley.utils.files import partial_hash, write_json
+from medley.utils.files import write_json
 from medley.utils.manifest import write_manifest
 
-# Options that must not change on --resume, because the following losses depend on them.
-RESUME_INVARIANTS = (
-    "seed", "trainable", "pack", "epoch", "steps", "lr", "lr_scheduler", "warmup_ratio", "train_on",
-    "compat", "max_length", "image_loss_weight", "z_loss", "group_by_length", "bf16", "fp16",
-    "quantize", "lora_r", "lora_alpha", "lora_rslora", "lora_dropout", "lora_target",
-    "tie_head_norms",
-)  # fmt: skip
 SAMPLE_TEXT_TOKENS = 512  # text tokens of a sample, beside those of one image
 
 
@@ -128,16 +123,20 @@ def open_datasets(
     return train, by_task
 
 
-def find_resume_checkpoint(options: TrainOptions, dataset: PackedDataset) -> Path | None:
-    """The checkpoint to resume from; None for a new run. Raises UserError, see `resolve_resume`."""
-    identity = {
-        "world_size": world_size(), "global_bs": options.global_batch_size,
-        "sequences": len(dataset.sequences),
-        "train_data": [partial_hash(source.path) for source in dataset.sources],
-        "zero_stage": options.zero_stage,
-        **{name: getattr(options, name) for name in RESUME_INVARIANTS},
-    }  # fmt: skip
-    return checkpointing.resolve_resume(options.output_dir, options.resume, identity)
+def find_resume_checkpoint(
+    options: TrainOptions, dataset: PackedDataset, base: Checkpoint
+) -> Path | None:
+    """The checkpoint to resume from, proven to contain no code; None for a new run.
+
+    Raises UserError, see `resolve_resume` and `check_checkpoint`.
+    """
+    checkpoint = checkpointing.resolve_resume(
+        options.output_dir, options.resume, identify_run(options, dataset, base),
+        resume_anyway=options.resume_anyway or (), overwrite=options.overwrite,
+    )  # fmt: skip
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def make_model(options: TrainOptions, base: Checkpoint, vocabulary: Vocabulary) -> Any:

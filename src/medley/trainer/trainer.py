@@ -16,6 +16,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from medley.errors import UserError
 from medley.trainer.data import SEQUENCE_INDEX, PackedDataset
 from medley.trainer.preflight import FlopCounter
+from medley.utils.distributed import is_main_rank
+
+SHORT_RUN = 5  # steps; up to this number a run has no warm-up
 
 
 class MixedModalTrainer(Trainer):  # type: ignore[misc]
@@ -40,6 +43,18 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         self._tokens_processed = 0  # on this rank since the last log entry, padding included
         self._last_log_time = time.monotonic()
         self.last_label_weight = 0.0  # of the last step, over all ranks
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Leaves out the warm-up of a very short run.
+
+        A warm-up begins at a learning rate of zero: such a run would learn little, or nothing.
+        """
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup and is_main_rank():
+            print(warmup_notice(warmup, num_training_steps, self.args.learning_rate))
+        if warmup and num_training_steps <= SHORT_RUN:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def decoder(self) -> Any:
@@ -170,6 +185,19 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             "memory_gb": memory_in_use(self.args.device) / 1e9,
             "seconds_left": steps_left * seconds / max(steps, 1),
         }
+
+
+def warmup_notice(warmup: int, steps: int, lr: float) -> str:
+    """What the warm-up does to the first steps."""
+    if steps <= SHORT_RUN:
+        return (
+            f"no warm-up: the run has {steps} steps, and a warm-up begins at learning rate 0. The "
+            f"first step has {lr:g} (--lr)."
+        )
+    return (
+        f"warm-up: the learning rate is 0 in the first step and rises to {lr:g} within {warmup} "
+        f"of {steps} steps"
+    )
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -23,6 +23,8 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from medley.errors import PartialFailure, UserError
 from medley.utils.distributed import is_main_rank
+from medley.utils.termination import STATUS as TERMINATED_STATUS
+from medley.utils.termination import Terminated, sigterm_as_exception
 
 Options = TypeVar("Options")
 RECIPES = "recipes"  # folder of the package with YAML files that `--config NAME` finds
@@ -35,7 +37,7 @@ class Alias:
     Attributes:
         flag: present name of the option
         values: present spelling of deprecated values, where they changed as well
-        when_set: for a deprecated flag without a value: the value of `flag` that it stands for
+        when_set: for a deprecated flag without a value: the value of `flag` that it means
         when_unset: the value of `flag` for its `--no_` form (or `false`)
     """
 
@@ -81,7 +83,7 @@ def make_parser(kind: type[Any], prog: str) -> ArgumentParser:
             extra["default"] = field.default
         else:
             extra["required"] = True
-        if hint is bool:  # --flag, --flag true and --no_flag all work
+        if hint in (bool, bool | None):  # --flag, --flag true and --no_flag all work
             parser.add_argument(name, action=ActionYesNo(no_prefix="no_"), nargs="?", **extra)
         elif (element := _element(hint)) is not None:
             parser.add_argument(name, type=element, nargs="+", **extra)
@@ -139,7 +141,7 @@ def _present_spelling(words: list[str], aliases: Mapping[str, Alias], prog: str)
             present = [f"--{alias.flag}", str(alias.convert(switch)), *given[1:]]
             old, new = flag, " ".join(present[:2])
         else:
-            present = [f"--{'no_' * negated}{alias.flag}", *(alias.convert(v) for v in given)]
+            present = [f"--{'no_' * negated}{alias.flag}", *(str(alias.convert(v)) for v in given)]
             changed = name == alias.flag  # then a value is what is deprecated
             old, new = (
                 (" ".join([flag, *given]), " ".join(present)) if changed else (flag, present[0])
@@ -277,15 +279,19 @@ def run_program(
     """Parses, prints the resolved options, works, and turns user errors into one line.
 
     Returns the exit status: 0; 2 for bad input; 3 if some records or requests failed; 130 after
-    Ctrl-C.
+    Ctrl-C; 143 after SIGTERM.
     """
     try:
-        options = parse(kind, prog, argv)
-        print_resolved(options, prog)
-        work(options)
+        with sigterm_as_exception(prog):
+            options = parse(kind, prog, argv)
+            print_resolved(options, prog)
+            work(options)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except Terminated:
+        sys.stderr.write(f"{prog}: terminated\n")
+        return TERMINATED_STATUS
     except PartialFailure as error:
         sys.stderr.write(f"{prog}: {error}\n")
         return 3

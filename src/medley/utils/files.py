@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,45 +13,40 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
+from medley.utils.temporary_files import disk_errors, temporary_path
 
 HASHED_BYTES = 1 << 20  # `partial_hash` reads as many bytes from each end of a file
+HASHED_SAMPLES, SAMPLE_BYTES = 256, 1 << 12  # `sampled_hash` reads so many samples of this size
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Machines that share a folder may have processes with the same number: add a random part.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
+    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds.
+
+    Raises UserError if the disk is full.
+    """
+    with disk_errors(path), temporary_path(path) as temporary:
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; renames it to `path` if the block succeeds.
 
-    Raises UserError if `path` exists and is not an empty folder.
+    Raises UserError if `path` exists and is not an empty folder, or if the disk is full.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
             f"{path}: already exists and is not empty. Name another folder or remove it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir()
+    with disk_errors(path), temporary_path(path, folder=True) as temporary:
         yield temporary
         if path.exists():
             path.rmdir()
         temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def nearest_parent(path: Path) -> Path:
@@ -112,11 +106,27 @@ def read_json(path: Path) -> Any:
     Raises UserError for a file that is missing or not JSON.
     """
     try:
+        refuse_lfs_pointer(path)
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS left a pointer in place of the file's content."""
+    with open(path, "rb") as handle:
+        return handle.read(40).startswith(b"version https://git-lfs")
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for a pointer of Git LFS."""
+    if is_lfs_pointer(path):
+        raise UserError(
+            f"{path}: The file is a Git LFS pointer, not the data. Fetch the data with "
+            "`git lfs pull`."
+        )
 
 
 def partial_hash(path: Path) -> str:
@@ -128,6 +138,19 @@ def partial_hash(path: Path) -> str:
         if size > HASHED_BYTES:
             handle.seek(max(HASHED_BYTES, size - HASHED_BYTES))
             digest.update(handle.read(HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def sampled_hash(path: Path) -> str:
+    """SHA-256 of a file's size and of samples all over it: other weights give another hash."""
+    size = path.stat().st_size
+    if size <= HASHED_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as handle:
+        for number in range(HASHED_SAMPLES):
+            handle.seek(number * (size - SAMPLE_BYTES) // (HASHED_SAMPLES - 1))
+            digest.update(handle.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medley.errors import UserError
-from medley.utils.files import atomic_file
+from medley.utils.files import atomic_file, refuse_lfs_pointer
 
 
 def jsonl_line(row: Any) -> str:
@@ -40,6 +40,7 @@ def append_jsonl(path: Path, row: Any) -> None:
 def json_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines of a UTF-8 text file, LF or CRLF, blank lines left out."""
     try:
+        refuse_lfs_pointer(path)
         with open(path, encoding="utf-8-sig", newline="\n") as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
@@ -73,6 +74,7 @@ class LineRange:
 def line_ranges(path: Path, size: int = 1 << 17) -> Iterator[LineRange]:
     """Cuts a text file into ranges of about `size` bytes; a line that is longer has its own."""
     try:
+        refuse_lfs_pointer(path)
         file = open(path, "rb")  # noqa: SIM115  # closed below; opening is what may fail
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error

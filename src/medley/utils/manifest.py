@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_fingerprint(path: Path, expected: str, checkpoint: str, fit: str | None = None) -> None:
+def check_fingerprint(
+    path: Path,
+    expected: str,
+    checkpoint: str,
+    preprocessing: Mapping[str, str | bool] | None = None,
+) -> None:
     """Compares the token space of a file or folder with that of a checkpoint.
 
     Raises UserError if the token spaces differ. Warns if the manifest has no token space, and if
-    `fit` is given and the images were fitted into squares in another way.
+    `preprocessing` is given and the images became squares in another way.
 
     Args:
         path: file or folder with image tokens
         expected: fingerprint of the checkpoint's token space
         checkpoint: name of the checkpoint, for messages
-        fit: how the checkpoint fits images into squares
+        preprocessing: how the checkpoint makes squares of images, by the manifest's names
     """
     manifest = read_manifest(path)
     found = manifest.get("token_space")
-    if fit is not None and manifest.get("fit") not in (None, fit):
-        warnings.warn(
-            f"{path}: the images were tokenized with --fit {manifest['fit']}, {checkpoint} uses "
-            f"{fit}. In use the model will see images that are cropped or padded in another way "
-            "than in training.",
-            stacklevel=2,
-        )
+    recorded = read_preprocessing(manifest)
+    for name, value in (preprocessing or {}).items():
+        if recorded.get(name) not in (None, value):
+            warnings.warn(
+                f"{path}: The images were tokenized with --{name} {_flag(recorded[name])}, "
+                f"{checkpoint} uses {_flag(value)}. In use the model will see images that are "
+                "cropped, padded or rotated in another way than in training.",
+                stacklevel=2,
+            )
     if found is None:
         warnings.warn(
             f"{path}: the token space is unknown. Make sure that its image codes come from the "
@@ -87,6 +94,16 @@ def check_fingerprint(path: Path, expected: str, checkpoint: str, fit: str | Non
             f"{manifest_path(path)}, {checkpoint} has {expected[:12]}). Tokenize the images again "
             "with this checkpoint."
         )
+
+
+def read_preprocessing(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How images became squares, by the manifest of their codes; None where it does not say."""
+    run = manifest.get("run") or {}  # Medley 0.1 recorded `exif_orientation` there
+    return {name: manifest.get(name, run.get(name)) for name in ("fit", "exif_orientation")}
+
+
+def _flag(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def _git_commit() -> str | None:

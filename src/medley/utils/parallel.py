@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import os
+import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from medley.errors import UserError
@@ -16,6 +22,8 @@ from medley.errors import UserError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 PENDING_PER_WORKER = 3
+PARENT_CHECK_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 def ordered_map(
@@ -38,7 +46,8 @@ def ordered_map(
     can_fork = sys.platform == "linux"
     context = multiprocessing.get_context("fork" if can_fork else "spawn")
     pending: deque[Future[Value]] = deque()
-    with ProcessPoolExecutor(workers, context, None if can_fork else prepare) as pool:
+    start = partial(_start_worker, os.getpid(), None if can_fork else prepare)
+    with ProcessPoolExecutor(workers, context, start) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
@@ -52,3 +61,29 @@ def ordered_map(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(parent: int, prepare: Callable[[], None] | None) -> None:
+    """Prepares a worker process: it ends with its parent, and leaves Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)  # the parent's, which a forked process shares
+    end_with_parent(parent)
+    if prepare is not None:
+        prepare()
+
+
+def end_with_parent(parent: int) -> None:
+    """Makes this process end when process `parent` ends, even if that one is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.images.preprocess import Fit
+from medley.images.preprocess import Preprocessing
 from medley.tiny.embedded import TINY, checkpoint_folder
 from medley.utils.files import atomic_file, read_json
 from medley.utils.tensor_files import ShardedTensors, check_names, load_pickle
@@ -29,12 +29,12 @@ class LoadedVQGAN(NamedTuple):
     """A VQGAN in float32 on the CPU. Without `has_decoder`, its decoder has random weights."""
 
     vqgan: VQGAN
-    fit: Fit
+    preprocessing: Preprocessing
     has_decoder: bool
 
 
 def vqgan_folder(path: str | Path) -> Path | None:
-    """The folder with `vqgan.yaml` and `vqgan.ckpt` of a checkpoint; None if there is none.
+    """The folder with `vqgan.yaml` and `vqgan.ckpt` of a checkpoint, or None.
 
     `path` is that folder, a checkpoint with a folder `tokenizer`, `CKPT/models/7b`, or `tiny`.
     """
@@ -51,7 +51,7 @@ def vqgan_folder(path: str | Path) -> Path | None:
 def open_vqgan(path: str | Path) -> LoadedVQGAN:
     """The VQGAN of a checkpoint in any layout, of a folder with only a VQGAN, or of `tiny`.
 
-    Raises UserError if there is none, or if its files are incomplete.
+    Raises UserError if no VQGAN is found or if its files are incomplete.
     """
     found = vqgan_folder(path)
     if found is not None:
@@ -60,7 +60,7 @@ def open_vqgan(path: str | Path) -> LoadedVQGAN:
     if not folder.is_dir():
         raise UserError(f"{path}: Folder not found (expected a checkpoint, or `{TINY}`).")
     if (folder / "config.json").is_file():
-        return LoadedVQGAN(_read_encoder(folder), "crop", has_decoder=False)
+        return LoadedVQGAN(_read_encoder(folder), Preprocessing(), has_decoder=False)
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{path}: An adapter has no VQGAN. Name its base checkpoint.")
     raise UserError(
@@ -69,8 +69,8 @@ def open_vqgan(path: str | Path) -> LoadedVQGAN:
     )
 
 
-def read_vqgan(folder: Path) -> tuple[VQGAN, Fit]:
-    """`vqgan.yaml` and `vqgan.ckpt` in a folder -> VQGAN with its decoder, and its fit."""
+def read_vqgan(folder: Path) -> tuple[VQGAN, Preprocessing]:
+    """`vqgan.yaml` and `vqgan.ckpt` in a folder -> VQGAN with decoder, and its preprocessing."""
     yaml_path, weights_path = folder / "vqgan.yaml", folder / "vqgan.ckpt"
     if not yaml_path.is_file():
         raise UserError(f"{yaml_path}: File not found. A VQGAN needs vqgan.yaml and vqgan.ckpt.")
@@ -84,21 +84,41 @@ def read_vqgan(folder: Path) -> tuple[VQGAN, Fit]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    fit = (parsed.get("preprocessing") or {}).get("fit", "crop")
-    if fit not in ("crop", "pad"):
-        raise UserError(
-            f"{yaml_path}: Invalid preprocessing.fit (got {fit!r}, expected crop or pad)."
-        )
+    preprocessing = _parse_preprocessing(parsed.get("preprocessing"), yaml_path)
     loaded = load_pickle(weights_path)
     state = loaded.get("state_dict", loaded)
     state = {name: t for name, t in state.items() if not name.startswith(_TRAINING_ONLY)}
-    return build_vqgan(config, state, str(weights_path)), fit
+    return build_vqgan(config, state, str(weights_path)), preprocessing
 
 
-def write_vqgan(folder: Path, vqgan: VQGAN, fit: Fit) -> None:
+def _parse_preprocessing(entry: object, where: Path) -> Preprocessing:
+    """The entry `preprocessing` of `vqgan.yaml`. Chameleon's own files have none."""
+    if entry is None:
+        return Preprocessing()
+    allowed: dict[str, tuple[object, ...]] = {
+        "fit": ("crop", "pad"),
+        "exif_orientation": (True, False),
+    }
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: Invalid preprocessing (got {entry!r}, expected a mapping).")
+    for name, value in entry.items():
+        if name not in allowed:
+            raise UserError(
+                f"{where}: Unknown preprocessing.{name} (expected {' or '.join(allowed)}). "
+                "Update Medley if a newer version wrote the file."
+            )
+        if type(value) not in (str, bool) or value not in allowed[name]:
+            raise UserError(
+                f"{where}: Invalid preprocessing.{name} (got {value!r}, expected "
+                f"{' or '.join(yaml.safe_dump(c).split()[0] for c in allowed[name])})."
+            )
+    return Preprocessing(**entry)
+
+
+def write_vqgan(folder: Path, vqgan: VQGAN, preprocessing: Preprocessing) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "vqgan.yaml") as temporary:
-        content = {**vqgan.config.to_yaml(), "preprocessing": {"fit": fit}}
+        content = {**vqgan.config.to_yaml(), "preprocessing": preprocessing.describe()}
         temporary.write_text(yaml.safe_dump(content), encoding="utf-8")
     state = {name: t.detach().cpu().contiguous() for name, t in vqgan.state_dict().items()}
     with atomic_file(folder / "vqgan.ckpt") as temporary:

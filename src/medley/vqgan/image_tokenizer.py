@@ -16,8 +16,12 @@ from torch import Tensor
 
 from medley.errors import UserError
 from medley.images.preprocess import (
+    CHAMELEON_PREPROCESSING,
     PREPROCESSING_VERSION,
-    Fit,
+    Frame,
+    Preprocessing,
+    apply_exif_orientation,
+    open_image,
     resize_square,
     to_pil,
     to_pixels,
@@ -34,14 +38,14 @@ _FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
 class ImageTokenizer:
     """A VQGAN with its preprocessing. Without a decoder it encodes images and cannot decode codes.
 
-    `fit` is the way images become squares. It belongs to the checkpoint. The tokenizer takes over
-    `vqgan`: it moves and converts the module in place.
+    `preprocessing` is the way images become squares. It belongs to the checkpoint. The tokenizer
+    takes over `vqgan`: it moves and converts the module in place.
     """
 
     def __init__(
         self,
         vqgan: VQGAN,
-        fit: Fit = "crop",
+        preprocessing: Preprocessing = CHAMELEON_PREPROCESSING,
         has_decoder: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -49,7 +53,7 @@ class ImageTokenizer:
         self.fingerprint = token_space_fingerprint(vqgan)  # before the dtype changes
         self.device = torch.device(device)
         self.vqgan = vqgan.to_compute(self.device, dtype)
-        self.fit = fit
+        self.preprocessing = preprocessing
         self.has_decoder = has_decoder
         self.dtype = dtype
         self._reference_encoder: Encoder | None = None
@@ -62,8 +66,7 @@ class ImageTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> ImageTokenizer:
         """Opens the VQGAN of a checkpoint in any layout, of a folder with a VQGAN, or of `tiny`."""
-        vqgan, fit, has_decoder = open_vqgan(path)
-        return cls(vqgan, fit, has_decoder, device, dtype)
+        return cls(*open_vqgan(path), device, dtype)
 
     @property
     def size(self) -> int:
@@ -74,17 +77,26 @@ class ImageTokenizer:
     def codes_per_image(self) -> int:
         return self.vqgan.config.codes_per_image
 
+    def open_image(self, path: str | Path, frame: Frame | None = None) -> Image.Image:
+        """Reads an image file as RGB, as the preprocessing specifies. Raises ImageError."""
+        return open_image(path, frame, self.preprocessing.exif_orientation)
+
     def square(self, image: Image.Image) -> Image.Image:
         """An RGB image -> the small square that is encoded. Both give the same image codes."""
-        return resize_square(image, self.size, self.fit)
+        return resize_square(self._upright(image), self.size, self.preprocessing.fit)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image of any mode -> float32 (3, size, size) in [-1, 1]."""
-        return to_pixels(image, self.size, self.fit)
+        return to_pixels(self._upright(image), self.size, self.preprocessing.fit)
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        """Obeys the EXIF tag that an image opened by the caller still has."""
+        return apply_exif_orientation(image) if self.preprocessing.exif_orientation else image
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """Images of any mode and size -> image codes int64 (B, C), on the CPU."""
-        squares = [to_uint8_square(image, self.size, self.fit) for image in images]
+        fit = self.preprocessing.fit
+        squares = [to_uint8_square(self._upright(image), self.size, fit) for image in images]
         return self.encode_bytes(torch.stack(squares)).cpu()
 
     def encode_bytes(self, squares: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from medley.errors import UserError
 from medley.images.dataloader import ImageDataset, image_batches
-from medley.images.sources import ImageSource, Partition
+from medley.images.image_source import ImageSource
+from medley.images.sources import Partition
 from medley.utils.distributed import is_main_rank, rank, world_size
 from medley.utils.files import escape_name
 

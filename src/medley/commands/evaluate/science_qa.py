@@ -124,7 +124,7 @@ def adjudicate(options: AdjudicateOptions) -> None:
         science_qa_judge.check_complete(path, answers, wanted)
     placeholders = ("question", "first", "second")
     templates = read_templates(options.judge_prompts, system=(), question=placeholders)
-    differing = science_qa_judge.disagreements(wanted, first, second)
+    differing = science_qa_judge.disagreements(wanted, first, second, problems)
     requests = {
         name: science_qa_judge.judge_messages(
             options.base_dir, name, problems[name],

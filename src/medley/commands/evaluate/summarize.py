@@ -18,8 +18,8 @@ class SummarizeOptions:
     """Summarizes a judge's scores.
 
     Args:
-        input: JSONL file of reviews; LLaVA-Med's with the judge's reply in gpt_eval or result, or
-            LLaVA's with tuple or score
+        input: JSONL file of reviews, with the judge's reply in gpt_eval or result (LLaVA-Med) or
+            content (LLaVA), or else with its scores in tuple or score (LLaVA)
         output: JSON file of the summaries
         compat: llava_med or llava reproduces the published parser and summary
     """

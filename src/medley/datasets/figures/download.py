@@ -17,6 +17,7 @@ from typing import Any
 from medley.errors import UserError
 from medley.images.remote import HttpOnlyRedirects, is_http_url
 from medley.utils.files import escape_name
+from medley.utils.temporary_files import exclusive, temporary_path
 
 _CHUNK = 1 << 16  # bytes
 _PERMANENT_ERRORS = (400, 401, 403, 404, 405, 410, 451)  # statuses that a retry does not change
@@ -57,13 +58,34 @@ def download(
 ) -> None:
     """Downloads a file to `path`, which appears only when it is complete and verified.
 
-    Received bytes stay in `.NAME.part`; the next attempt, or the next run, requests the rest.
-    Raises FetchError after the last attempt, or at once if the server reports a permanent error.
+    Received bytes stay in `.NAME.part`; the next attempt, or the next run, requests the rest. If
+    another run is downloading the same file, this one uses a name of its own. Raises FetchError
+    after the last attempt, or at once if the server reports a permanent error.
     """
     if not is_http_url(url):
         raise FetchError(f"{escape_name(url)}: Not an http or https URL.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    with exclusive(part.with_name(f"{part.name}.lock")) as alone:
+        if alone:
+            _download(url, path, part, policy, size, sha256, sleep)
+            return
+    with temporary_path(path) as own:
+        try:
+            _download(url, path, own, policy, size, sha256, sleep)
+        finally:
+            _remove(own)
+
+
+def _download(
+    url: str,
+    path: Path,
+    part: Path,
+    policy: RetryPolicy,
+    size: int | None,
+    sha256: str | None,
+    sleep: Callable[[float], None],
+) -> None:
     reason = ""
     for attempt in range(policy.max_retries + 1):
         if attempt:

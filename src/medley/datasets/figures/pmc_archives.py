@@ -22,10 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from medley.datasets.figures.download import FetchError, RetryPolicy, download, file_sha256
 from medley.errors import UserError
+from medley.images.formats import open_pillow
 from medley.utils.files import atomic_file, escape_name
 from medley.utils.jsonl import json_lines
 
@@ -230,9 +229,9 @@ def _failure(figure: Figure, reason: str) -> Outcome:
 
 def _write(figure: Figure, data: bytes, folder: Path) -> Outcome:
     try:
-        with Image.open(io.BytesIO(data)):
+        with open_pillow(io.BytesIO(data), figure.member):
             pass
-    except (OSError, Image.DecompressionBombError, ValueError):
+    except (OSError, ValueError, SyntaxError):
         return _failure(figure, f"{figure.member} is not an image in a supported format.")
     with atomic_file(figure_path(folder, figure.identifier)) as temporary:
         temporary.write_bytes(data)

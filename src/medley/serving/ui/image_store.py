@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from medley.images.preprocess import ImageError
+from medley.images.formats import ImageError, open_pillow
 from medley.serving.limits import Limits, RequestError
 from medley.serving.untrusted_inputs import read_untrusted_image
 from medley.utils.html import data_url
@@ -72,7 +72,7 @@ class StoredImage:
     @property
     def display_image(self) -> Image.Image:
         self._touch()
-        with Image.open(self.display_path) as image:
+        with open_pillow(self.display_path, self.name) as image:
             return image.convert("RGB")
 
     @property
@@ -93,9 +93,13 @@ class StoredImage:
 
 
 class ImageStore:
-    """Image files of one folder, named by their content."""
+    """Image files of one folder, named by their content.
 
-    def __init__(self, folder: Path) -> None:
+    `exif_orientation`: display uploads rotated as their EXIF tag specifies, as the models see them.
+    """
+
+    def __init__(self, folder: Path, exif_orientation: bool = False) -> None:
+        self.exif_orientation = exif_orientation
         self.folder, self.previews = folder / "images", folder / "previews"
         for subfolder in (self.folder, self.previews):
             subfolder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,7 @@ class ImageStore:
         path = Path(file)
         try:
             data = path.read_bytes()
-            image = read_untrusted_image(data, path.name, limits)
+            image = read_untrusted_image(data, path.name, limits, self.exif_orientation)
         except OSError as error:
             raise RequestError(f"{path.name}: {error.strerror}. Upload it again.") from error
         except ImageError as error:

@@ -73,7 +73,11 @@ class WebUI:
     ) -> None:
         self.state = state
         self.status = ServerStatus(state)
-        store = ImageStore(private_folder() / "conversations")
+        obey_exif = all(
+            worker.model.image_tokenizer.preprocessing.exif_orientation
+            for worker in state.workers.values()
+        )
+        store = ImageStore(private_folder() / "conversations", obey_exif)
         feedback = FeedbackLog(feedback_dir) if feedback_dir is not None else None
         self.handlers = Handlers(state, store, feedback)
         example_folder = private_folder() / "examples"

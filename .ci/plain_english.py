@@ -1,6 +1,6 @@
 """Lists words and phrases that this project replaces by the field's terms (docs/glossary.md).
 
-    python tools/plain_english.py [FILES...]
+    python .ci/plain_english.py [FILES...]
 
 Without FILES it reads every tracked text of the project, except the changelog, the experiment log,
 recorded cases and this file. A line that must keep such a word, since it is a deprecated alias or
@@ -43,7 +43,7 @@ REPLACEMENTS = {
     "nothing": r"(?i)\bof the field\b",
 }
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".html", ".js", ".sh", ".toml"}
-SKIPPED = ("docs/log.md", "CHANGELOG.md", "tests/golden/", "tools/plain_english.py")
+SKIPPED = ("docs/log.md", "CHANGELOG.md", "tests/golden/", ".ci/plain_english.py")
 ALIAS = re.compile(r"(# alias|<!-- alias -->)\s*$")
 
 

@@ -1,3 +1,5 @@
+"""Metrics of a VQGAN, LPIPS, and the discriminator."""
+
 from __future__ import annotations
 
 import math
@@ -33,7 +35,7 @@ def test_usage_and_perplexity() -> None:
     assert CodeUsage(8).perplexity == 1
 
 
-def test_lpips_is_what_its_formula_says(tmp_path: Path) -> None:
+def test_lpips_follows_its_formula(tmp_path: Path) -> None:
     torch.manual_seed(0)
     distance = PerceptualDistance()
     state = {f"features.{p}.{n}": t for p, m in distance.features.items()
@@ -48,12 +50,12 @@ def test_lpips_is_what_its_formula_says(tmp_path: Path) -> None:
     assert torch.allclose(loaded(one, other), loaded(other, one))
 
     def features(x: torch.Tensor) -> list[torch.Tensor]:
-        """The first stage by hand; the others only for their number."""
+        """The first stage, computed by hand."""
         x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
             [0.458, 0.448, 0.450]
         ).view(3, 1, 1)
-        for place in (0, 2):
-            weights = state[f"features.{place}.weight"], state[f"features.{place}.bias"]
+        for layer in (0, 2):
+            weights = state[f"features.{layer}.weight"], state[f"features.{layer}.bias"]
             x = torch.relu(torch.nn.functional.conv2d(x, *weights, padding=1))
         return [x / x.norm(dim=1, keepdim=True)]
 
@@ -67,10 +69,10 @@ def test_lpips_is_what_its_formula_says(tmp_path: Path) -> None:
         PerceptualDistance.from_files(tmp_path / "empty.pth", tmp_path / "lin.pth")
 
 
-def test_the_discriminator_scores_patches_of_each_picture_alone() -> None:
-    judge = PatchDiscriminator(width=32)
+def test_discriminator_scores_do_not_depend_on_the_batch() -> None:
+    discriminator = PatchDiscriminator(width=32)
     pixels = torch.rand(3, 3, 64, 64)
-    scores = judge(pixels)
+    scores = discriminator(pixels)
     assert scores.shape == (3, 1, 6, 6)
-    assert torch.allclose(judge(pixels[:1]), scores[:1], atol=1e-5)
+    assert torch.allclose(discriminator(pixels[:1]), scores[:1], atol=1e-5)
     assert math.isfinite(float(scores.detach().sum()))
