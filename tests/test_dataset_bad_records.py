@@ -28,8 +28,14 @@ def turns(*messages: tuple[Any, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (turns(("human", "Q"), ("gpt", "A")), "placeholders differs from the number of images (got 0, expected 1"),
-        (turns(("human", "<image><image>"), ("gpt", "A")), "differs from the number of images (got 2, expected 1"),
+        (
+            turns(("human", "Q"), ("gpt", "A")),
+            "placeholders differs from the number of images (got 0, expected 1",
+        ),
+        (
+            turns(("human", "<image><image>"), ("gpt", "A")),
+            "differs from the number of images (got 2, expected 1",
+        ),
         (turns(("gpt", "<image>"), ("human", "A")), "Message 0 has an invalid sender (got str"),
         (turns(("human", "<image>"), ("human", "A")), "Message 1 has an invalid sender"),
         (turns(("system", "<image>")), "expected human"),

@@ -71,7 +71,7 @@ def test_llava_images_stay_at_their_placeholders(folder: Path) -> None:
         "First: ", "#", "\nSecond: ", "#", "\nWhat changed?"]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["img", "pictures", "figure", "x_ray", "photo_paths"])
+@pytest.mark.parametrize("key", ["img", "pics", "figure", "x_ray", "photo_paths"])
 @pytest.mark.parametrize(
     ("source", "record"),
     [

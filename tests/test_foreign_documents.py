@@ -75,7 +75,7 @@ def data_url() -> str:
         ({"messages": None, "text": "a<image>", "image_path": ["x.png"]}, ["x.png"], 2),
     ],
 )  # fmt: skip
-def test_pictures_become_words_common_layouts_are_read(row: Any, paths: Any, parts: int) -> None:
+def test_images_of_common_layouts_are_read(row: Any, paths: Any, parts: int) -> None:
     document = Document.from_json(row)
     assert [part.path for part in document.images] == paths
     assert len(document.turns[0].parts) == parts
@@ -87,9 +87,9 @@ def test_the_image_of_anole_is_after_the_text_without_a_placeholder() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["img_path", "image_paths", "pictures", "photo", "file"])
+@pytest.mark.parametrize("key", ["img_path", "image_paths", "pics", "photo", "file"])
 @pytest.mark.parametrize("text", [True, False])
-def test_pictures_become_words_names_the_key_that_is_not_read(key: str, text: bool) -> None:
+def test_unread_image_key_is_named(key: str, text: bool) -> None:
     row = {"text": "<image>a"} if text else chat("<image>What?")
     with pytest.raises(DocumentError, match=rf"placeholders \(1\) .* images \(0\).*'{key}'"):
         Document.from_json({**row, key: ["p0.png"]})

@@ -11,7 +11,9 @@ from medley.datasets.readers import records_of
 from medley.errors import UserError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
-ROW_ID = "medley_row"  # marks a record of a table without an id; its "id" is made of file and row
+ROW_ID = (
+    "medley_row"  # identifies a record of a table without an id; its "id" is made of file and row
+)
 _SPLIT_NAMES = {
     "train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
     "test": "test",
@@ -66,7 +68,7 @@ def records_at(path: Path) -> Iterator[RawRecord]:
 def table_records(
     config: ConversionConfig, published: Mapping[str, Sequence[str]]
 ) -> Iterator[RawRecord] | None:
-    """The records of the tables at the input; None if there are none, or a published file.
+    """The records of the tables at the input; None if there are no tables, or a published file.
 
     A record without an id gets one of its file and row. Raises UserError for a split without files.
     """

@@ -72,7 +72,6 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | float | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Ids int64 (B, S) -> logits (B, S, V), or with labels int64 (B, S) the loss.
@@ -84,6 +83,8 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         restart separate packed documents, and transformers detects them only without a cache and
         without a 2-D mask. Raises ValueError for a mask together with such positions.
         """
+        # Not a named parameter: transformers' Trainer would take it for a column of the data.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         targets = shift_labels if labels is None or shift_labels is not None else _shifted(labels)
         documents: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if targets is not None:
