@@ -244,7 +244,10 @@ def test_subset_is_balanced_over_domains(folder: Path, tmp_path: Path) -> None:
     assert [int(row["id"]) for row in read_rows(out)] == list(range(8))
 
 
-@pytest.mark.skipif(not VQA_RAD.is_dir(), reason="shared/data/vqa_rad is missing")
+@pytest.mark.skipif(
+    not VQA_RAD.is_dir(),
+    reason="needs VQA-RAD in ../shared/data, which is not part of the repository",
+)
 def test_published_vqa_rad_is_recognized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

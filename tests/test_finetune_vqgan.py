@@ -168,7 +168,10 @@ def test_training_only_the_decoder_changes_no_code(
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data in ../shared/data")
+@pytest.mark.skipif(
+    not DATA.is_dir(),
+    reason="needs real images in ../shared/data, which is not part of the repository",
+)
 @pytest.mark.parametrize("name", ["vqa_rad", "bccd"])
 def test_finetuning_improves_real_images_and_the_result_loads(
     name: str, tmp_path: Path, program: Callable[..., Any]

@@ -74,7 +74,9 @@ def test_empty_folder_and_broken_file_raise(tmp_path: Path) -> None:
         ImageTokenStore(tmp_path)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not available")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="needs ../shared/data, which is not part of the repository"
+)
 def test_real_chameleon_codes_round_trip(tokenizer: TextTokenizer) -> None:
     store = ImageTokenStore(REAL / "partition_0_rank_0.parquet")
     assert len(store) == 7

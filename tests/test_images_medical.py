@@ -181,7 +181,9 @@ def test_error_names_truncated_nifti_file(tmp_path: Path, length: int) -> None:
         open_image(f"{path}#0")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not available")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason="needs ../shared/data, which is not part of the repository"
+)
 def test_real_files_are_read() -> None:
     files = sorted(REAL.glob("*/*.*"))
     assert len(files) == 9
