@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.utils.files import read_json
+from medley.utils.files import read_json, refuse_lfs_pointer
 
 SAFETENSORS = ".safetensors"
 _INDEX = {
@@ -86,12 +86,7 @@ def check_weights_file(path: Path) -> None:
     """Raises UserError if a file is missing or is a Git LFS pointer."""
     if not path.is_file():
         raise UserError(f"{path}: File not found.")
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{path}: This is a Git LFS pointer, not the weights. Run `git lfs pull` in the "
-                "repository that the file comes from."
-            )
+    refuse_lfs_pointer(path)
 
 
 def check_names(expected: Iterable[str], found: Iterable[str], where: str) -> None:
