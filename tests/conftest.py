@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,32 @@ INTERRUPTIBLE = (
     "del sys.argv[0]; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 )
+
+
+# DeepSpeed's extension, for the tests alone: a training run that a test kills may be building it,
+# and the lock that it leaves must neither stop a later test nor a user's own runs.
+VERSIONS = f"torch-{version('torch')}-deepspeed-{version('deepspeed')}"
+EXTENSIONS = ROOT / "build" / "torch_extensions" / VERSIONS
+BUILD_EXTENSION = (
+    "from deepspeed.accelerator import get_accelerator as accelerator; "
+    "accelerator().create_op_builder('ShareMemCommBuilder').load()"
+)
+
+
+def pytest_configure() -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Builds DeepSpeed's extension once per checkout (half a minute), before any worker starts."""
+    is_worker = hasattr(session.config, "workerinput")
+    is_quick = "not slow" in session.config.getoption("markexpr")
+    if is_worker or is_quick or list(EXTENSIONS.glob("*/*.so")):
+        return
+    shutil.rmtree(EXTENSIONS, ignore_errors=True)  # what a build that was killed has left
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", BUILD_EXTENSION], env=environment, check=True)
 
 
 def golden(name: str) -> Any:
