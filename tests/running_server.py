@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 import medley
 from medley.serving.app import make_app
+from medley.serving.connection import ServerConfig
 from medley.serving.limits import Limits
 from medley.serving.state import ServerState
 
@@ -34,18 +35,18 @@ class RunningServer:
         max_num_seqs: int = 8,
         configure: Callable[[FastAPI, ServerState], object] | None = None,
         names: Sequence[str] = ("tiny",),
+        allowed_origins: Sequence[str] = (),
     ) -> None:
         models = {name: medley.load("tiny") for name in names}
         self.state = ServerState.of_models(models, limits, token, max_num_seqs)
         self.worker = self.state.workers[names[0]]
         self.model = self.worker.model
-        app = make_app(self.state)
+        app = make_app(self.state, allowed_origins)
         if configure is not None:
             configure(app, self.state)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="critical", access_log=False)
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(ServerConfig(app, limits, log_level="critical"))
         self.loop: asyncio.AbstractEventLoop | None = None
 
         async def serve() -> None:
@@ -75,7 +76,7 @@ class RunningServer:
         """Aborts every connection, like a network failure; the server keeps running."""
         assert self.loop is not None
         for connection in list(self.server.server_state.connections):
-            self.loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore[union-attr]
+            self.loop.call_soon_threadsafe(connection.transport.abort)
 
     def becomes_idle(self) -> bool:
         """Waits until no request runs or waits; False after 20 seconds."""

@@ -26,9 +26,12 @@ PROMPT = "Show me a CT scan of the head."
 
 @pytest.mark.slow
 def test_sigterm_finishes_running_requests_and_rejects_new_ones(tmp_path: Path) -> None:
-    process, url = start_server(tmp_path / "log", 0)
+    origin = "http://localhost:5173"
+    process, url = start_server(tmp_path / "log", 0, "--allowed_origins", origin)
     try:
         assert cli.main(["serve", "--probe", url]) == 0
+        models = httpx.get(f"{url}/v1/models", headers={"Origin": origin})
+        assert models.headers["access-control-allow-origin"] == origin
         body = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}],
                 "mode": "image", "min_images": 6, "max_images": 6, "stream": True}  # fmt: skip
         chat = f"{url}/v1/chat/completions"
@@ -63,6 +66,9 @@ def test_sigterm_finishes_running_requests_and_rejects_new_ones(tmp_path: Path) 
         (["--ckpt", "tiny", "--port", "0", "--register", "http://x"], "needs --public_url"),
         (["--controller", "--dispatch_method", "random"], "dispatch_method"),
         (["--probe", "ftp://x"], "Not an http or https URL"),
+        (["--ckpt", "tiny", "--allowed_origins", "localhost:5173"], "Not an origin (got 'local"),
+        (["--ckpt", "tiny", "--allowed_origins", "*", "http://a"], "Give * or origins, not both"),
+        (["--controller", "--allowed_origins", "*"], "not for --controller"),
     ],
 )
 def test_invalid_flags_are_rejected(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile
 import httpx
 import pytest
 import schemathesis
@@ -42,6 +43,7 @@ def running() -> Iterator[RunningServer]:
 # --- the schema -------------------------------------------------------------------------------
 
 
+@pytest.mark.hostile(repeat=1)
 def test_all_routes_conform_to_the_openapi_schema(running: RunningServer) -> None:
     """No request causes a server error; statuses, content types and bodies are those declared."""
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
@@ -56,8 +58,8 @@ def test_all_routes_conform_to_the_openapi_schema(running: RunningServer) -> Non
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
-            @settings(max_examples=25, deadline=None, derandomize=True, database=None,
-                      suppress_health_check=list(HealthCheck))  # fmt: skip
+            @settings(max_examples=hostile.scaled(25), deadline=None, derandomize=True,
+                      database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
                 case.call_and_validate(timeout=60, checks=required)
@@ -131,6 +133,7 @@ def test_a_thousand_concurrent_requests_all_succeed(running: RunningServer) -> N
 # --- SIGKILL ----------------------------------------------------------------------------------
 
 
+@pytest.mark.hostile(repeat=3)
 def test_killed_server_restarts_at_its_port_with_equal_responses(tmp_path: Path) -> None:
     process, url = start_server(tmp_path / "log", 0)
     port = int(url.rsplit(":", 1)[1])

@@ -67,6 +67,7 @@ def failures(folder: Path) -> set[str]:
     return {Path(json.loads(line)["img_path"]).name for line in lines}
 
 
+@pytest.mark.hostile(repeat=3)
 def test_killed_run_resumes_with_another_number_of_ranks(
     image_list: Path, tmp_path: Path, program: Callable[..., Any]
 ) -> None:
@@ -104,9 +105,9 @@ def test_output_of_another_run_is_rejected(
     manifest = read_manifest(tmp_path)
     assert manifest["token_space"] == manifest["run"]["token_space"]
     assert manifest["fit"] == "crop"
-    done = program(PROGRAM, *flags, "--output", tmp_path, "--n_limit", 8, status=2)
+    done = program(PROGRAM, *flags, "--output", tmp_path, "--limit", 8, status=2)
     assert "rows was 9, now 8" in done.stderr
-    done = program(PROGRAM, *flags, "--output", tmp_path, "--n_limit", 9, "--fit", "pad", status=2)
+    done = program(PROGRAM, *flags, "--output", tmp_path, "--limit", 9, "--fit", "pad", status=2)
     assert "fit was 'crop', now 'pad'" in done.stderr
 
 

@@ -17,6 +17,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from medley.commands.model_options import ModelOptions
 from medley.errors import UserError
 from medley.generation.engine import MAX_NUM_SEQS
+from medley.inference.memory import (
+    GPU_MEMORY_UTILIZATION,
+    cache_summary,
+    check_cache_limits,
+    limit_caches,
+)
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
 from medley.serving.limits import Limits
@@ -47,13 +53,20 @@ class ServeOptions:
         port: port to listen at; 0 for any free port
         token_env: environment variable with the bearer token; without it, no authentication
         max_num_seqs: maximum number of running requests of a model
+        chunked_prefill_size: maximum prompt tokens that are read between two decode steps, so that
+            long prompts do not hold up other requests; default 128 on a CPU, 512 on a GPU
+        kv_cache_gb: gigabytes for keys and values of all models; default a share of the free memory
+        gpu_memory_utilization: that share of the memory that is free after loading
         max_queue: maximum number of waiting requests of a model
         request_timeout: maximum seconds of a request
+        body_timeout: maximum seconds to receive the body of a request
         max_tokens: maximum tokens of a response
         max_body_mb: maximum megabytes of a request body
         max_pixels: maximum pixels of an image
         max_images_per_request: maximum number of images of a request
         allowed_image_hosts: hosts that images of a request may be fetched from; default none
+        allowed_origins: origins whose pages may use the API from a browser (CORS), for example
+            http://localhost:5173; * for all pages; default none
         register: URL of a LLaVA controller to register with
         public_url: URL of this server for the controller
         controller: run a LLaVA controller instead of models
@@ -62,6 +75,8 @@ class ServeOptions:
         drain_seconds: seconds for running requests to finish when the server is stopped
         probe: URL of a running server to test
         ui: also serve a web UI at /
+        max_upload_mb: maximum megabytes that a session uploads to the web UI within an hour
+        max_ui_mb: maximum megabytes of all files of the web UI
         feedback_dir: folder for feedback from the web UI, with conversations; default none
         examples: documents file (JSON Lines) whose questions the web UI offers as examples
     """
@@ -76,13 +91,18 @@ class ServeOptions:
     port: int = 8000
     token_env: str = TOKEN_ENV
     max_num_seqs: int = MAX_NUM_SEQS
+    chunked_prefill_size: int | None = None
+    kv_cache_gb: float | None = None
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     max_queue: int = Limits.max_queue
     request_timeout: float = Limits.request_timeout
+    body_timeout: float = Limits.body_timeout
     max_tokens: int = Limits.max_tokens
     max_body_mb: int = Limits.max_body_bytes >> 20
     max_pixels: int = Limits.max_pixels
     max_images_per_request: int = Limits.max_images
     allowed_image_hosts: list[str] | None = None
+    allowed_origins: list[str] | None = None
     register: str | None = None
     public_url: str | None = None
     controller: bool = False
@@ -91,6 +111,8 @@ class ServeOptions:
     drain_seconds: int = 30
     probe: str | None = None
     ui: bool = False
+    max_upload_mb: int = Limits.session_upload_bytes >> 20
+    max_ui_mb: int = Limits.ui_bytes >> 20
     feedback_dir: Path | None = None
     examples: Path | None = None
 
@@ -112,19 +134,27 @@ class ServeOptions:
         if (self.ckpt is not None) + self.controller + (self.probe is not None) != 1:
             raise UserError("Give exactly one of --ckpt, --controller and --probe.")
         minimum = {"max_num_seqs": 1, "max_queue": 0, "max_tokens": 1, "max_body_mb": 1,
-                   "max_pixels": 1, "max_images_per_request": 0, "port": 0,
-                   "drain_seconds": 0}  # fmt: skip
+                   "max_pixels": 1, "max_images_per_request": 0, "port": 0, "max_upload_mb": 1,
+                   "max_ui_mb": 1, "drain_seconds": 0}  # fmt: skip
         for name, limit in minimum.items():
             if getattr(self, name) < limit:
                 raise UserError(f"--{name} must be at least {limit} (got {getattr(self, name)}).")
-        if self.request_timeout <= 0:
-            raise UserError(f"--request_timeout must be positive (got {self.request_timeout}).")
+        for name in ("request_timeout", "body_timeout"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} must be positive (got {getattr(self, name)}).")
+        check_cache_limits(self.kv_cache_gb, self.gpu_memory_utilization)
+        if self.chunked_prefill_size is not None and self.chunked_prefill_size < 1:
+            raise UserError(
+                f"--chunked_prefill_size must be at least 1 (got {self.chunked_prefill_size})."
+            )
         is_ambiguous = self.port == 0 or self.host in _ALL_INTERFACES
         if self.register is not None and self.public_url is None and is_ambiguous:
             raise UserError(
                 f"--register with --host {self.host} --port {self.port} needs --public_url, the "
                 "URL at which the controller reaches this server."
             )
+        if self.allowed_origins and self.controller:
+            raise UserError("--allowed_origins is for models, not for --controller. Remove it.")
         for url in (self.register, self.public_url, self.probe):
             scheme = urllib.parse.urlsplit(url or "http:").scheme
             if scheme not in ("http", "https"):
@@ -141,6 +171,8 @@ class ServeOptions:
             max_body_bytes=self.max_body_mb << 20, max_pixels=self.max_pixels,
             max_images=self.max_images_per_request, max_queue=self.max_queue,
             request_timeout=self.request_timeout, max_tokens=self.max_tokens,
+            body_timeout=self.body_timeout, session_upload_bytes=self.max_upload_mb << 20,
+            ui_bytes=self.max_ui_mb << 20,
             image_hosts=frozenset(self.allowed_image_hosts or ()),
         )  # fmt: skip
 
@@ -177,14 +209,16 @@ def serve(options: ServeOptions) -> None:
         app = make_controller_app(options.dispatch_method, hosts, state=state)
     else:
         from medley.serving.app import make_app
+        from medley.serving.cors import parse_origins
 
+        origins = parse_origins(options.allowed_origins or [])  # before the models are loaded
         examples = []
         if options.ui:
             from medley.serving.ui.examples import read_examples
 
             examples = read_examples(options.examples) if options.examples is not None else []
         state = load_state(options)
-        app = make_app(state)
+        app = make_app(state, origins)
         if options.ui:
             from medley.serving.ui.mount import mount_ui
 
@@ -198,6 +232,11 @@ def serve(options: ServeOptions) -> None:
         print(
             f"Warning: no authentication. Anyone who can reach {options.host} can use this server. "
             f"Set {options.token_env} to require a bearer token."
+        )
+    if state.token is None and "*" in (options.allowed_origins or ()):
+        print(
+            "Warning: no authentication, and --allowed_origins *. Every page in a browser that can "
+            f"reach this server can use it. Name the origins, or set {options.token_env}."
         )
     run_server(app, state, options.host, options.port, options.drain_seconds)
 
@@ -218,4 +257,9 @@ def load_state(options: ServeOptions) -> ServerState:
     from medley.serving.state import ServerState
 
     models = load_models(options.models, options.load_checkpoint)
-    return ServerState.of_models(models, options.limits, options.token, options.max_num_seqs)
+    limit_caches(list(models.values()), options.kv_cache_gb, options.gpu_memory_utilization)
+    for name, model in models.items():
+        print(f"{name}: {cache_summary(model)}", flush=True)
+    return ServerState.of_models(
+        models, options.limits, options.token, options.max_num_seqs, options.chunked_prefill_size
+    )

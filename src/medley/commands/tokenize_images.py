@@ -34,7 +34,7 @@ from medley.images.dataloader import ImageDataset, default_num_workers, image_ba
 from medley.images.folders import describe_skipped
 from medley.images.preprocess import Fit, Preprocessing
 from medley.images.sources import Frames, ImageList, ListDigest, Partition
-from medley.inference.loading import local_device
+from medley.inference.devices import describe_device, local_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.distributed import (
     barrier,
@@ -64,7 +64,7 @@ class TokenizeImagesOptions:
         ckpt: checkpoint with the VQGAN, a folder with vqgan.yaml and vqgan.ckpt, or tiny
         bs: images per forward pass
         partition_size: rows of the input in one output file
-        n_limit: use only the first rows of the input
+        limit: use only the first rows of the input
         image_key: column of the paths or images
         keep_columns: keep the other columns of the input (of a tar, __key__, txt and json)
         num_workers: processes that read images, for each rank; by default, chosen by the number of
@@ -80,7 +80,8 @@ class TokenizeImagesOptions:
     """
 
     aliases: ClassVar = {
-        "allow_errors": Alias("on_error", when_set="skip", when_unset="fail")  # alias
+        "n_limit": Alias("limit"),
+        "allow_errors": Alias("on_error", when_set="skip", when_unset="fail"),  # alias
     }
 
     input: Path
@@ -88,7 +89,7 @@ class TokenizeImagesOptions:
     ckpt: str
     bs: int = 64
     partition_size: int = 5000
-    n_limit: int | None = None
+    limit: int | None = None
     image_key: str = "img_path"
     keep_columns: bool = False
     num_workers: int | None = None
@@ -101,14 +102,14 @@ class TokenizeImagesOptions:
     on_error: Literal["fail", "skip"] = "fail"
 
     def __post_init__(self) -> None:
-        for name in ("bs", "partition_size", "n_limit"):
+        for name in ("bs", "partition_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}: Too small (got {value}, expected 1 or more).")
 
     @property
     def image_list(self) -> ImageList:
-        return ImageList(self.input, self.image_key, self.keep_columns, self.n_limit)
+        return ImageList(self.input, self.image_key, self.keep_columns, self.limit)
 
 
 def tokenize_images(options: TokenizeImagesOptions) -> None:
@@ -119,7 +120,7 @@ def tokenize_images(options: TokenizeImagesOptions) -> None:
     tokenizer.preprocessing = _choose_preprocessing(options, tokenizer.preprocessing)
     if options.compile:
         tokenizer.vqgan.encoder.compile()
-    with process_group():
+    with process_group(device):
         run = from_main_rank(lambda: _prepare_output(options, tokenizer))
         finished = finished_partitions(options.output)
         barrier()  # no rank writes before all have listed the finished partitions
@@ -152,7 +153,8 @@ def _choose_preprocessing(options: TokenizeImagesOptions, own: Preprocessing) ->
 def _prepare_output(options: TokenizeImagesOptions, tokenizer: ImageTokenizer) -> dict[str, Any]:
     """Reads the list once, checks the output folder and writes the manifest.
 
-    Returns the run's identity: everything the codes depend on.
+    Returns the run's identity: everything the codes depend on. The device belongs to it only by
+    rounding, so that another one is a warning.
     """
     images = options.image_list
     digest = images.digest(options.partition_size)
@@ -165,11 +167,15 @@ def _prepare_output(options: TokenizeImagesOptions, tokenizer: ImageTokenizer) -
         **tokenizer.preprocessing.describe(),
         "frames": options.frames,
         "token_space": tokenizer.fingerprint,
+        "device": describe_device(tokenizer.device),
     }
     options.output.mkdir(parents=True, exist_ok=True)
     recorded = read_manifest(options.output).get("run")
     if recorded is not None:
-        check_same_run(recorded, run, options.output, "name another --output or remove this one")
+        check_same_run(
+            recorded, run, options.output, "name another --output or remove this one", ("device",)
+        )
+        _warn_of_another_device(options, recorded.get("device"), run["device"])
     elif finished_partitions(options.output):
         raise UserError(
             f"{options.output}: Contains partitions but no manifest. Name another --output."
@@ -181,6 +187,24 @@ def _prepare_output(options: TokenizeImagesOptions, tokenizer: ImageTokenizer) -
     if images.skipped:
         print(f"{options.input}: {describe_skipped(images.skipped)}")
     return run
+
+
+def _warn_of_another_device(
+    options: TokenizeImagesOptions, recorded: str | None, current: str
+) -> None:
+    if recorded is not None and recorded != current:
+        effect = (
+            "float32 codes are settled in float64 where rounding could decide, so they should not "
+            "differ."
+            if options.dtype == "float32"
+            else f"Some {options.dtype} codes differ between devices. Use one device for all "
+            "partitions, or --dtype float32 and another --output."
+        )
+        warnings.warn(
+            f"{options.output}: The first partitions were encoded on another device (was "
+            f"{recorded}, now {current}). {effect}",
+            stacklevel=2,
+        )
 
 
 def _encode(
@@ -208,7 +232,7 @@ def _encode(
             workers = default_num_workers(tokenizer.device, local_world_size())
         pin_memory = tokenizer.device.type == "cuda"
         batches = image_batches(own_partitions(), dataset, options.bs, workers, pin_memory)
-        for batch in encode_partitions(batches, tokenizer.encode_bytes, options.output, rank()):
+        for batch in encode_partitions(batches, tokenizer.start_encoding, options.output, rank()):
             progress.update(len(batch.names))
     if own and digest.hexdigest() != run["paths_hash"]:
         raise UserError(

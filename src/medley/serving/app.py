@@ -7,31 +7,41 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medley.serving import llava_api, openai_api
-from medley.serving.limits import QueueFullError, RequestError
+from medley.serving.cors import ApiCORSMiddleware
+from medley.serving.error_responses import (
+    NO_RETRY,
+    add_error_handlers,
+    on_error,
+    openai_error,
+)
+from medley.serving.limits import TRANSFER_SECONDS, RequestError
 from medley.serving.metrics import CONTENT_TYPE
+from medley.serving.request_body import LimitedBody, body_too_large, retry_headers
 from medley.serving.schema import ErrorBody
-from medley.serving.state import ServerState, error_body
+from medley.serving.state import ServerState
 from medley.version import __version__
 
 log = logging.getLogger("medley.serving")
-TRANSFER_SECONDS = 30.0  # time for the transfer of a request and its response, beside the timeout
-NO_RETRY = {"x-should-retry": "false"}  # OpenAI's client would repeat a request that timed out.
 API_PREFIXES = ("/v1/", "/worker_", "/metrics", "/openapi.json")
 PUBLIC_PATHS = ("/health",)  # no token: load balancers request it
+UPLOAD_PATH = "/gradio_api/upload"
+MAX_UI_BODY = 4 << 20  # bytes of any other request of the web UI
 
 
-def make_app(state: ServerState) -> FastAPI:
-    """The application. Its lifespan starts and stops the threads of the models."""
+def make_app(state: ServerState, allowed_origins: Collection[str] = ()) -> FastAPI:
+    """The application. Its lifespan starts and stops the threads of the models.
+
+    Pages of `allowed_origins` may use the API from a browser; `*` allows all pages.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,21 +61,23 @@ def make_app(state: ServerState) -> FastAPI:
     app.include_router(llava_api.router)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
-    for kind, handler in (
-        (RequestError, on_error), (RequestValidationError, on_validation_error),
-        (HTTPException, on_http_error), (Exception, on_error),
-    ):  # fmt: skip
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]  # narrower than Exception
+    # Other paths of the API and other methods: without this route they would reach the web UI.
+    app.router.routes.append(Route("/v1/{path:path}", openai_api.router, include_in_schema=False))
+    add_error_handlers(app)
     timeout = state.limits.request_timeout + TRANSFER_SECONDS
     app.add_middleware(RequestMiddleware, state=state, timeout=timeout)
+    if allowed_origins:  # Outermost: errors need the headers, and preflight requests no token.
+        app.add_middleware(ApiCORSMiddleware, allow_origins=allowed_origins)
     return app
 
 
 async def health(request: Request) -> Response:
-    """Status 200; 503 while the server drains, or if the thread of a model has stopped."""
+    """Status 200; 503 while the server drains, or if a model's engine is dead or keeps failing."""
     state: ServerState = request.app.state.medley
-    stopped = state.stopped_models()
-    status = "draining" if state.draining else f"dead: {', '.join(stopped)}" if stopped else "ok"
+    status = "draining" if state.draining else "ok"
+    for problem, names in (("failing", state.failing_models()), ("dead", state.stopped_models())):
+        if names and not state.draining:
+            status = f"{problem}: {', '.join(names)}"
     models = {name: {"running": worker.running, "waiting": worker.waiting}
               for name, worker in state.workers.items()}  # fmt: skip
     body = {"status": status, "models": models, "version": __version__, "instance": state.instance}
@@ -74,34 +86,6 @@ async def health(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     return Response(request.app.state.medley.metrics.render(), media_type=CONTENT_TYPE)
-
-
-# --- errors -----------------------------------------------------------------------------------
-
-
-async def on_error(request: Request, error: Exception) -> Response:
-    status, body = error_body(error)
-    if status >= 500 and not isinstance(error, RequestError):
-        log.error("%s %s", request.method, request.url.path, exc_info=error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, QueueFullError) else {}
-    return JSONResponse(body, status, headers | (NO_RETRY if status == 408 else {}))
-
-
-async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-    return await on_error(request, validation_error(error))
-
-
-def validation_error(error: RequestValidationError) -> RequestError:
-    """The first error with its field, without the value, which may be an image."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    return RequestError(f"{field}: {first['msg']}.", 400, field)
-
-
-async def on_http_error(request: Request, error: HTTPException) -> Response:
-    response = await on_error(request, RequestError(str(error.detail), error.status_code))
-    response.headers.update(error.headers or {})  # for example Allow, with status 405
-    return response
 
 
 # --- the middleware ---------------------------------------------------------------------------
@@ -135,22 +119,33 @@ class RequestMiddleware:
         try:
             rejection = self._check(scope)
             if rejection is not None:
-                code, body = error_body(rejection)
-                challenge = {"WWW-Authenticate": "Bearer"} if code == 401 else None
-                await JSONResponse(body, code, challenge)(scope, receive, send_with_id)
+                code, body = openai_error(rejection)
+                headers = {"WWW-Authenticate": "Bearer"} if code == 401 else {}
+                headers |= retry_headers(rejection)
+                await JSONResponse(body, code, headers)(scope, receive, send_with_id)
             else:
                 is_api = scope["method"] == "POST" and scope["path"].startswith(API_PREFIXES)
+                memory, limits = self.state.body_memory, self.state.limits
+                limited = LimitedBody(
+                    scope, receive, memory, limits, self._max_bytes(scope["path"])
+                )
                 self.state.in_flight += is_api
                 try:
-                    response = self.app(scope, self._limit_body(receive), send_with_id)
+                    response = self.app(scope, limited, send_with_id)
                     await asyncio.wait_for(response, self.timeout if is_api else None)
                 finally:
                     self.state.in_flight -= is_api
+                    limited.release()
         except asyncio.TimeoutError:
             if status:
                 raise  # The response has begun; only closing the connection can end it.
             error = RequestError(f"Timeout: not finished after {self.timeout:.0f} s.", 408)
-            await JSONResponse(error_body(error)[1], 408, NO_RETRY)(scope, receive, send_with_id)
+            await JSONResponse(openai_error(error)[1], 408, NO_RETRY)(scope, receive, send_with_id)
+        except Exception as error:
+            if status:
+                raise
+            # Here, and not outside of all middleware, so that browsers get CORS headers, too.
+            await (await on_error(Request(scope), error))(scope, receive, send_with_id)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
@@ -169,33 +164,28 @@ class RequestMiddleware:
         # The web UI has its own login.
         needs_token = is_api if self.state.has_ui else path not in PUBLIC_PATHS
         if self.state.token is not None and needs_token:
-            token = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-            if not hmac.compare_digest(token, self.state.token.encode()):
-                return RequestError("Missing or invalid bearer token.", 401)
+            scheme, _, token = headers.get(b"authorization", b"").strip().partition(b" ")
+            is_valid = hmac.compare_digest(token.strip(), self.state.token.encode())
+            if scheme.lower() != b"bearer" or not is_valid:
+                return RequestError(
+                    "Missing or invalid bearer token. Send the header Authorization: Bearer TOKEN.",
+                    401,
+                )
         # The web UI may still send events, for example to stop a response.
         if self.state.draining and is_api and scope["method"] == "POST":
             return RequestError("The server is shutting down. Use another server.", 503)
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.state.limits.max_body_bytes:
-            return self._too_large()
+        size, max_bytes = int(length) if length.isdigit() else 0, self._max_bytes(path)
+        if size > max_bytes:
+            return body_too_large(max_bytes)
+        try:
+            self.state.body_memory.check(size)
+        except RequestError as error:
+            return error
         return None
 
-    def _too_large(self) -> RequestError:
+    def _max_bytes(self, path: str) -> int:
+        """Bytes of a body."""
+        has_images = path.startswith(API_PREFIXES) or path == UPLOAD_PATH or not self.state.has_ui
         limit = self.state.limits.max_body_bytes
-        return RequestError(f"The request body is too large (limit {limit} bytes).", 413)
-
-    def _limit_body(self, receive: Receive) -> Receive:
-        """`receive` with a check of the size, for bodies without a Content-Length."""
-        size = 0
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.state.limits.max_body_bytes:
-                error = self._too_large()
-                # FastAPI converts other exceptions of `receive` to a status of 400.
-                raise HTTPException(error.status, str(error))
-            return message
-
-        return limited
+        return limit if has_images else min(limit, MAX_UI_BODY)

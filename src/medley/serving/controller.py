@@ -18,15 +18,16 @@ from typing import Any, Literal
 
 import httpx
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from medley.serving.app import RequestMiddleware, validation_error
-from medley.serving.limits import RequestError
+from medley.serving.app import RequestMiddleware
+from medley.serving.error_responses import add_error_handlers
+from medley.serving.json_body import JsonRoute, parse_json
+from medley.serving.limits import Limits, RequestError
 from medley.serving.llava_api import encode_message
-from medley.serving.state import ServerState, error_body
+from medley.serving.state import ServerState
 from medley.serving.untrusted_inputs import repr_short
 
 EXPIRATION_SECONDS = 30.0  # A worker without a heartbeat for so long is removed.
@@ -194,13 +195,15 @@ def make_controller_app(
 ) -> FastAPI:
     """The controller's application.
 
-    `client` connects to the workers. `state` has the limit of a request body, and the token that
+    `client` connects to the workers. `state` has the limits of request bodies, and the token that
     clients send to the controller and the controller to the workers.
     """
+    state = state or ServerState({}, Limits(), None)
+    body_limits = state.limits
     # Without a limit: open streams must not delay status requests.
     limits = httpx.Limits(max_connections=None)
     http = client or httpx.AsyncClient(timeout=None, follow_redirects=False, limits=limits)
-    headers = {"Authorization": f"Bearer {state.token}"} if state and state.token else {}
+    headers = {"Authorization": f"Bearer {state.token}"} if state.token else {}
 
     async def request_status(url: str) -> WorkerStatus | None:
         try:
@@ -228,6 +231,8 @@ def make_controller_app(
         await http.aclose()
 
     app = FastAPI(title="Medley controller", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
+    app.state.medley = state
     app.state.controller = controller
 
     @app.post("/register_worker")
@@ -257,33 +262,32 @@ def make_controller_app(
     @app.post("/worker_generate_stream", response_model=None)
     async def worker_generate_stream(request: Request) -> Response:
         try:
-            data = await request.body()
+            data = bytes(await request.body())  # httpx would iterate over a bytearray.
         except ClientDisconnect:
             return Response(status_code=499)
         return StreamingResponse(
-            _forward(controller, http, data, headers), media_type="application/octet-stream"
+            _forward(controller, http, data, headers, body_limits),
+            media_type="application/octet-stream",
         )
 
-    @app.exception_handler(RequestError)
-    async def on_request_error(request: Request, error: RequestError) -> Response:
-        status, body = error_body(error)
-        return JSONResponse(body, status)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-        return await on_request_error(request, validation_error(error))
-
-    if state is not None:
-        app.add_middleware(RequestMiddleware, state=state)
+    add_error_handlers(app)
+    app.add_middleware(RequestMiddleware, state=state)
     return app
 
 
 async def _forward(
-    controller: Controller, client: httpx.AsyncClient, data: bytes, headers: dict[str, str]
+    controller: Controller,
+    client: httpx.AsyncClient,
+    data: bytes,
+    headers: dict[str, str],
+    limits: Limits,
 ) -> AsyncIterator[bytes]:
     """Forwards a request to a worker, and yields its response, or one error message."""
     try:
-        model = ModelRequest.model_validate_json(data).model
+        model = ModelRequest.model_validate(await parse_json(data, limits)).model
+    except RequestError as error:
+        yield encode_message(str(error), NO_WORKER)
+        return
     except ValueError:
         yield encode_message("Invalid request: it has no model.", NO_WORKER)
         return

@@ -23,6 +23,7 @@ from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 from medley.generation import GenerationOptions
+from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import MAX_SCALE, StopString, random_seed
@@ -30,7 +31,7 @@ from medley.serving.state import ServerState, error_body
 from medley.serving.untrusted_inputs import RequestReader
 
 log = logging.getLogger("medley.serving")
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 MAX_NEW_TOKENS = 1024  # LLaVA's limit
 GREEDY_TEMPERATURE = 0.001  # LLaVA decodes greedily up to this temperature.
 WORKER_ERROR = 1  # error_code of a worker; the controller uses 2 (no worker) and 3 (unreachable)
@@ -104,21 +105,23 @@ async def encode_stream(prompt: str, pieces: AsyncIterator[str]) -> AsyncIterato
 async def generate(request: Request) -> Response:
     try:
         # The streaming response receives from the client itself, to detect its disconnect.
-        data = await request.body()
+        await request.body()
     except ClientDisconnect:
         return Response(status_code=499)
-    stream = _generate(request.app.state.medley, data)
+    stream = _generate(request.app.state.medley, request)
     return StreamingResponse(stream, media_type="application/octet-stream")
 
 
-async def _generate(state: ServerState, data: bytes) -> AsyncIterator[bytes]:
+async def _generate(state: ServerState, request: Request) -> AsyncIterator[bytes]:
     """The messages of a response. Errors are messages, too; LLaVA's clients ignore the status."""
     try:
-        body = GenerateRequest.model_validate_json(data)
+        body = GenerateRequest.model_validate(await request.json())
         worker = state.worker(body.model)
         reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.max_characters)
         async with state.decode_slots:
             document = await asyncio.to_thread(body.to_document, reader)
+        body.images = None  # They are large, and the request may wait in the queue.
+        free_body(request)
         stop_strings = [body.stop] if body.stop else []
         responses = ResponseStream(worker, document, body.to_options(), 1, stop_strings)
 

@@ -18,16 +18,18 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 
+from medley.serving.error_responses import openai_error
+from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.messages import to_document
 from medley.serving.response_stream import ResponsePart, ResponseStream
 from medley.serving.schema import ChatRequest, ImageRequest
-from medley.serving.state import ServerState, error_body, first_or_disconnect, until_disconnect
+from medley.serving.state import ServerState, first_or_disconnect, until_disconnect
 from medley.serving.untrusted_inputs import RequestReader
 from medley.serving.worker import EngineWorker
 from medley.utils.html import data_url
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 def get_state(request: Request) -> ServerState:
@@ -101,6 +103,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     reader = RequestReader(state.limits, tokenizer, worker.max_characters)
     async with state.decode_slots:  # Decoding images in this thread would block all requests.
         document = await asyncio.to_thread(to_document, body.messages, reader)
+    body.messages.clear()  # The images are large, and the request may wait in the queue.
+    free_body(request)
     preview_every = 0
     if body.previews and body.stream:
         preview_every = max(1, tokenizer.codes_per_image // (body.previews + 1))
@@ -174,7 +178,7 @@ async def _with_error_event(first: str, rest: AsyncGenerator[str, None]) -> Asyn
             async for event in rest:
                 yield event
         except Exception as error:
-            yield _encode_event(error_body(error)[1])
+            yield _encode_event(openai_error(error)[1])
 
 
 def _encode_event(value: dict[str, Any]) -> str:

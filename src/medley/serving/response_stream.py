@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from medley.data.document import Document
-from medley.generation import GenerationOptions
+from medley.generation import GenerationOptions, Request
 from medley.inference.interface import Prompt
 from medley.inference.response import StreamEvent
+from medley.serving.limits import RequestError
 from medley.serving.stop_strings import StopStringFilter
 from medley.serving.worker import EngineWorker, EventCallback, GenerationJob
 
@@ -58,22 +59,17 @@ class ResponseStream:
         stop_strings: Sequence[str] = (),
         preview_every: int = 0,
     ) -> None:
-        self.worker = worker
+        self.worker, self.options = worker, options
+        self._prompt: Prompt | Document | None = prompt  # None once it was read: images are large
+        self.prompt_tokens = 0
         self._filters = [StopStringFilter(stop_strings) for _ in range(count)]
         self._events: EventQueue = asyncio.Queue()
-        deadline = time.monotonic() + worker.limits.request_timeout
+        self._deadline = time.monotonic() + worker.limits.request_timeout
         self.jobs = [
-            GenerationJob(
-                prompt, options, _callback(self._events, index), index, preview_every,
-                deadline=deadline,
-            )
+            GenerationJob(_callback(self._events, index), preview_every, self._deadline)
             for index in range(count)
-        ]  # fmt: skip
+        ]
         self.parts: list[list[ResponsePart]] = [[] for _ in range(count)]
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.jobs[0].prompt_tokens
 
     @property
     def generated_tokens(self) -> int:
@@ -87,8 +83,7 @@ class ResponseStream:
         """
         unfinished = len(self.jobs)
         try:
-            for job in self.jobs:
-                self.worker.submit(job)
+            await self._submit()
             while unfinished:
                 index, event = await self._events.get()
                 if isinstance(event, Exception):
@@ -100,6 +95,35 @@ class ResponseStream:
             for job in self.jobs:
                 if not job.done:
                     self.worker.cancel(job)
+
+    async def _submit(self) -> None:
+        """Reads the prompt in another thread, then queues the jobs."""
+        places = len(self.jobs)
+        self.worker.enter(places)
+        try:
+            ids = await self._read_prompt()
+            self.prompt_tokens = len(ids)
+            for index, job in enumerate(self.jobs):
+                job.request = Request(ids, self.options, index)
+                places -= 1
+                self.worker.submit(job)
+        finally:
+            self.worker.leave(places)
+
+    async def _read_prompt(self) -> tuple[int, ...]:
+        assert self._prompt is not None
+        reading = asyncio.wrap_future(self.worker.read_prompt(self._prompt, self.options))
+        self._prompt = None
+        try:
+            return await asyncio.wait_for(reading, self._deadline - time.monotonic())
+        except asyncio.TimeoutError as error:
+            seconds = self.worker.limits.request_timeout
+            raise RequestError(
+                f"Timeout: not finished after {seconds:.0f} s (the limit).", 408
+            ) from error
+        except asyncio.CancelledError:
+            self.worker.check_alive()  # a worker that stops cancels what it has not read
+            raise
 
     def _to_chunks(self, index: int, event: StreamEvent) -> list[Chunk]:
         stop, job = self._filters[index], self.jobs[index]

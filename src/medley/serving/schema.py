@@ -1,34 +1,92 @@
 """Request bodies of OpenAI's protocol, and the generation options that they ask for.
 
 `GenerationOptions` has the defaults and checks the values. A limit here is the server's own.
+Fields that are not implemented are in `neutral_values.py`.
 """
 
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.generation.config import MIN_TEMPERATURE, Mode
 from medley.serving.limits import Limits, RequestError
+from medley.serving.neutral_values import (
+    CHAT,
+    IMAGES,
+    Unserved,
+    add_to_schema,
+    drop_neutral_values,
+)
 
 MAX_INT = 2**31 - 1
 MAX_SCALE = 100  # Larger scales may overflow the logits, which ends all running requests.
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_INT)]
-Zero = Annotated[float, Field(ge=0, le=0)]
 StopString = Annotated[str, Field(max_length=256)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=16),
+    BeforeValidator(
+        lambda stop: [stop] if isinstance(stop, str) else stop,
+        json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=16)],
+    ),
+]
 
 
-class GenerationFields(BaseModel):
-    """Fields of every request: generation options under the names of `GenerationOptions`, and
-    fields that clients send by default."""
+class RequestFields(BaseModel):
+    """Fields of a request. A value that changes nothing is dropped before it is validated.
+
+    `unserved` are the fields that are not implemented. Null means the default of every optional
+    field, and so do the values of `defaults`.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    unserved: ClassVar[Mapping[str, Unserved]] = {}
+    # -1 is "random", "no limit" and "all" in other servers and in this server's web UI.
+    defaults: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(
+        ("seed", "max_tokens", "max_completion_tokens", "top_k"), (-1,)
+    )
+
+    @classmethod
+    def _served(cls) -> dict[str, tuple[Any, ...]]:
+        return {
+            name: () if field.is_required() else (None, *cls.defaults.get(name, ()))
+            for name, field in cls.model_fields.items()
+        }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral_values(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return drop_neutral_values(data, cls.unserved, cls._served())
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        add_to_schema(schema, cls.unserved, cls._served())
+        return schema
+
+
+class GenerationFields(RequestFields):
+    """Fields of every request: generation options under the names of `GenerationOptions`."""
 
     mode: Mode | None = None
     seed: int | None = None
@@ -44,8 +102,6 @@ class GenerationFields(BaseModel):
     min_images: Count = GenerationOptions.min_images
     max_images: Count | None = GenerationOptions.max_images
     n: Tokens | None = None
-    user: str | None = None  # ignored
-    metadata: dict[str, Any] | None = None  # ignored
 
     @property
     def num_choices(self) -> int:
@@ -70,17 +126,21 @@ class GenerationFields(BaseModel):
         try:
             return GenerationOptions(**values)
         except UserError as error:
-            name = str(error).partition(" ")[0]
-            raise RequestError(str(error), param=name if name in values else None) from error
+            name, _, reason = str(error).partition(" ")
+            field = _FIELDS.get(name, name)
+            param = field if name in values else None
+            raise RequestError(f"{field} {reason}", param=param) from error
+
+
+# Fields of OpenAI's protocol, by the generation option that they set.
+_FIELDS = {"text_top_p": "top_p"}
 
 
 def random_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
+class StreamOptions(RequestFields):
     include_usage: bool = False
 
 
@@ -90,6 +150,8 @@ class ChatRequest(GenerationFields):
     `previews` is the number of previews of each image while a streamed response generates it.
     """
 
+    unserved = CHAT
+
     model: str
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     stream: bool | None = None
@@ -98,50 +160,61 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: Tokens | None = None
     temperature: Scale | None = None
     top_p: float | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    top_k: Count | None = None
+    stop: StopStrings | None = None
     previews: Annotated[int, Field(ge=0, le=64)] = 0
-    # Fields of OpenAI's protocol of which only the default value is supported.
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logprobs: Literal[False] | None = None
-    store: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text", "image"]] | None = None
 
     def generation(self, limits: Limits) -> GenerationOptions:
         """Generation options of the request. Raises RequestError for an invalid value."""
-        max_new_tokens = self.max_completion_tokens or self.max_tokens or limits.max_tokens
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        max_new_tokens = getattr(self, name) or limits.max_tokens
         if max_new_tokens > limits.max_tokens:
+            # As vLLM and OpenAI do. A silently shorter response would change an evaluation.
             raise RequestError(
-                f"max_tokens: Too large (got {max_new_tokens}, limit {limits.max_tokens}).",
-                param="max_tokens",
+                f"{name}: Too large (got {max_new_tokens}, limit {limits.max_tokens}). Send a "
+                f"smaller {name} or none, or start the server with a larger --max_tokens.",
+                param=name,
             )
         mode: Mode = "any"
         if self.modalities is not None and len(modalities := set(self.modalities)) == 1:
             mode = "text" if modalities == {"text"} else "image"
         sampling: dict[str, Any] = {}
-        if self.temperature is not None and self.temperature < MIN_TEMPERATURE:
-            sampling["text_greedy"] = True
-        elif self.temperature is not None:
+        if self.temperature is not None and self.temperature >= MIN_TEMPERATURE:
             sampling["text_temperature"] = self.temperature
-        if self.top_p is not None:
+        elif self.temperature is not None:
+            sampling["text_greedy"] = True
+        if self.top_p == 0:
+            sampling["text_greedy"] = True
+        elif self.top_p is not None:
             sampling["text_top_p"] = self.top_p
+        if self.top_k is not None:
+            sampling["text_top_k"] = self._checked_top_k(self.top_k)
         return self.to_options(self.mode or mode, max_new_tokens, limits, **sampling)
+
+    def _checked_top_k(self, top_k: int) -> int:
+        """`top_k` is another name of `text_top_k`. Raises RequestError if they differ."""
+        if "text_top_k" in self.model_fields_set and self.text_top_k != top_k:
+            raise RequestError(
+                f"top_k: Differs from text_top_k (got {top_k} and {self.text_top_k}). Send one of "
+                "them.",
+                param="top_k",
+            )
+        return top_k
 
     @property
     def stop_strings(self) -> list[str]:
-        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [string for string in strings if string]
+        return [string for string in self.stop or [] if string]
 
 
 class ImageRequest(GenerationFields):
     """`POST /v1/images/generations`."""
 
+    unserved = IMAGES
+
     prompt: Annotated[str, Field(min_length=1)]
     model: str | None = None
     size: Annotated[str, Field(max_length=32)] = "auto"
-    response_format: Literal["b64_json"] | None = None
-    quality: Literal["auto", "standard"] | None = None
 
     def generation(self, limits: Limits, size: int) -> GenerationOptions:
         """Generation options of one image; `size` is the model's image size.
@@ -162,7 +235,7 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    code: None
+    code: str | None
 
 
 class ErrorBody(BaseModel):

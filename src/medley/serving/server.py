@@ -12,10 +12,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from medley.errors import UserError
+from medley.serving.connection import ServerConfig
 from medley.serving.state import ServerState
 
 MIN_DRAIN_SECONDS = 1.0  # so that a load balancer's health check can see the status 503
-CLOSE_SECONDS = 10  # for clients that receive the last events slowly
 
 
 class DrainingServer(uvicorn.Server):
@@ -65,9 +65,5 @@ def run_server(
         raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
     name = f"[{host}]" if ":" in host else host
     print(f"listening at http://{name}:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(
-        app, access_log=False, log_level="warning", timeout_keep_alive=30,
-        timeout_graceful_shutdown=CLOSE_SECONDS,
-    )  # fmt: skip
-    server = DrainingServer(config, state, drain_seconds)
+    server = DrainingServer(ServerConfig(app, state.limits), state, drain_seconds)
     asyncio.run(server.serve(sockets=[listener]))

@@ -17,12 +17,13 @@ from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.model import Model
 from medley.serving.limits import Limits, QueueFullError, RequestError
 from medley.serving.metrics import Metrics
+from medley.serving.request_body import BodyMemory
 from medley.serving.response_stream import Chunk, ResponseStream
 from medley.serving.worker import EngineWorker
 
 Item = TypeVar("Item")
 _END: Any = object()
-DECODE_SLOTS = 4  # Requests whose images are decoded at once; each may need gigabytes.
+DECODE_SLOTS = 4  # Requests that are decoded at once; each may need gigabytes.
 MAX_MESSAGE = 1000  # Characters of an error message; some messages quote the request.
 
 
@@ -36,7 +37,8 @@ class ServerState:
         has_ui: whether the web UI is mounted
         in_flight: API requests in progress
         on_shutdown: called before the server waits for open connections
-        decode_slots: limits the requests whose images are decoded at once
+        body_memory: limits the bytes of all request bodies
+        decode_slots: limits the requests whose body is parsed, or images are decoded, at once
         instance: random id of the process, different after each start
     """
 
@@ -45,6 +47,7 @@ class ServerState:
     ) -> None:
         self.workers, self.limits, self.token = dict(workers), limits, token
         self.metrics = Metrics(self.workers)
+        self.body_memory = BodyMemory(limits.received_bytes)
         self.draining = False
         self.has_ui = False
         self.in_flight = 0
@@ -59,13 +62,15 @@ class ServerState:
         limits: Limits,
         token: str | None,
         max_num_seqs: int = MAX_NUM_SEQS,
+        chunk_size: int | None = None,
     ) -> ServerState:
         """The state of a server of some models."""
         # The image tokenizer disables TF32 while it encodes. The setting belongs to the process:
         # of two concurrent threads, the first to end would enable it again for the other.
         torch.backends.cudnn.allow_tf32 = False
         workers = {
-            name: EngineWorker(name, model, limits, max_num_seqs) for name, model in models.items()
+            name: EngineWorker(name, model, limits, max_num_seqs, chunk_size)
+            for name, model in models.items()
         }
         return cls(workers, limits, token)
 
@@ -77,6 +82,10 @@ class ServerState:
     def stopped_models(self) -> list[str]:
         """Models whose engine thread has ended."""
         return [name for name, worker in self.workers.items() if not worker.is_alive]
+
+    def failing_models(self) -> list[str]:
+        """Models whose engine has failed repeatedly, without a complete response in between."""
+        return [name for name, worker in self.workers.items() if worker.is_failing]
 
     def worker(self, name: str | None) -> EngineWorker:
         """The worker of a model, or of the first model. Raises RequestError if it is unknown."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import time
+import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
@@ -19,10 +22,13 @@ from medley.images import medical
 from medley.images.formats import ImageError, open_pillow
 from medley.images.preprocess import apply_exif_orientation, read_image, to_rgb
 from medley.images.remote import fetch_bytes, is_allowed_host, is_http_url
+from medley.serving.error_responses import CodedError
 from medley.serving.limits import Limits, RequestError
 from medley.vqgan.image_tokenizer import ImageTokenizer
 
-_DATA = "data:"
+_BLANKS = b" \t\n\r\f\v"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/_\s-]")
 _QUOTED = 80  # characters of a value that an error message quotes
 
 
@@ -53,10 +59,11 @@ class RequestReader:
         """
         self._characters_left -= len(text)
         if self._characters_left < 0:
-            raise RequestError(
+            raise CodedError(
                 f"{where}: The text does not fit the model's context (limit "
                 f"{self.max_characters} characters).",
-                param=where,
+                "context_length_exceeded",
+                where,
             )
         try:
             text.encode()
@@ -70,13 +77,9 @@ class RequestReader:
         """The image of a data URL, or of an http URL of an allowed host. Raises RequestError."""
         if not isinstance(url, str) or not url:
             raise RequestError(f"{where}: The image has no URL.", param=where)
-        if url.startswith(_DATA):
-            header, comma, body = url.partition(",")
-            if not comma or not header.endswith(";base64"):
-                raise RequestError(
-                    f"{where}: Invalid data URL (expected data:image/…;base64,…).", param=where
-                )
-            return self.image_from_base64(body, where)
+        url = url.strip()
+        if url[:5].lower() == "data:":
+            return self.image_from_bytes(_decode(decode_data_url, url, where), where)
         hosts = self.limits.image_hosts
         if not (is_http_url(url) and is_allowed_host(url, hosts)):
             raise RequestError(
@@ -96,11 +99,7 @@ class RequestReader:
 
     def image_from_base64(self, text: str, where: str) -> Image.Image:
         """The image of a base64 string. Raises RequestError."""
-        try:
-            data = base64.b64decode(text, validate=True)
-        except ValueError as error:  # binascii.Error, and characters that are not ASCII
-            raise RequestError(f"{where}: Invalid base64 ({error}).", param=where) from error
-        return self.image_from_bytes(data, where)
+        return self.image_from_bytes(_decode(decode_base64, text, where), where)
 
     def image_from_bytes(self, data: bytes, where: str, name: str = "image") -> Image.Image:
         """The image of a file's contents, called `name` in errors. Raises RequestError."""
@@ -110,6 +109,43 @@ class RequestReader:
             return self.tokenizer.square(image)
         except ImageError as error:
             raise RequestError(f"{where}: {error}", param=where) from error
+
+
+def _decode(decode: Callable[[str], bytes], text: str, where: str) -> bytes:
+    try:
+        return decode(text)
+    except ValueError as error:
+        raise CodedError(f"{where}: {error}", "invalid_base64", where) from error
+
+
+def decode_data_url(url: str) -> bytes:
+    """The contents of a base64 data URL. Its media type is ignored: the contents define the format.
+
+    Raises ValueError with the reason.
+    """
+    header, comma, data = url.partition(",")
+    if not comma or "base64" not in [p.strip().lower() for p in header.split(";")[1:]]:
+        raise ValueError("Invalid data URL (expected data:image/png;base64,…).")
+    return decode_base64(urllib.parse.unquote(data) if "%" in data else data)
+
+
+def decode_base64(text: str) -> bytes:
+    """Decodes base64 as browsers do, and its URL-safe alphabet: blanks and padding are optional.
+
+    Raises ValueError that names the first invalid character.
+    """
+    try:
+        data = text.encode("ascii").rstrip(b"=" + _BLANKS)
+        invalid = _NOT_BASE64.search(data)
+        position = -1 if invalid is None else invalid.start()
+    except UnicodeEncodeError as error:
+        position = error.start
+    if position >= 0:
+        raise ValueError(f"Invalid base64 (character {text[position]!r} at position {position}).")
+    data = data.translate(_URL_SAFE, _BLANKS)
+    if len(data) % 4 == 1:
+        raise ValueError(f"Invalid base64 (truncated after {len(data)} characters).")
+    return base64.b64decode(data + b"=" * (-len(data) % 4))
 
 
 def repr_short(value: Any) -> str:

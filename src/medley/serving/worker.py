@@ -1,8 +1,9 @@
 """A model that serves concurrent requests: one thread owns its engine, requests join and leave.
 
-The engine is not thread-safe; only `_run` uses it. Events reach a request through a callback that
-is called in that thread. Every submitted request receives a last event or an exception, whatever
-happens in the thread.
+The engine is not thread-safe; only `_run` uses it. Prompts are converted to token ids in other
+threads (`read_prompt`), because a long text or an image would hold up all running requests. Events
+reach a request through a callback that is called in the engine's thread. Every submitted request
+receives a last event or an exception, whatever happens in the thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from medley.data.document import Document
@@ -26,8 +28,9 @@ from medley.serving.limits import Limits, QueueFullError, RequestError
 
 log = logging.getLogger("medley.serving")
 EventCallback = Callable[[StreamEvent | Exception], None]
-PREFILLS_PER_STEP = 4  # Prompts read between two decode steps; running requests wait for them.
 MAX_RETRY_AFTER = 60  # seconds; clients give up if they are told to wait longer
+FAST_CHARACTERS = 32_768  # of a text that takes a few milliseconds to read
+MAX_FAILURES = 3  # consecutive failures after which the engine is reported as failing
 
 
 @dataclass(eq=False)
@@ -35,24 +38,18 @@ class GenerationJob:
     """One response to a prompt.
 
     Attributes:
-        prompt: None once it was read, since its images are large
         on_event: called with each event; last with an exception, or an event with the response
-        index: number of the response, which selects its random numbers together with the seed
-        raw_prompt: continue the prompt itself, without an end-of-turn token
         deadline: time (`time.monotonic`) at which the job is ended
-        started_at: time at which the prompt was read
+        request: token ids of the prompt, once it was read
+        started_at: time at which the engine took the request
         done: whether the job was cancelled or has ended
     """
 
-    prompt: Prompt | Document | None
-    options: GenerationOptions
     on_event: EventCallback
-    index: int = 0
     preview_every: int = 0
-    raw_prompt: bool = False
     deadline: float = float("inf")
+    request: Request | None = None
     started_at: float = 0.0
-    prompt_tokens: int = 0
     generated_tokens: int = 0
     ticket: int | None = None
     decoder: StreamDecoder | None = None
@@ -60,21 +57,36 @@ class GenerationJob:
 
 
 class EngineWorker:
-    """A served model. `max_num_seqs` requests run at once; others wait."""
+    """A served model. `max_num_seqs` requests run at once; others wait.
+
+    At most `chunk_size` prompt tokens are read between two decode steps (default by device).
+    """
 
     def __init__(
-        self, name: str, model: Model, limits: Limits, max_num_seqs: int = MAX_NUM_SEQS
+        self,
+        name: str,
+        model: Model,
+        limits: Limits,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        chunk_size: int | None = None,
     ) -> None:
         self.name, self.model, self.limits = name, model, limits
         model.engine.set_max_num_seqs(max_num_seqs)
+        model.engine.set_chunk_size(chunk_size)
+        model.engine.keep_idle_cache()
         self.created = int(time.time())
         self.generated_tokens = 0  # since the start
         # Upper bound of the text that fits the context: every token is the longest one.
         self.max_characters = model.engine.max_seq_len * model.text_tokenizer.longest_token
+        # Usual texts do not wait for the images and the very long texts of others.
+        self._fast_reader = ThreadPoolExecutor(1, f"medley-{name}-texts")
+        self._slow_reader = ThreadPoolExecutor(1, f"medley-{name}-images")
+        self._reading = 0  # jobs whose prompt is being read
         self._queue: deque[GenerationJob] = deque()
         self._running: list[GenerationJob] = []
         self._wake = threading.Condition()
         self._stop_reason: Exception | None = None  # new requests fail with it
+        self._failures = 0  # of the engine, since the last complete response
         self._mean_seconds = 1.0  # moving average of a job's running time
         self._thread = threading.Thread(target=self._run, name=f"medley-{name}", daemon=True)
 
@@ -86,6 +98,8 @@ class EngineWorker:
         with self._wake:
             self._stop_reason = RequestError("The server is shutting down.", 503)
             self._wake.notify()
+        for reader in (self._fast_reader, self._slow_reader):
+            reader.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout=30)
 
     @property
@@ -93,32 +107,71 @@ class EngineWorker:
         return self._thread.is_alive()
 
     @property
+    def is_failing(self) -> bool:
+        """Whether the engine has failed repeatedly, and completed no response in between."""
+        return self._failures >= MAX_FAILURES
+
+    @property
     def max_num_seqs(self) -> int:
         return self.model.engine.max_num_seqs
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return self._reading + len(self._queue)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, job: GenerationJob) -> None:
-        """Queues a job.
+    # --- prompts --------------------------------------------------------------------------
+
+    def enter(self, count: int) -> None:
+        """Takes `count` places in the queue, before the prompt is read. Then call `submit`.
 
         Raises QueueFullError if too many jobs wait, RequestError if the thread has ended.
         """
         with self._wake:
-            if self._stop_reason is not None:  # A shared exception would accumulate tracebacks.
-                raise RequestError(str(self._stop_reason), 503)
-            ahead = len(self._queue) + len(self._running)
-            if ahead >= self.max_num_seqs + self.limits.max_queue:
-                seconds = (1 + len(self._queue) / self.max_num_seqs) * self._mean_seconds
+            self.check_alive()
+            ahead = self.waiting + len(self._running)
+            if ahead + count > self.max_num_seqs + self.limits.max_queue:
+                seconds = (1 + self.waiting / self.max_num_seqs) * self._mean_seconds
                 retry_after = min(MAX_RETRY_AFTER, max(1, round(seconds)))
-                raise QueueFullError(len(self._queue), retry_after)
+                raise QueueFullError(self.waiting, retry_after)
+            self._reading += count
+
+    def leave(self, count: int) -> None:
+        """Gives back places of `enter` whose jobs were not submitted."""
+        with self._wake:
+            self._reading -= count
+
+    def read_prompt(
+        self, prompt: Prompt | Document, options: GenerationOptions
+    ) -> Future[tuple[int, ...]]:
+        """Starts to convert a prompt to token ids. Does not keep the prompt.
+
+        The future raises UserError for a prompt that the model cannot take.
+        """
+        reader = self._slow_reader if _is_slow_to_read(prompt) else self._fast_reader
+        try:
+            return reader.submit(_read_prompt, self.model, prompt, options)
+        except RuntimeError:  # the readers are shut down
+            self.check_alive()
+            raise
+
+    # --- jobs -----------------------------------------------------------------------------
+
+    def submit(self, job: GenerationJob) -> None:
+        """Queues a job at a place of `enter`. Raises RequestError if the thread has ended."""
+        with self._wake:
+            self._reading -= 1
+            self.check_alive()
             self._queue.append(job)
             self._wake.notify()
+
+    def check_alive(self) -> None:
+        """Raises RequestError if the thread has ended or is about to end."""
+        if self._stop_reason is not None:  # A shared exception would accumulate tracebacks.
+            raise RequestError(str(self._stop_reason), 503)
 
     def queue_position(self, job: GenerationJob) -> int | None:
         """Number of jobs ahead in the queue; None for a job that does not wait."""
@@ -159,7 +212,7 @@ class EngineWorker:
                 self._send_last(job, reason)
 
     def _step(self) -> None:
-        """Removes ended jobs, starts waiting ones, and decodes one token for each sequence."""
+        """Removes ended jobs, starts waiting ones, and runs one step of the engine."""
         now, timeout = time.monotonic(), self.limits.request_timeout
         with self._wake:
             late = [job for job in (*self._running, *self._queue) if now > job.deadline]
@@ -169,7 +222,7 @@ class EngineWorker:
             )
         for job in [job for job in self._running if job.done]:
             self._release(job)
-        for _ in range(min(self.max_num_seqs - len(self._running), PREFILLS_PER_STEP)):
+        while len(self._running) < self.max_num_seqs:
             with self._wake:
                 if not self._queue:
                     break
@@ -182,6 +235,7 @@ class EngineWorker:
             self.model.engine.step()
         except Exception as error:  # For example out of memory: the server continues without them.
             log.exception("%s: %d running requests failed", self.name, len(self._running))
+            self._failures += 1
             # An engine error is the server's fault, even if the engine raises a UserError.
             own = RequestError(str(error), 500) if isinstance(error, UserError) else error
             for job in list(self._running):
@@ -195,20 +249,16 @@ class EngineWorker:
         if job.done:
             self._release(job)
             return
+        assert job.request is not None
         try:
-            if job.options.mode != "text":
-                self.model.image_tokenizer.require_decoder()
-            assert job.prompt is not None
-            ids = self.model.encode_prompt(job.prompt, job.raw_prompt)
-            request = Request(ids, job.options, job.index)
-            job.ticket = self.model.engine.submit(request)
-            job.decoder = StreamDecoder(self.model, request, job.preview_every)
+            job.ticket = self.model.engine.submit(job.request)
+            job.decoder = StreamDecoder(self.model, job.request, job.preview_every)
         except Exception as error:
             if not isinstance(error, UserError):
-                log.exception("%s: a prompt could not be read", self.name)
+                log.exception("%s: a request could not be started", self.name)
             self._finish(job, error)
             return
-        job.prompt, job.prompt_tokens, job.started_at = None, len(ids), time.monotonic()
+        job.started_at = time.monotonic()
 
     def _deliver(self, job: GenerationJob) -> None:
         """Sends the new events of a job."""
@@ -217,10 +267,16 @@ class EngineWorker:
             for _, token, output in self.model.engine.poll(job.ticket):
                 self.generated_tokens += token is not None
                 job.generated_tokens += token is not None
+                if output.error is not None:
+                    self._failures += 1
+                    log.error("%s: a request failed. %s", self.name, output.error)
+                    self._finish(job, RequestError(output.error, 503))
+                    return
                 for event in job.decoder(token, output):
                     if event.response is not None:
                         seconds = time.monotonic() - job.started_at
                         self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+                        self._failures = 0
                         self._finish(job, event)
                         return
                     job.on_event(event)
@@ -248,6 +304,27 @@ class EngineWorker:
                 self._running.remove(job)
             elif job in self._queue:
                 self._queue.remove(job)
-        ticket, job.ticket, job.prompt, job.decoder = job.ticket, None, None, None
+        ticket, job.ticket, job.decoder = job.ticket, None, None
         if ticket is not None:
             self.model.engine.cancel(ticket)
+
+
+def _is_slow_to_read(prompt: Prompt | Document) -> bool:
+    parts: Sequence[object] = []
+    if isinstance(prompt, Document):
+        parts = [part for turn in prompt.turns for part in turn.parts]
+    else:
+        parts = prompt
+    texts = [part for part in parts if isinstance(part, str)]
+    return len(texts) < len(parts) or sum(map(len, texts)) > FAST_CHARACTERS
+
+
+def _read_prompt(
+    model: Model, prompt: Prompt | Document, options: GenerationOptions
+) -> tuple[int, ...]:
+    """Token ids of a prompt. Raises UserError for a prompt that the model cannot take."""
+    if options.mode != "text":
+        model.image_tokenizer.require_decoder()
+    ids = tuple(model.encode_prompt(prompt))
+    model.engine.check(Request(ids, options))
+    return ids

@@ -27,6 +27,8 @@ from medley.utils.html import data_url
 MAX_DISPLAY_SIZE = 1000  # maximum width and height in pixels of a displayed image
 RETENTION_SECONDS = 24 * 3600.0  # time after the last use of a file until it is deleted
 CLEANUP_SECONDS = 600.0  # time between two deletions, and retention of previews
+WRITES_PER_CLEANUP = 16  # A cleanup follows after this part of the space was written.
+EXAMPLES = "examples"  # subfolder with the images of the examples
 _PREFIX = "medley-ui-"
 _LOCK = ".lock"
 
@@ -92,19 +94,52 @@ class StoredImage:
             ) from error
 
 
+@dataclass(frozen=True)
+class FolderSize:
+    """Bytes and number of the files of a folder."""
+
+    size: int
+    files: int
+
+
+def delete_unused(folder: Path, seconds: float, max_size: int, max_files: int) -> FolderSize:
+    """Deletes files that were not used for `seconds`, the oldest first, until the limits hold.
+
+    Returns the size of the folder, which exceeds the limits if all other files were used since. The
+    examples of the web UI are not deleted and not counted.
+    """
+    found: list[tuple[float, int, Path]] = []
+    for parent, subfolders, names in os.walk(folder):
+        if parent == str(folder) and EXAMPLES in subfolders:
+            subfolders.remove(EXAMPLES)
+        for path in (Path(parent, name) for name in names if name != _LOCK):
+            with suppress(OSError):  # Another thread has deleted it.
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+    size, files = sum(size for _, size, _ in found), len(found)
+    for used_at, file_size, path in sorted(found):
+        if (size <= max_size and files <= max_files) or used_at > time.time() - seconds:
+            break
+        path.unlink(missing_ok=True)
+        size, files = size - file_size, files - 1
+    return FolderSize(size, files)
+
+
 class ImageStore:
-    """Image files of one folder, named by their content.
+    """Image files of one folder, named by their content; at most `limits.ui_bytes`, about.
 
     `exif_orientation`: display uploads rotated as their EXIF tag specifies, as the models see them.
     """
 
-    def __init__(self, folder: Path, exif_orientation: bool = False) -> None:
-        self.exif_orientation = exif_orientation
+    def __init__(
+        self, folder: Path, exif_orientation: bool = False, limits: Limits | None = None
+    ) -> None:
+        self.exif_orientation, self.limits = exif_orientation, limits or Limits()
         self.folder, self.previews = folder / "images", folder / "previews"
         for subfolder in (self.folder, self.previews):
             subfolder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._last_cleanup = time.monotonic()
+        self._last_cleanup, self._written = time.monotonic(), 0
 
     def add_upload(self, file: str, limits: Limits) -> StoredImage:
         """An uploaded file. Raises RequestError if it is not an image within the limits."""
@@ -158,11 +193,18 @@ class ImageStore:
                 os.utime(path)
             else:
                 path.write_bytes(data)
-            if time.monotonic() - self._last_cleanup > CLEANUP_SECONDS:
-                self._last_cleanup = time.monotonic()
-                self._delete_older(self.folder, RETENTION_SECONDS)
-                self._delete_older(self.previews, CLEANUP_SECONDS)
+                self._written += len(data)
+            is_full = self._written > self.limits.ui_bytes / WRITES_PER_CLEANUP
+            if is_full or time.monotonic() - self._last_cleanup > CLEANUP_SECONDS:
+                self._clean_up()
         return path
+
+    def _clean_up(self) -> None:
+        self._last_cleanup, self._written = time.monotonic(), 0
+        self._delete_older(self.folder, RETENTION_SECONDS)
+        self._delete_older(self.previews, CLEANUP_SECONDS)
+        # Generated images are not uploads; without this they could fill the disk.
+        delete_unused(self.folder, CLEANUP_SECONDS, self.limits.ui_bytes, self.limits.ui_files)
 
     def _delete_older(self, folder: Path, seconds: float) -> None:
         for path in folder.iterdir():

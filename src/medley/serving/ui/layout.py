@@ -17,7 +17,7 @@ from medley.serving.ui.examples import Example, phantom_examples
 from medley.serving.ui.export import DISCLAIMER
 from medley.serving.ui.feedback import FeedbackLog
 from medley.serving.ui.handlers import Handlers, SessionState
-from medley.serving.ui.image_store import RETENTION_SECONDS, ImageStore, private_folder
+from medley.serving.ui.image_store import EXAMPLES, RETENTION_SECONDS, ImageStore, private_folder
 from medley.serving.ui.settings import SETTINGS
 from medley.serving.ui.status import ServerStatus
 
@@ -77,10 +77,10 @@ class WebUI:
             worker.model.image_tokenizer.preprocessing.exif_orientation
             for worker in state.workers.values()
         )
-        store = ImageStore(private_folder() / "conversations", obey_exif)
+        store = ImageStore(private_folder() / "conversations", obey_exif, state.limits)
         feedback = FeedbackLog(feedback_dir) if feedback_dir is not None else None
         self.handlers = Handlers(state, store, feedback)
-        example_folder = private_folder() / "examples"
+        example_folder = private_folder() / EXAMPLES
         example_folder.mkdir(exist_ok=True)
         self.examples = [*examples, *phantom_examples(example_folder)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import gradio as gr
 from fastapi import FastAPI
 from gradio import processing_utils
+from gradio.route_utils import CustomCORSMiddleware
 from gradio.routes import App
 from starlette.routing import Mount
 
@@ -20,6 +21,7 @@ from medley.serving.ui.examples import Example
 from medley.serving.ui.image_store import private_folder
 from medley.serving.ui.layout import WebUI
 from medley.serving.ui.route_filter import RouteFilter
+from medley.serving.ui.uploads import UploadGate, UploadQuota
 
 _FOLDER = Path(__file__).parent
 STATUS_PATH = "/ui/status"
@@ -83,7 +85,16 @@ async def _mount(
     )  # fmt: skip
     app.add_middleware(RouteFilter)
     # Open tabs keep a connection; without this event the server would wait for it at shutdown.
-    (mounted,) = (route.app for route in app.routes if isinstance(route, Mount))
+    (mount,) = (route for route in app.routes if isinstance(route, Mount))
+    mounted = mount.app
     assert isinstance(mounted, App)
+    # It allows pages of all origins, with the cookie of the login, on any host but localhost.
+    mounted.user_middleware = [
+        m
+        for m in mounted.user_middleware
+        if m.cls is not CustomCORSMiddleware  # type: ignore[comparison-overlap]
+    ]
     state.on_shutdown.append(mounted.stop_event.set)
+    quota = UploadQuota(private_folder(), state.limits)
+    mount.app = UploadGate(mounted, quota, needs_login=token is not None)
     return ui

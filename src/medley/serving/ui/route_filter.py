@@ -8,8 +8,8 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from medley.serving.error_responses import openai_error
 from medley.serving.limits import RequestError
-from medley.serving.state import error_body
 
 _API = "/gradio_api/"
 _ALLOWED = (
@@ -27,7 +27,7 @@ class RouteFilter:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_allowed(scope["path"], scope["query_string"]):
-            status, body = error_body(RequestError("Not Found", 404))
+            status, body = openai_error(RequestError("Not Found", 404))
             await JSONResponse(body, status)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
