@@ -5,7 +5,7 @@ BIN := .venv/bin
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
 
-.PHONY: demo test test-quick format lint types tiny lock clean
+.PHONY: demo test test-quick test-hostile test-peers format lint types tiny lock clean
 
 demo: .venv/installed
 	bash training/pipeline.sh
@@ -16,6 +16,16 @@ test: .venv/installed
 # Without training runs, servers and browsers: under two minutes.
 test-quick: .venv/installed
 	$(TESTS) -n $(WORKERS) -m "not slow"
+
+# The fuzz, mutation and kill tests alone, with twelve times as many examples: about ten minutes.
+test-hostile: .venv/installed
+	$(TESTS) -n $(WORKERS) --dist loadgroup --hostile
+
+# The suites and example data of others (transformers, PEFT, Anole, Chameleon, LLaVA,
+# LLaMA-Factory), fetched into build/peers from PyPI and GitHub; by hand and before a release.
+# PEERS=DIR names a folder of repositories (DIR/transformers, DIR/anole, ...) in place of GitHub.
+test-peers: .venv/installed
+	$(BIN)/python tests/peers/run.py $(if $(PEERS),--peers $(PEERS))
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

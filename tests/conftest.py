@@ -12,17 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from model_server import Server, running_server
 from training_runs import write_tokens
 
 import medley
 from medley.data.vocabulary import TextTokenizer
-
-settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
-settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -49,10 +47,6 @@ BUILD_EXTENSION = (
 )
 
 
-def pytest_configure() -> None:
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
-
-
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Builds DeepSpeed's extension once per checkout (half a minute), before any worker starts."""
     is_worker = hasattr(session.config, "workerinput")
@@ -63,6 +57,51 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "-c", BUILD_EXTENSION], env=environment, check=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hostile", action="store_true",
+        help="run the fuzz, mutation and kill tests only, in their long form",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
+    config.addinivalue_line(
+        "markers",
+        "hostile(repeat=1): fuzz, mutations and kills; --hostile runs only these, and repeats them",
+    )
+    hostile.set_long(config.getoption("--hostile"))
+    # A busy machine must not fail a test.
+    checks = [HealthCheck.too_slow] if hostile.is_long() else []
+    settings.register_profile(
+        "untimed", max_examples=hostile.scaled(100), deadline=None, suppress_health_check=checks
+    )
+    settings.load_profile("untimed")
+
+
+@pytest.fixture
+def repetition(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("hostile")
+    count = mark.kwargs.get("repeat", 1) if mark is not None and hostile.is_long() else 1
+    if count > 1:
+        metafunc.fixturenames.append("repetition")
+        metafunc.parametrize("repetition", range(count), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_hypothesis_test(getattr(item, "function", None)):
+            item.add_marker(pytest.mark.hostile)
+    if hostile.is_long():
+        others = [item for item in items if item.get_closest_marker("hostile") is None]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("hostile") is not None]
 
 
 def golden(name: str) -> Any:

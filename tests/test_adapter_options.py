@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from medley.checkpoints.adapter import load_adapter, merged_tensors
 from medley.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from medley.checkpoints.conversion import write_hugging_face
 from medley.errors import UserError
+from medley.generation.config import GenerationOptions
+from medley.generation.sequence import Request
+from medley.inference.loading import load, share_base
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 BDLORA = peft.tuners.lora.config.BdLoraConfig
@@ -206,3 +212,102 @@ def test_copy_of_another_bases_head_is_refused(base: Checkpoint, tmp_path: Path)
     save_file(tensors, weights)
     with pytest.raises(UserError, match=r"copy of the base's lm_head\.weight differs"):
         merged_tensors(base, tmp_path)
+
+
+APPLIED: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "dora": {"use_dora": True},
+    "bias": {"bias": "all"},
+    "lora_bias": {"lora_bias": True},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+}
+
+
+@pytest.mark.parametrize("kind", APPLIED)
+@pytest.mark.filterwarnings("ignore")
+def test_applies_what_it_refuses_to_merge(kind: str, base: Checkpoint, tmp_path: Path) -> None:
+    trained = logits(train(base, tmp_path, APPLIED[kind]))
+    applied = load_adapter(base.decoder(torch.float32), tmp_path)
+    assert torch.allclose(logits(applied), trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dora", "layer_replication"])
+@pytest.mark.filterwarnings("ignore")
+def test_generates_with_an_applied_adapter(kind: str, base: Checkpoint, tmp_path: Path) -> None:
+    train(base, tmp_path, APPLIED[kind])
+    model = load(str(base.folder), adapter=tmp_path, device="cpu", dtype="float32")
+    v = model.vocabulary
+    prompt = [v.bos, *sorted(v.text_tokens)[100:108], v.end_turn]
+    options = GenerationOptions(
+        mode="text", text_greedy=True, repetition_penalty=1.0, max_new_tokens=8
+    )
+    found = model.engine.generate([Request(prompt, options, 0)])[0].ids
+    with torch.inference_mode():
+        scores = model.decoder(input_ids=torch.tensor([[*prompt, *found[:-1]]])).logits[0]
+    allowed = torch.tensor(sorted({*v.text_tokens, v.eos, v.end_turn}))
+    greedy = allowed[scores[len(prompt) - 1 :, allowed].argmax(-1)]
+    assert greedy.tolist() == list(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"alora_invocation_tokens": [10, 11]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_refuses_to_apply_by_the_options_name(
+    options: dict[str, Any], option: str, base: Checkpoint, tmp_path: Path
+) -> None:
+    train(base, tmp_path, options)
+    with pytest.raises(UserError, match=f"Unsupported {option} "):
+        load_adapter(base.decoder(torch.float32), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa"},
+        {"bias": "all"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_change_their_base_do_not_share_it(
+    options: dict[str, Any], base: Checkpoint, tmp_path: Path
+) -> None:
+    train(base, tmp_path, options)
+    model = load(str(base.folder), device="cpu", dtype="float32")
+    before = {name: tensor.clone() for name, tensor in model.decoder.state_dict().items()}
+    with pytest.raises(UserError, match="changes weights of its base, which other models share"):
+        share_base(model, base, tmp_path)
+    after = model.decoder.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_auto_classes_load_an_adapter_without_a_task_type(
+    base: Checkpoint, tmp_path: Path
+) -> None:
+    write_hugging_face(tmp_path / "base", base)
+    decoder = open_checkpoint(tmp_path / "base").decoder(torch.float32)
+    decoder.name_or_path = str(tmp_path / "base")
+    model = peft.get_peft_model(decoder, peft.LoraConfig(target_modules=TARGETS))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(torch.randn(weight.shape) * 0.05)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    text = sorted(base.text_tokenizer().vocabulary.text_tokens)
+    assert torch.allclose(logits(loaded)[..., text], logits(model)[..., text], atol=1e-5)
+
+
+def test_decoders_are_pickled_and_copied_as_themselves(base: Checkpoint) -> None:
+    decoder = base.decoder(torch.float32)
+    for twin in (pickle.loads(pickle.dumps(decoder)), copy.deepcopy(decoder)):
+        assert type(twin) is type(decoder)
+        assert torch.equal(logits(twin), logits(decoder))

@@ -19,11 +19,12 @@ from torch import Tensor
 from medley.checkpoints.adapter_config import AdapterConfig
 from medley.checkpoints.adapter_updates import PREFIX, Update, plain_name, plan_updates
 from medley.checkpoints.checkpoint import Checkpoint, adapter_base_name, is_adapter, open_checkpoint
+from medley.checkpoints.huggingface import EMBEDDING, HEAD
 from medley.checkpoints.logits import LogitDifference, compare_logits, random_ids
 from medley.errors import UserError
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
-from medley.utils.files import read_json
-from medley.utils.tensor_files import load_tensors
+from medley.utils.config_files import library_errors, read_json_object
+from medley.utils.tensor_files import check_weight, load_tensors
 
 
 def find_adapter(path: Path) -> Path:
@@ -65,11 +66,13 @@ def read_adapter(folder: Path, trained: bool = True) -> tuple[dict[str, Any], di
     Raises UserError if the tensors are missing, empty or not finite. With `trained`, all-zero
     tensors are an error, too: such an adapter would merge to an unchanged base.
     """
-    config: dict[str, Any] = read_json(folder / "adapter_config.json")
+    config = read_json_object(folder / "adapter_config.json")
     path = weights_file(folder)
     if not path.is_file():
         raise UserError(f"{path}: File not found. The adapter is incomplete without it.")
     tensors = load_tensors(path)
+    for name, tensor in tensors.items():
+        check_weight(name, tensor, None, str(path))
     problem = _find_problem(tensors, trained)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
@@ -104,16 +107,9 @@ def load_adapter(
     if not config.options.get("layer_replication"):
         updates = plan_updates(config, tensors, _shapes(decoder.config), merging=False)
         _check_copies(folder, updates, decoder.state_dict().items(), "this base")
-    try:
+    fix = "Copy its files again, or name the base that it was trained on."
+    with library_errors(folder, "PEFT cannot apply this adapter", fix):
         model = peft.PeftModel.from_pretrained(decoder, str(folder), is_trainable=trainable)
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # PEFT has no common class of errors
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{folder}: PEFT cannot apply this adapter ({first}). Copy its files again, or name "
-            "the base that it was trained on."
-        ) from error
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     found = {plain_name(name) for name in tensors}
     expected = {plain_name(name) for name in own}
@@ -161,10 +157,25 @@ def merged_tensors(base: Checkpoint, adapter: Path) -> Iterator[tuple[str, Tenso
     config = AdapterConfig.read(adapter)
     config.check(merging=True)
     _, tensors = read_adapter(adapter)
-    updates = plan_updates(config, tensors, _shapes(base.config()), merging=True)
+    updates = plan_updates(config, tensors, base.shapes, merging=True)
+    _refuse_untying(adapter, updates, base)
     if any(update.base_copy is not None for update in updates.values()):
         _check_copies(adapter, updates, base.tensors(), str(base.folder))
     return _merged(base, updates)
+
+
+def _refuse_untying(adapter: Path, updates: dict[str, Update], base: Checkpoint) -> None:
+    """Raises UserError for an adapter that changes the head or embedding of a base that ties them.
+
+    The merged model would need two tensors where its configuration has one.
+    """
+    tied = [name for name in (EMBEDDING, HEAD) if name in updates]
+    if tied and base.config().tie_word_embeddings:
+        raise UserError(
+            f"{adapter}: It changes {tied[0]}, which {base.folder} ties to the other of embedding "
+            "and head (tie_word_embeddings). Such an adapter cannot be merged; use it unmerged, or "
+            "train one without this tensor."
+        )
 
 
 def _check_copies(

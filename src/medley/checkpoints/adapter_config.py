@@ -17,7 +17,7 @@ from typing import Any
 import peft
 
 from medley.errors import UserError
-from medley.utils.files import read_json
+from medley.utils.config_files import MAX_SIZE, read_json_object, shown
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -36,14 +36,15 @@ _NO_EFFECT = {
     "inference_mode", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size",
     "fan_in_fan_out",  # PEFT ignores it for linear layers, and Chameleon has no others
     "eva_config", "loftq_config", "corda_config", "lora_ga_config",  # used by init_lora_weights
-    "ensure_weight_tying",  # Chameleon's head is not tied
+    "ensure_weight_tying",  # a merge into a tied head is refused
 }  # fmt: skip
 _REASONS = {
     "use_dora": "DoRA scales each row of the weights",
     "lora_bias": "it trains biases that the base does not have",
     "bias": "it trains biases that the base does not have",
     "layer_replication": "the trained model has more layers than the base",
-    "alora_invocation_tokens": "aLoRA changes the model only after its invocation tokens",
+    "alora_invocation_tokens": "aLoRA changes the model only after its invocation tokens, which "
+    "decoding with a cache and packed sequences do not track",
     "use_qalora": "QALoRA averages groups of inputs",
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA has singular values of its own",
@@ -59,8 +60,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 # PEFT applies these, though they cannot be merged.
 _APPLIED_ONLY = {
-    "use_dora", "lora_bias", "layer_replication", "alora_invocation_tokens", "kasa_config",
-    "velora_config", "monteclora_config",
+    "use_dora", "lora_bias", "layer_replication", "kasa_config", "velora_config",
+    "monteclora_config",
 }  # fmt: skip
 
 
@@ -89,9 +90,7 @@ class AdapterConfig:
     def read(cls, folder: Path) -> AdapterConfig:
         """Raises UserError that names the option for everything that is not an adapter's."""
         path = folder / CONFIG_FILE
-        options = read_json(path)
-        if not isinstance(options, dict):
-            raise UserError(f"{path}: Not a JSON object (got {type(options).__name__}).")
+        options = read_json_object(path)
         blocks = options.get("use_bdlora")
         nested = blocks if isinstance(blocks, dict) else {}
         init = options.get("init_lora_weights", True)
@@ -133,7 +132,7 @@ class AdapterConfig:
             raise self._refused("bias", self.options["bias"], merging)
         init = self.init.lower() if isinstance(self.init, str) else self.init
         kept = init is None or isinstance(init, bool) or init in _INIT_KEEPS_BASE
-        repeatable = str(init).startswith(("pissa", "olora"))
+        repeatable = init in ("pissa", "olora")  # pissa_niter_N decomposes at random
         if not kept and (merging or not repeatable):
             what = "changed the base's weights when training began"
             raise UserError(
@@ -215,12 +214,12 @@ class AdapterConfig:
 
 
 def _wrong(path: Path, name: str, value: Any, expected: str) -> UserError:
-    return UserError(f"{path}: Unsupported {name} (got {value!r}, expected {expected}).")
+    return UserError(f"{path}: Unsupported {name} (got {shown(value)}, expected {expected}).")
 
 
 def _number(path: Path, name: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_number or not 0 < value <= MAX_SIZE:
         raise _wrong(path, name, value, "a number above 0")
     return float(value)
 

@@ -27,13 +27,18 @@ from medley.checkpoints.weight_map import (
 )
 from medley.errors import UserError
 from medley.modeling.dims import ModelDims
-from medley.utils.files import atomic_file, read_json, write_json
-from medley.utils.tensor_files import check_names, load_pickle
+from medley.utils.config_files import integer, library_errors, number, read_json_object, shown
+from medley.utils.files import atomic_file, write_json
+from medley.utils.tensor_files import check_names, load_tensors
 
 DEFAULT_CONTEXT = 4096  # params.json does not contain it; Chameleon's loader has this constant
 TOKENIZER_FILES = ("text_tokenizer.json", "vqgan.yaml", "vqgan.ckpt")
 OPTIONAL_TOKENIZER_FILES = ("text_tokenizer_modified.json",)
+PARAMS = "params.json"
+_COPY = "Copy all files of the checkpoint again."
+_MAX_SHARDS = 100  # names of files have two digits
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def is_chameleon(folder: Path) -> bool:
@@ -62,7 +67,12 @@ class ChameleonWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.params = read_json(folder / "params.json")
+        self.params = read_json_object(folder / PARAMS)
+        if not isinstance(self.params.get("model"), dict):
+            raise UserError(
+                f"{folder / PARAMS}: Invalid model (got {shown(self.params.get('model'))}, "
+                "expected an object with the sizes of the model)."
+            )
         self._files = self._shard_files()
 
     def _shard_files(self) -> list[Path]:
@@ -73,6 +83,8 @@ class ChameleonWeights:
             if (match := _SHARD.fullmatch(path.name))
         }
         declared = self.params.get("model_parallel_size")
+        if declared is not None:
+            integer(self.folder / PARAMS, "model_parallel_size", declared, high=_MAX_SHARDS)
         if single.is_file() and numbered:
             raise UserError(
                 f"{self.folder}: Contains consolidated.pth and {len(numbered)} numbered shards. "
@@ -99,26 +111,21 @@ class ChameleonWeights:
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
-        shards = [load_pickle(path) for path in self._files]
-        model = self.params["model"]
-        heads, shard_count = int(model["n_heads"]), len(shards)
-        own = HeadLayout(
-            heads // shard_count, int(model.get("n_kv_heads") or heads) // shard_count, 1
-        )
-        return [split_qkv(shard, own) for shard in shards]
+        heads, key_value_heads = _heads(self.params, self.folder / PARAMS, len(self._files))
+        own = HeadLayout(heads // len(self._files), key_value_heads // len(self._files), 1)
+        shards = []
+        for path in self._files:
+            with library_errors(path, "A wqkv does not fit n_heads in params.json", _COPY):
+                shards.append(split_qkv(load_tensors(path), own))
+        return shards
 
     @cached_property
     def dims(self) -> ModelDims:
-        try:
-            return _dims_from_params(self.params, self._shards)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.folder}: {error} is missing in params.json or in the weights."
-            ) from error
+        return _dims_from_params(self.params, self._shards, self.folder / PARAMS)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._shards[0]["output.weight"].dtype
+        return _tensor(self._shards[0], "output.weight", self._files[0]).dtype
 
     @property
     def rope(self) -> Tensor | None:
@@ -136,7 +143,9 @@ class ChameleonWeights:
         heads = HeadLayout.of(self.dims)
         for rule in rules:
             parts = [shard[rule.chameleon] for shard in self._shards]
-            yield rule.hugging_face, to_hugging_face(rule, parts, heads)
+            with library_errors(self.folder, f"Wrong shape of {rule.chameleon}", _COPY):
+                tensor = to_hugging_face(rule, parts, heads)
+            yield rule.hugging_face, tensor
 
 
 def write_model(
@@ -184,28 +193,84 @@ def write_model(
         params = {**original.params, "model_parallel_size": dims.shards}
         if original.params.get("model_parallel_size") in (None, dims.shards):
             params = original.params
-    write_json(folder / "params.json", params)
+    write_json(folder / PARAMS, params)
     write_json(folder / "consolidate_params.json", {"model_parallel_size": dims.shards})
     write_checklist(folder)
 
 
-def _dims_from_params(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> ModelDims:
-    """`params.json` and the tensors of all shards -> sizes. Raises KeyError for a missing one."""
+def _heads(params: dict[str, Any], where: Path, shards: int) -> tuple[int, int]:
+    """Numbers of query heads, and of heads for keys and values."""
     model = params["model"]
-    heads = int(model["n_heads"])
+    heads = integer(where, "model.n_heads", model.get("n_heads"))
+    key_value_heads = model.get("n_kv_heads")
+    if key_value_heads is None:
+        key_value_heads = heads
+    integer(where, "model.n_kv_heads", key_value_heads, high=heads)
+    if heads % shards or key_value_heads % shards or heads % key_value_heads:
+        raise UserError(
+            f"{where}: Invalid model.n_heads and model.n_kv_heads (got {heads} and "
+            f"{key_value_heads}, expected multiples of the number of shards, {shards}, and the "
+            "first a multiple of the second)."
+        )
+    return heads, key_value_heads
+
+
+def _tensor(shard: dict[str, Tensor], name: str, where: Path) -> Tensor:
+    check_names([name], shard.keys() & {name}, str(where))
+    return shard[name]
+
+
+def _dims_from_params(
+    params: dict[str, Any], shards: list[dict[str, Tensor]], where: Path
+) -> ModelDims:
+    """`params.json` and the tensors of all shards -> sizes.
+
+    Raises UserError for a field that is missing, invalid, or does not fit the tensors.
+    """
+    model, count, first = params["model"], len(shards), shards[0]
+    heads, key_value_heads = _heads(params, where, count)
+    layers = {int(match[1]) for name in first if (match := _LAYER.match(name))}
+    output = [_tensor(shard, "output.weight", where.parent) for shard in shards]
+    gate = _tensor(first, "layers.0.feed_forward.w1.weight", where.parent)
+    head_width = _tensor(first, "layers.0.attention.q_normalization.weight", where.parent).numel()
+    for name, tensor in (("output.weight", output[0]), ("layers.0.feed_forward.w1.weight", gate)):
+        if tensor.ndim != 2:
+            raise UserError(
+                f"{where.parent}: Wrong shape of {name} (got {tuple(tensor.shape)}, expected two "
+                f"dimensions). {_COPY}"
+            )
+    width = integer(where, "model.dim", model.get("dim"))
+    for name, got, expected in (
+        ("model.dim", width, output[0].shape[1]),
+        ("model.n_layers", integer(where, "model.n_layers", model.get("n_layers")), len(layers)),
+        ("model.n_heads times the width of a head", heads * head_width, width),
+    ):
+        if got != expected:
+            raise UserError(
+                f"{where}: {name} does not fit the weights (got {got}, expected {expected}). "
+                f"{_COPY}"
+            )
     return ModelDims(
-        width=int(model["dim"]),
-        layers=int(model["n_layers"]),
+        width=width,
+        layers=len(layers),
         heads=heads,
-        key_value_heads=int(model.get("n_kv_heads") or heads),
-        feed_forward=shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
-        vocabulary_size=sum(shard["output.weight"].shape[0] for shard in shards),
-        context=int(model.get("max_seq_len", DEFAULT_CONTEXT)),
-        norm_eps=float(model.get("norm_eps", ModelDims.norm_eps)),
-        rope_theta=float(model.get("rope_theta", ModelDims.rope_theta)),
-        swin_norm=bool(model.get("swin_norm", ModelDims.swin_norm)),
-        shards=len(shards),
+        key_value_heads=key_value_heads,
+        feed_forward=gate.shape[0] * count,
+        vocabulary_size=sum(tensor.shape[0] for tensor in output),
+        context=integer(where, "model.max_seq_len", model.get("max_seq_len", DEFAULT_CONTEXT)),
+        norm_eps=number(where, "model.norm_eps", model.get("norm_eps", ModelDims.norm_eps), high=1),
+        rope_theta=number(
+            where, "model.rope_theta", model.get("rope_theta", ModelDims.rope_theta), low=1
+        ),
+        swin_norm=_flag(where, "model.swin_norm", model.get("swin_norm")),
+        shards=count,
     )
+
+
+def _flag(where: Path, name: str, value: Any) -> bool:
+    if not isinstance(value, bool | None):
+        raise UserError(f"{where}: Invalid {name} (got {shown(value)}, expected true or false).")
+    return bool(value)
 
 
 def _dims_to_params(dims: ModelDims) -> dict[str, Any]:

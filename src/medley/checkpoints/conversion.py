@@ -16,7 +16,8 @@ from medley.checkpoints.huggingface import write_config, write_processor, write_
 from medley.checkpoints.weight_map import Norms
 from medley.errors import UserError
 from medley.modeling.dims import ModelDims
-from medley.utils.files import atomic_dir, read_json, require_space
+from medley.utils.config_files import read_json_object
+from medley.utils.files import atomic_dir, require_space
 from medley.utils.tensor_files import check_names
 from medley.vqgan.files import hugging_face_tensors
 
@@ -44,7 +45,7 @@ def write_hugging_face(
         vq_tensors = hugging_face_tensors(vqgan)
         write_weights(folder, chain(tensors or source.tensors(), vq_tensors.items()))
         write_config(folder, config, dtype)
-        parsed = read_json(source.tokenizer_file)
+        parsed = read_json_object(source.tokenizer_file)
         write_processor(folder, parsed, vqgan.config.codes_per_image, vqgan.config.resolution)
         if has_decoder:
             copy_tokenizer(source.tokenizer_folder, folder / "tokenizer")
@@ -109,7 +110,6 @@ def _check_representable(source: Checkpoint) -> None:
         "hidden_act": (config.hidden_act, "silu"),
         "attention_bias": (bool(config.attention_bias), False),
         "mlp_bias": (bool(config.mlp_bias), False),
-        "tie_word_embeddings": (bool(config.tie_word_embeddings), False),
         "head_dim": (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             config.hidden_size // config.num_attention_heads,

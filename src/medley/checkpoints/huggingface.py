@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ from medley.data.vocabulary import (
     PAD,
     UNK,
 )
+from medley.errors import UserError
 from medley.modeling.dims import ARCHITECTURE
+from medley.utils.config_files import number, shown
 from medley.utils.files import write_json
+from medley.utils.tensor_files import check_names
 
+CONFIG = "config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_BYTES = 2 << 30
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NOT_COPIED = ("*.safetensors", "*.bin", "*.index.json", "manifest.json", ".*")
 
 # Gives the same ids as `Document.to_ids`: `<s>`, the turns with the end-of-turn token between them,
@@ -64,7 +71,37 @@ CHAT_TEMPLATE = (
 
 
 def is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    return (folder / CONFIG).is_file()
+
+
+def check_sizes(
+    where: Path, config: transformers.ChameleonConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError for sizes in `config.json` that are not those of the weights.
+
+    A model of false sizes may take hours to build, or all memory.
+    """
+    layer = "model.layers.0."
+    gate = f"{layer}mlp.gate_proj.weight"
+    queries, keys = (f"{layer}self_attn.{name}.weight" for name in ("q_norm", "k_norm"))
+    needed = {EMBEDDING, gate, queries, keys}
+    check_names(needed, shapes.keys() & needed, str(where.parent))
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
+    for name, expected in (
+        ("num_hidden_layers", len(layers)),
+        ("vocab_size", shapes[EMBEDDING][0] if shapes[EMBEDDING] else 0),
+        ("hidden_size", shapes[EMBEDDING][-1] if shapes[EMBEDDING] else 0),
+        ("intermediate_size", shapes[gate][0] if shapes[gate] else 0),
+        ("num_attention_heads", shapes[queries][0] if shapes[queries] else 0),
+        ("num_key_value_heads", shapes[keys][0] if shapes[keys] else 0),
+    ):
+        if getattr(config, name) != expected:
+            raise UserError(
+                f"{where}: {name} does not fit the weights (got {shown(getattr(config, name))}, "
+                f"expected {expected}). Copy all files of the checkpoint again."
+            )
+    theta = (config.rope_parameters or {}).get("rope_theta")
+    number(where, "rope_parameters.rope_theta", theta, low=1)
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -94,9 +131,9 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         (folder / "part-0.safetensors").rename(folder / "model.safetensors")
         return
     table = {}
-    for number, file in enumerate(files):
-        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"part-{number}.safetensors").rename(folder / final)
+    for part, file in enumerate(files):
+        final = f"model-{part + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{part}.safetensors").rename(folder / final)
         table.update(dict.fromkeys(file.names, final))
     index = {"metadata": {"total_size": sum(f.size for f in files)}, "weight_map": table}
     write_json(folder / "model.safetensors.index.json", index)

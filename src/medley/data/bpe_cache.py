@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 MAX_CACHED_WORDS = 200_000  # about 50 MB
+_LONG_TEXT = 10_000  # characters
 _MAX_WORD_LENGTH = 64  # characters; longer words are not cached
 
 # Chameleon's pre-tokenizer: each digit is a word, and GPT-2's rule splits the text between digits.
@@ -72,4 +73,7 @@ class CachedBPE:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    # `encode` holds the GIL, half a second for 200 kB; `encode_batch` lets other threads run.
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids

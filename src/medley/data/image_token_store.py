@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 from medley.errors import UserError
 from medley.utils.arrow_cache import (
     CACHE_KEY,
+    cached_list_size,
+    open_cache,
     open_mapped,
-    read_cache_key,
     to_numpy,
     writable_cache_path,
 )
+from medley.utils.config_files import library_errors, one_line
 from medley.utils.files import atomic_file
 from medley.utils.jsonl import write_jsonl
 from medley.utils.tables import parquet_batches
@@ -39,6 +41,7 @@ from medley.utils.unicode_names import existing_name, normal_forms
 
 _NAME = re.compile(r"partition_(\d+)_rank_(\d+)\.parquet")
 MAX_PATH_BYTES = 1 << 16
+_REMAKE = "Remove the file, and make its codes again with `medley tokenize-images`."
 _FAILED = b"medley.failed"  # key in the metadata of a partition file
 
 
@@ -116,8 +119,22 @@ def _check_unique(path: Path) -> None:
 
 
 def read_failures(path: Path) -> list[TokenizationFailure]:
-    metadata = pq.read_schema(path).metadata or {}
-    return [TokenizationFailure(*pair) for pair in json.loads(metadata.get(_FAILED, b"[]"))]
+    """The images without codes that a partition file lists. Raises UserError for a damaged one."""
+    with library_errors(path, "Not a Parquet file of image codes", _REMAKE):
+        metadata = _read_metadata(path).metadata or {}
+        return [TokenizationFailure(*pair) for pair in json.loads(metadata.get(_FAILED, b"[]"))]
+
+
+def _read_metadata(path: Path) -> pq.FileMetaData:
+    """Raises UserError for a damaged file."""
+    try:
+        return pq.read_metadata(path)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: Not a Parquet file of image codes ({one_line(error)}). {_REMAKE}"
+        ) from error
 
 
 def write_error_lists(folder: Path) -> tuple[int, int]:
@@ -131,7 +148,7 @@ def write_error_lists(folder: Path) -> tuple[int, int]:
         match = _NAME.fullmatch(path.name)
         assert match is not None
         by_rank.setdefault(int(match[2]), []).extend(read_failures(path))
-        encoded += pq.read_metadata(path).num_rows
+        encoded += _read_metadata(path).num_rows
     for old in folder.glob("errors_rank_*.jsonl"):
         old.unlink()
     for rank, failures in by_rank.items():
@@ -168,9 +185,13 @@ class ImageTokenStore:
         self._real_paths: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
     def _open(self, table: Path, index: Path, files: list[Path], key: str) -> None:
-        if read_cache_key(table) != key or not index.exists():
+        opened = _open_cache(table, index, key)
+        if opened is None:
             _build_cache(self.folder, files, table, index, key)
-        mapped = open_mapped(table)
+            opened = _open_cache(table, index, key)
+            if opened is None:
+                raise UserError(f"{table}: The cache was damaged while it was written. Try again.")
+        mapped, (self._hashes, self._rows) = opened
         self._path_chunks = mapped["img_path"].chunks
         self.codes_per_image: int = mapped.schema.field("img_tokens").type.list_size
         self._codes = [
@@ -178,7 +199,6 @@ class ImageTokenStore:
             for chunk in mapped["img_tokens"].chunks
         ]
         self._starts = list(accumulate(map(len, self._codes), initial=0))
-        self._hashes, self._rows = np.load(index, mmap_mode="r")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -242,13 +262,37 @@ def _rows_with_hash(hashes: NDArray[np.uint64], rows: NDArray[Any], wanted: int)
         first += 1
 
 
-def _build_cache(folder: Path, files: list[Path], table: Path, index: Path, key: str) -> None:
-    """Writes paths and codes as one Arrow file, and the sorted path hashes with their rows."""
-    list_type = pa.list_(pa.uint16(), _codes_per_image(files))
-    schema = pa.schema(
-        [("img_path", pa.large_string()), ("img_tokens", list_type)],
+def _cache_schema(key: str, codes_per_image: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("img_path", pa.large_string()),
+            ("img_tokens", pa.list_(pa.uint16(), codes_per_image)),
+        ],
         metadata={CACHE_KEY: key.encode()},
     )
+
+
+def _open_cache(table: Path, index: Path, key: str) -> tuple[pa.Table, NDArray[Any]] | None:
+    """Paths with codes, and sorted hashes with rows; None if a file is damaged or outdated."""
+    codes_per_image = cached_list_size(table, "img_tokens")
+    if codes_per_image is None:
+        return None
+    opened = open_cache(table, _cache_schema(key, codes_per_image))
+    try:
+        rows = np.load(index, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # numpy's errors for a damaged file
+        return None
+    if opened is None or rows.dtype != np.uint64 or rows.shape != (2, len(opened)):
+        return None
+    is_sorted = bool((rows[0, 1:] >= rows[0, :-1]).all())
+    is_valid = is_sorted and bool((rows[1] < len(opened)).all())
+    return (opened, rows) if is_valid else None
+
+
+def _build_cache(folder: Path, files: list[Path], table: Path, index: Path, key: str) -> None:
+    """Writes paths and codes as one Arrow file, and the sorted path hashes with their rows."""
+    schema = _cache_schema(key, _codes_per_image(files))
+    list_type = schema.field("img_tokens").type
     hash_chunks: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
     with atomic_file(table) as temporary:
         with pa.ipc.new_file(str(temporary), schema) as writer:
@@ -293,8 +337,10 @@ def _batches(file: Path) -> Iterator[pa.Table]:
             table = pa.Table.from_batches([batch])
             _check_path_lengths(file, table["img_path"])
             yield table
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError, OSError) as error:
-        raise UserError(f"{file}: Not a Parquet file of image codes ({error}).") from error
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file}: Not a Parquet file of image codes ({one_line(error)})."
+        ) from error
 
 
 def _check_path_lengths(file: Path, paths: pa.ChunkedArray) -> None:

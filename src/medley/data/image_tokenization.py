@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,20 @@ from medley.data.image_token_store import TokenizationFailure, partition_file, w
 from medley.errors import UserError
 from medley.images.dataloader import ImageBatch
 
+# Images uint8 (N, H, W, 3) -> a function that waits for their codes (N, C).
+StartEncoding = Callable[[Tensor], Callable[[], Tensor]]
+
 
 def encode_partitions(
-    batches: Iterable[ImageBatch], encode: Callable[[Tensor], Tensor], folder: Path, rank: int
+    batches: Iterable[ImageBatch], start: StartEncoding, folder: Path, rank: int
 ) -> Iterator[ImageBatch]:
     """Encodes batches and writes each partition after its last batch; yields every encoded batch.
 
-    `encode` converts images uint8 (N, H, W, 3) to codes (N, C).
+    `start` starts to convert images uint8 (N, H, W, 3) to codes (N, C).
     """
     finished: list[ImageBatch] = []
     codes: list[Tensor] = []
-    for batch, encoded in _encode_overlapped(batches, encode):
+    for batch, encoded in _encode_overlapped(batches, start):
         finished.append(batch)
         codes.append(encoded)
         yield batch
@@ -34,27 +38,39 @@ def encode_partitions(
 
 
 def _encode_overlapped(
-    batches: Iterable[ImageBatch], encode: Callable[[Tensor], Tensor]
+    batches: Iterable[ImageBatch], start: StartEncoding
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
     """Batches with their codes (N, C) on the CPU.
 
-    CUDA kernels run asynchronously: the codes of a batch are copied to the CPU only after the next
-    batch was queued, so that loading the next images overlaps with encoding.
+    CUDA kernels run asynchronously: the codes of a batch are read only after the next batch was
+    queued, so that loading the next images overlaps with encoding.
     """
-    previous: tuple[ImageBatch, Tensor] | None = None
+    previous: tuple[ImageBatch, Callable[[], Tensor]] | None = None
     for batch in batches:
-        try:
-            encoded = encode(batch.images)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"Out of GPU memory while encoding a batch of {len(batch.images)} images. "
-                "Reduce --bs."
-            ) from error
+        with _explained(batch):
+            started = start(batch.images)
         if previous is not None:
-            yield previous[0], previous[1].cpu()
-        previous = batch, encoded
+            yield previous[0], _finish(*previous)
+        previous = batch, started
     if previous is not None:
-        yield previous[0], previous[1].cpu()
+        yield previous[0], _finish(*previous)
+
+
+def _finish(batch: ImageBatch, result: Callable[[], Tensor]) -> Tensor:
+    with _explained(batch):
+        return result().cpu()
+
+
+@contextmanager
+def _explained(batch: ImageBatch) -> Iterator[None]:
+    """Raises UserError where a batch does not fit in the memory of the GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Out of GPU memory while encoding a batch of {len(batch.images)} images. "
+            "Reduce --bs, or end other programs that use the GPU."
+        ) from error
 
 
 def _write_batches(folder: Path, rank: int, batches: Sequence[ImageBatch], codes: Tensor) -> None:

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from medley.errors import UserError
 from medley.utils.arrow_cache import (
     CACHE_KEY,
-    open_mapped,
-    read_cache_key,
+    open_cache,
     to_arrow,
     to_arrow_strings,
     to_numpy,
     writable_cache_path,
 )
+from medley.utils.config_files import one_line
 from medley.utils.files import atomic_file, partial_hash, read_json, write_json
 from medley.utils.jsonl import json_lines
 from medley.utils.tables import batch_rows, parquet_batches
@@ -168,14 +168,17 @@ def read_token_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}: row {number}", row
         except FileNotFoundError as error:
             raise UserError(f"{path}: File not found.") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: Not a Parquet file ({error}).") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: Not a Parquet file ({one_line(error)}).") from error
         return
     for number, line in json_lines(path):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: Invalid JSON ({error.msg}).") from error
+        except RecursionError as error:
+            raise UserError(f"{path}:{number}: Invalid JSON (nested too deeply).") from error
+        except ValueError as error:  # also for a number with too many digits
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+            raise UserError(f"{path}:{number}: Invalid JSON ({reason}).") from error
         yield f"{path}:{number}", row
 
 
@@ -195,9 +198,13 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
         cache = writable_cache_path(self.path.with_name(f".{self.path.name}.cache.arrow"))
         task_names = cache.with_name(f"{cache.name}.tasks.json")
         key = f"{_CACHE_VERSION} {partial_hash(self.path)} {self.path.stat().st_mtime_ns}"
-        if read_cache_key(cache) != key or not task_names.exists():
+        opened = _open_cache(cache, task_names, key)
+        if opened is None:
             _build_cache(self.path, cache, task_names, key)
-        table = open_mapped(cache)
+            opened = _open_cache(cache, task_names, key)
+            if opened is None:
+                raise UserError(f"{cache}: The cache was damaged while it was written. Try again.")
+        table, self._task_names = opened
         self._chunks = [
             (to_numpy(chunk.values, np.uint16), to_numpy(chunk.offsets, np.int32))
             for chunk in table["tokens"].chunks
@@ -206,7 +213,6 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
             (to_numpy(chunk.values, np.uint16), to_numpy(chunk.offsets, np.int32))
             for chunk in table[UNTRAINED_TURNS].chunks
         ]
-        self._task_names: list[str | None] = read_json(task_names)
         self._tasks = [to_numpy(chunk, np.int16) for chunk in table["task"].chunks]
         self.lengths: NDArray[np.int64] = np.concatenate(
             [np.diff(offsets).astype(np.int64) for _, offsets in self._chunks]
@@ -245,14 +251,36 @@ class TokenDataset(Sequence[NDArray[np.int64]]):
         return self._task_names[int(self._tasks[chunk][row])]
 
 
-def _build_cache(path: Path, cache: Path, task_names: Path, key: str) -> None:
-    schema = pa.schema(
+def _cache_schema(key: str) -> pa.Schema:
+    return pa.schema(
         [
             ("tokens", pa.list_(pa.uint16())), ("task", pa.int16()),
             (UNTRAINED_TURNS, pa.list_(pa.uint16())),
         ],
         metadata={CACHE_KEY: key.encode()},
     )  # fmt: skip
+
+
+def _open_cache(
+    cache: Path, task_names: Path, key: str
+) -> tuple[pa.Table, list[str | None]] | None:
+    """The table and the names of the tasks; None if a file is missing, damaged, or outdated."""
+    table = open_cache(cache, _cache_schema(key))
+    try:
+        names = read_json(task_names)
+    except UserError:
+        return None
+    if table is None or not isinstance(names, list):
+        return None
+    if not all(isinstance(name, str | None) for name in names):
+        return None
+    tasks = [to_numpy(chunk, np.int16) for chunk in table["task"].chunks]
+    is_valid = all(((chunk >= 0) & (chunk < len(names))).all() for chunk in tasks)
+    return (table, names) if is_valid else None
+
+
+def _build_cache(path: Path, cache: Path, task_names: Path, key: str) -> None:
+    schema = _cache_schema(key)
     max_tasks = np.iinfo(np.int16).max
     task_ids: dict[str | None, int] = {}
     with atomic_file(cache) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:

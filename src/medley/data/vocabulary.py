@@ -22,7 +22,15 @@ from tokenizers import Tokenizer
 
 from medley.data.bpe_cache import CachedBPE
 from medley.errors import UserError
+from medley.utils.config_files import (
+    integer,
+    library_errors,
+    one_line,
+    read_json_object,
+    shown,
+)
 
+_SAMPLE = "A 12 mm mass\n\U0010ffff"  # words, digits, and a character of no vocabulary
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
 END_TURN = "<reserved08706>"
@@ -76,7 +84,7 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
-        return cls.from_json(_read_json(path), str(path))
+        return cls.from_json(_read_file(path), str(path))
 
     @classmethod
     def from_json(cls, parsed: Any, where: str) -> Vocabulary:
@@ -87,11 +95,13 @@ class Vocabulary:
         try:
             ids: dict[str, int] = dict(parsed["model"]["vocab"])
             added: dict[str, int] = {t["content"]: t["id"] for t in parsed["added_tokens"]}
-        except (KeyError, TypeError) as error:
+            ids.update(added)
+        except (KeyError, TypeError, ValueError) as error:
             raise VocabularyError(
-                f"{where}: Not a tokenizer file with a BPE model ({error} is missing)."
+                f"{where}: Not a tokenizer file with a BPE model (invalid model.vocab or "
+                f"added_tokens: {one_line(error)})."
             ) from error
-        ids.update(added)
+        _check_ids(ids, where)
 
         def special(name: str) -> int:
             if name not in ids:
@@ -176,13 +186,24 @@ def _image_token_range(tokens: dict[int, int], where: str) -> range:
     return range(first, first + len(tokens))
 
 
-def _read_json(path: str | Path) -> Any:
+def _read_file(path: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise VocabularyError(f"{path}: Tokenizer file not found.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VocabularyError(f"{path}: Invalid JSON ({error}).") from error
+        return read_json_object(Path(path))
+    except UserError as error:
+        raise VocabularyError(str(error)) from error
+
+
+def _check_ids(ids: dict[str, Any], where: str) -> None:
+    for name, value in ids.items():
+        integer(where, f"id of {shown(name)}", value, low=0)
+
+
+def _make_tokenizer(parsed: dict[str, Any], where: str) -> Tokenizer:
+    fix = "Use the text_tokenizer.json of a Chameleon checkpoint."
+    with library_errors(where, "Not a valid tokenizer file", fix):
+        tokenizer = Tokenizer.from_str(json.dumps(parsed))
+        tokenizer.encode(_SAMPLE)  # reports parts that are missing only when a text is encoded
+        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -194,22 +215,24 @@ class TextTokenizer:
         plain: parses no special tokens, so that text typed by a user is always text
         bpe: `plain` with a cache
         parsed: content of the file
+        where: name of the file
     """
 
     vocabulary: Vocabulary
     plain: Tokenizer
     bpe: CachedBPE
     parsed: dict[str, Any]
+    where: str = ""
 
     @classmethod
     def from_file(cls, path: str | Path) -> TextTokenizer:
-        parsed = _read_json(path)
+        parsed = _read_file(path)
         vocabulary = Vocabulary.from_json(parsed, str(path))
         # Without added tokens, the same BPE model parses plain text only. The names of the special
         # tokens remain in its vocabulary, but no merge produces them.
         without_special = {**parsed, "added_tokens": []}
-        plain = Tokenizer.from_str(json.dumps(without_special))
-        return cls(vocabulary, plain, CachedBPE(plain, without_special), parsed)
+        plain = _make_tokenizer(without_special, str(path))
+        return cls(vocabulary, plain, CachedBPE(plain, without_special), parsed, str(path))
 
     @cached_property
     def raw_tokenizer(self) -> Tokenizer:
@@ -217,7 +240,7 @@ class TextTokenizer:
 
         MedMax tokenizes its documents this way.
         """
-        return Tokenizer.from_str(json.dumps(self.parsed))
+        return _make_tokenizer(self.parsed, self.where)
 
     @cached_property
     def longest_token(self) -> int:

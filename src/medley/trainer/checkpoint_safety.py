@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from medley.errors import UserError
+from medley.utils.config_files import one_line
 
 ALLOWED = (
     r"deepspeed\.runtime\.zero\.config\.ZeroStageEnum",
@@ -85,9 +86,9 @@ def check_pickle(path: Path) -> None:
                 torch.load(path, "cpu", weights_only=True, mmap=True)
             return
     except Exception as error:  # torch raises many kinds of errors for a damaged pickle
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: Damaged, or not written by torch.save ({reason}). Copy the checkpoint again."
+            f"{path}: Damaged, or not written by torch.save ({one_line(error)}). Copy the "
+            "checkpoint again."
         ) from error
     raise UserError(
         f"{path}: The pickle contains more than tensors ({', '.join(foreign)}) and was not loaded, "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from medley.checkpoints.adapter import read_adapter
 from medley.checkpoints.checkpoint import is_adapter
@@ -23,8 +23,8 @@ from medley.trainer.run_record import (
     last_complete_checkpoint,
     read_record,
 )
+from medley.utils.config_files import integer, library_errors, read_json_object, shown
 from medley.utils.distributed import barrier, is_main_rank
-from medley.utils.files import read_json
 from medley.utils.run_identity import check_same_run
 
 NEW_FIELDS = ("base", "adapter")  # of the identity, since Medley 0.2
@@ -201,13 +201,14 @@ def _update_record(
 def is_last_step(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved after the last step of its run."""
     file = checkpoint / "trainer_state.json"
-    state = read_json(file)
-    done, total = (
-        (state.get("global_step"), state.get("max_steps")) if isinstance(state, dict) else (0, 0)
-    )
-    if not isinstance(done, int) or not isinstance(total, int) or total < 1:
-        raise UserError(
-            f"{file}: Damaged (got global_step {done!r} and max_steps {total!r}, expected numbers "
-            "of steps). Copy the checkpoint again."
-        )
-    return done >= total
+    fields = read_json_object(file)
+    with library_errors(file, "Damaged", "Copy the checkpoint again."):
+        state = TrainerState.load_from_json(str(file))
+    for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
+        if not isinstance(getattr(state, name), kind):
+            raise UserError(
+                f"{file}: Invalid {name} (got {shown(getattr(state, name))}). Copy the checkpoint "
+                "again."
+            )
+    done = integer(file, "global_step", fields.get("global_step"), low=0)
+    return done >= integer(file, "max_steps", fields.get("max_steps"))

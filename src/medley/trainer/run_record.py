@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.utils.files import atomic_file, read_json, write_json
+from medley.utils.config_files import read_json_object
+from medley.utils.files import atomic_file, write_json
 
 COMPLETE = "COMPLETE"  # in a checkpoint, written after all other files: the run's id
 RUN_IDENTITY = "run.json"  # in the output folder
@@ -105,9 +106,11 @@ def read_record(folder: Path) -> RunRecord | None:
     file = folder / RUN_IDENTITY
     if not file.is_file():
         return None
-    content = read_json(file)
-    names = content.get("checkpoints", []) if isinstance(content, dict) else None
-    if not isinstance(names, list) or not isinstance(content.get("run_id", ""), str):
+    content = read_json_object(file)
+    names, resumed = content.get("checkpoints", []), content.get("resumed_anyway", [])
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    is_record = is_list and isinstance(resumed, list)
+    if not is_record or not isinstance(content.get("run_id", ""), str):
         raise UserError(f"{file}: Not the record of a training run. Name another --output_dir.")
     content.pop("ranks", None)  # alias
     identity = {
@@ -116,10 +119,8 @@ def read_record(folder: Path) -> RunRecord | None:
         if name not in _RECORD_FIELDS
     }
     if "learn" in content:  # alias
-        identity["train_on"] = _OLD_TRAIN_ON.get(content["learn"], content["learn"])  # alias
-    return RunRecord(
-        folder, identity, content.get("run_id", ""), names, content.get("resumed_anyway", [])
-    )
+        identity["train_on"] = _OLD_TRAIN_ON.get(str(content["learn"]), content["learn"])  # alias
+    return RunRecord(folder, identity, content.get("run_id", ""), names, resumed)
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:

@@ -31,15 +31,29 @@ def writable_cache_path(preferred: Path) -> Path:
     return base / f"{preferred.name}.{name}"
 
 
-def read_cache_key(cache: Path) -> str | None:
-    """The source recorded in an Arrow file, or None if the file is missing or damaged."""
+def open_cache(cache: Path, schema: pa.Schema) -> pa.Table | None:
+    """The table in a cache; None if the file is missing, damaged, or of another schema or source.
+
+    Offsets and sizes are checked. Changed bytes among the values are not found.
+    """
+    try:
+        table = open_mapped(cache)
+        is_valid = table.schema.equals(schema, check_metadata=True)
+        if is_valid:
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return table if is_valid else None
+
+
+def cached_list_size(cache: Path, column: str) -> int | None:
+    """The size of the lists in a column of a cache; None if the file is missing or damaged."""
     try:
         with pa.memory_map(str(cache)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
-    except (pa.ArrowInvalid, OSError):
+            kind = pa.ipc.open_file(source).schema.field(column).type
+    except (pa.ArrowException, OSError, ValueError, KeyError):
         return None
-    value: bytes | None = metadata.get(CACHE_KEY)
-    return value.decode() if value else None
+    return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else None
 
 
 def open_mapped(path: Path) -> pa.Table:

@@ -6,10 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Value = TypeVar("Value")
-TIMEOUT = timedelta(days=7)  # A rank with slow images must not abort the others.
+# For every backend. A rank with slow images, or one that writes a checkpoint or generates samples,
+# must not abort the others. torchrun ends the ranks that wait for one that failed.
+TIMEOUT = timedelta(days=7)
 
 
 def rank() -> int:
@@ -33,13 +38,34 @@ def is_main_rank() -> bool:
     return rank() == 0
 
 
+def use_own_gpu() -> None:
+    """Makes the GPU of this rank torch's current one; does nothing in a single process.
+
+    Otherwise every rank would also allocate on the first GPU.
+    """
+    import torch
+
+    if world_size() > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+
+
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Connects the ranks of a torchrun job by gloo; does nothing in a single process."""
-    import torch.distributed as dist  # here: programs without torch use this module as well
+def process_group(device: torch.device | None = None) -> Iterator[None]:
+    """Connects the ranks of a torchrun job; does nothing in a single process.
+
+    Objects and tensors on the CPU travel through gloo. With a `device` of CUDA, tensors on GPUs
+    travel through NCCL, from GPU to GPU, if each rank has its own.
+    """
+    import torch  # here: programs without torch use this module as well
+    import torch.distributed as dist
 
     if world_size() > 1:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        on_cuda = device is not None and device.type == "cuda"
+        # NCCL refuses two ranks on one GPU.
+        on_cuda = on_cuda and local_world_size() <= torch.cuda.device_count()
+        if on_cuda:
+            use_own_gpu()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:

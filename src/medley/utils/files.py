@@ -103,14 +103,17 @@ def nan_to_null(value: Any) -> Any:
 def read_json(path: Path) -> Any:
     """The value of a JSON file, with or without a byte-order mark.
 
-    Raises UserError for a file that is missing or not JSON.
+    Raises UserError for a file that is missing or not JSON. `config_files.read_json_object` also
+    checks that the file contains an object, and bounds its size.
     """
     try:
         refuse_lfs_pointer(path)
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: File not found.") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not JSON (nested too deeply)") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number with too many digits
         raise UserError(f"{path}: not JSON ({error})") from error
 
 

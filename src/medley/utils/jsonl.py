@@ -46,7 +46,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise UserError(f"{path}: File not found.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
 
@@ -77,7 +77,7 @@ def line_ranges(path: Path, size: int = 1 << 17) -> Iterator[LineRange]:
         refuse_lfs_pointer(path)
         file = open(path, "rb")  # noqa: SIM115  # closed below; opening is what may fail
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        raise UserError(f"{path}: File not found.") from error
     with file:
         offset, line = 0, 1
         while block := file.read(size):

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from medley.errors import UserError
-from medley.utils.files import partial_hash, read_json, write_json
+from medley.utils.config_files import read_json_object, shown
+from medley.utils.files import partial_hash, write_json
 from medley.version import __version__
+
+# The fields that are read, and their types.
+_KINDS = {"token_space": str, "run": dict, "fit": str, "exif_orientation": bool}
 
 
 def manifest_path(path: Path) -> Path:
@@ -48,9 +52,20 @@ def write_manifest(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a file or folder; empty if it has none."""
+    """The manifest of a file or folder; empty if it has none.
+
+    Raises UserError for a file that is not a manifest.
+    """
     file = manifest_path(path)
-    manifest: dict[str, Any] = read_json(file) if file.exists() else {}
+    if not file.exists():
+        return {}
+    manifest = read_json_object(file)
+    for name, kind in _KINDS.items():
+        if not isinstance(manifest.get(name), kind | None):
+            raise UserError(
+                f"{file}: Invalid {name} (got {shown(manifest[name])}). Copy the manifest again, "
+                "or make its data again."
+            )
     return manifest
 
 

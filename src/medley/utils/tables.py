@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medley.errors import UserError
+from medley.utils.arrow_messages import check_messages
 
 MAX_BATCH_BYTES = 1 << 28  # bytes of a decoded batch
 _MAX_ROW_EXPANSION = 100  # decoded bytes of a row for each compressed byte of its column
@@ -22,6 +23,8 @@ _PYTHON_NUMBER = 40  # bytes of a number in a Python list
 _ROWS = 256  # rows that are converted to Python values at once
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _DICTIONARY_PAGE = 2
+_ARROW_MAGIC, _FILE_START = b"ARROW1", b"ARROW1\0\0"
+_SHARING = ("dictionary", "view", "run_end_encoded")  # types in which rows share values
 
 
 def parquet_batches(
@@ -110,21 +113,30 @@ def _page_kind_and_size(header: bytes) -> tuple[int, int]:
 
 
 def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """The batches of a memory-mapped Arrow file or stream. Raises pyarrow's errors."""
+    """The batches of a memory-mapped Arrow file or stream, checked in full.
+
+    A file is read as the stream that it contains: its footer could name other places. Raises
+    UserError for false sizes, and pyarrow's errors for a damaged file.
+    """
     with pa.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            for number in range(reader.num_record_batches):
-                yield reader.get_batch(number)
-            return
-        source.seek(0)
+        start = len(_FILE_START) if source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC else 0
+        if start:
+            end = source.size() - len(_ARROW_MAGIC)
+            source.seek(max(0, end))
+            if end < start or source.read() != _ARROW_MAGIC:
+                raise pa.ArrowInvalid("the file is truncated, its footer is missing")
+        source.seek(start)
+        check_messages(source, str(path), MAX_BATCH_BYTES)
+        source.seek(start)
         with pa.ipc.open_stream(source) as stream:
-            yield from stream
+            for batch in stream:
+                batch.validate(full=True)
+                yield batch
 
 
 def batch_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     """The rows of a batch as Python values; a few at a time, so that long values fit."""
-    shares_values = any("dictionary" in str(t) or "view" in str(t) for t in batch.schema.types)
+    shares_values = any(kind in str(t) for t in batch.schema.types for kind in _SHARING)
     is_large = batch.nbytes > MAX_BATCH_BYTES
     step = 1 if shares_values or is_large else _ROWS
     for start in range(0, batch.num_rows, step):

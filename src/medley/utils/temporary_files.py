@@ -134,8 +134,7 @@ def remove_leftovers(folder: Path) -> None:
         count, own = 0, machine()
         for count, entry in enumerate(entries, 1):  # noqa: B007  # the count is used below
             match = _NAME.fullmatch(entry.name)
-            path = Path(entry.path)
-            if match and match["machine"] == own and path not in _live:
+            if match and match["machine"] == own and (path := Path(entry.path)) not in _live:
                 with suppress(OSError):
                     lock = _lock(path)
                     if lock is not None:

@@ -5,7 +5,7 @@ Pickles are read with weights_only=True. Files are memory-mapped where their for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medley.errors import UserError
-from medley.utils.files import read_json, refuse_lfs_pointer
+from medley.utils.config_files import one_line, read_json_object, shown
+from medley.utils.files import refuse_lfs_pointer
 
 SAFETENSORS = ".safetensors"
 _INDEX = {
@@ -24,6 +25,7 @@ _INDEX = {
 }
 _LIGHTNING = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
 _ZIP_MAGIC = b"PK"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -53,8 +55,9 @@ def load_pickle(path: Path) -> dict[str, Any]:
                 f"{path}: The pickle contains more than tensors ({', '.join(foreign)}) and was "
                 "not loaded, because unpickling could run code."
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: Damaged, truncated or not a weights file ({reason}).") from error
+        raise UserError(
+            f"{path}: Damaged, truncated or not a weights file ({one_line(error)})."
+        ) from error
     if not isinstance(loaded, dict):
         raise UserError(
             f"{path}: Contains an object of the wrong type (got {type(loaded).__name__}, "
@@ -63,12 +66,17 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """All tensors of one safetensors file or pickle. Raises UserError as `load_pickle` does."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All weights of one file. Raises UserError as `load_pickle` and `check_weights` do."""
     if path.suffix != SAFETENSORS:
-        return load_pickle(path)
+        return check_weights(load_pickle(path), path)
     with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}
+        return {name: _get_weight(file, name, path) for name in list(file.keys())}
+
+
+def _get_weight(file: Any, name: str, path: Path) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    return check_weights({name: tensor}, path)[name]
 
 
 @contextmanager
@@ -79,7 +87,45 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path}: Damaged or truncated ({error}).") from error
+        raise UserError(f"{path}: Damaged or truncated ({one_line(error)}).") from error
+
+
+def check_weights(tensors: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The content of a pickle, if it is weights: names, and dense tensors.
+
+    A tensor whose elements share memory would grow when it is copied, from a small file to any
+    size. Raises UserError that names the first entry that is not such a tensor.
+    """
+    for name, tensor in tensors.items():
+        problem = f"an object of type {type(tensor).__name__}"
+        if isinstance(tensor, Tensor):
+            problem = ""
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                problem = f"a {tensor.layout} tensor on {tensor.device}"
+            elif tensor.nbytes > tensor.untyped_storage().nbytes():
+                problem = f"{tensor.untyped_storage().nbytes()} bytes for {tuple(tensor.shape)}"
+        if not isinstance(name, str):
+            problem = "a name that is not a string"
+        if problem:
+            raise UserError(
+                f"{path}: Invalid weight {shown(name)} (got {problem}, expected a dense tensor)."
+            )
+    return dict(tensors)
+
+
+def check_weight(name: str, tensor: Tensor, shape: tuple[int, ...] | None, where: str) -> Tensor:
+    """The tensor, if it is floating-point and of this shape. Raises UserError otherwise."""
+    if tensor.dtype not in _DTYPES:
+        raise UserError(
+            f"{where}: Unsupported dtype of {name} (got {tensor.dtype}, expected "
+            f"{', '.join(str(dtype) for dtype in _DTYPES)})."
+        )
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{where}: Wrong shape of {name} (got {tuple(tensor.shape)}, expected {shape} by the "
+            "configuration)."
+        )
+    return tensor
 
 
 def check_weights_file(path: Path) -> None:
@@ -98,10 +144,12 @@ def check_names(expected: Iterable[str], found: Iterable[str], where: str) -> No
     }
     for problem, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise UserError(
-                f"{where}: Tensors are {problem}: {', '.join(names[:5])}{more}. {advice[problem]}"
-            )
+            raise UserError(f"{where}: Tensors are {problem}: {_some(names)}. {advice[problem]}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name if len(name) < 80 else shown(name) for name in names[:5]) + more
 
 
 def _is_zip(path: Path) -> bool:
@@ -133,18 +181,29 @@ class ShardedTensors:
         )
 
     def _read_index(self, single: str, index: str) -> dict[str, Path]:
-        table = read_json(self.folder / index)["weight_map"]
+        table = read_json_object(self.folder / index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise UserError(
+                f"{self.folder / index}: Invalid weight_map (got {shown(table)}, expected an "
+                "object with the file of each tensor)."
+            )
+        for name, file in table.items():
+            if not isinstance(file, str) or not file or Path(file).name != file:
+                raise UserError(
+                    f"{self.folder / index}: Invalid file of {name} (got {shown(file)}, expected "
+                    "the name of a file beside the index)."
+                )
         missing = sorted({f for f in table.values() if not (self.folder / f).is_file()})
         if missing:
             raise UserError(
-                f"{self.folder}: Weight files are missing: {', '.join(missing)} ({index} lists "
-                "them). Copy them into the folder."
+                f"{self.folder}: Weight files are missing: {_some(missing)} ({index} lists them). "
+                "Copy them into the folder."
             )
         pattern = f"{Path(single).stem}-*-of-*{Path(single).suffix}"
         surplus = {p.name for p in self.folder.glob(pattern)} - set(table.values())
         if surplus:
             raise UserError(
-                f"{self.folder}: {', '.join(sorted(surplus))} not listed in {index}. The folder "
+                f"{self.folder}: {_some(sorted(surplus))} not listed in {index}. The folder "
                 "mixes shards of two checkpoints. Move these files away, or copy the index that "
                 "belongs to them."
             )
@@ -163,18 +222,32 @@ class ShardedTensors:
             if path.suffix == SAFETENSORS:
                 with open_safetensors(path) as file:
                     for name in sorted(own):
-                        yield name, file.get_tensor(name)
+                        yield name, _get_weight(file, name, path)
             else:
-                state = load_pickle(path)
+                state = load_tensors(path)
+                check_names(own, set(state) & set(own), str(path))
                 for name in sorted(own):
                     yield name, state[name]
 
     def get(self, name: str) -> Tensor:
         return next(self.tensors([name]))[1]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor. Reads the headers of safetensors files only."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self._files.values())):
+            if path.suffix == SAFETENSORS:
+                with open_safetensors(path) as file:
+                    for name in file.keys():  # noqa: SIM118  # no dictionary
+                        found[name] = tuple(file.get_slice(name).get_shape())
+            else:
+                found |= {name: tuple(t.shape) for name, t in load_tensors(path).items()}
+        check_names(self._files, set(found) & set(self._files), str(self.folder))
+        return {name: found[name] for name in self._files}
+
 
 def _names_in(path: Path) -> list[str]:
     if path.suffix != SAFETENSORS:
-        return list(load_pickle(path))
+        return list(load_tensors(path))
     with open_safetensors(path) as file:
         return list(file.keys())
