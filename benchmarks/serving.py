@@ -1,11 +1,15 @@
 """Throughput of the server with 32 concurrent clients, compared with sequential requests.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --long_prompts 12
 
 One process of `medley serve --ckpt tiny` on loopback, with requests of mixed modes (a question
 about an image, text generation, image generation). Baseline: the same requests sequentially to the
 same server. Then measures the latency of the first text token with 8 active clients and on an idle
 server, and the memory over many requests, none of which may be lost. Ends with one JSON line.
+
+With `--long_prompts`, it measures instead how long a short request waits for its first token while
+that many prompts of 1,500 words are read and answered, compared with an idle server.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -31,6 +36,7 @@ from medley.utils.cli_options import run_program
 from medley.utils.html import data_url
 
 ROOT = Path(__file__).resolve().parents[1]
+INTERVAL = 0.5  # seconds between two short requests beside long prompts
 MEMORY_SAMPLES = 8  # over the many requests
 
 
@@ -43,12 +49,18 @@ class Options:
         requests: number of requests of the comparison
         many: number of requests for the memory measurement
         tokens: maximum length of a text
+        long_prompts: number of concurrent long prompts that a short request is measured beside
+        words: words of a long prompt
+        rounds: repetitions of the measurement beside long prompts
     """
 
     clients: int = 32
     requests: int = 96
     many: int = 2000
     tokens: int = 48
+    long_prompts: int = 0
+    words: int = 1500
+    rounds: int = 3
 
 
 def request_bodies(options: Options) -> list[dict[str, Any]]:
@@ -142,6 +154,48 @@ async def measure(url: str, pid: int, options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def measure_long_prompts(url: str, options: Options) -> dict[str, Any]:
+    """First-token times of a short request, on an idle server and beside long prompts."""
+    rng = random.Random(0)
+    words = ("the", "scan", "of", "head", "chest", "shows", "a", "nodule", "cyst", "bright")
+
+    def body(text: str, tokens: int) -> dict[str, Any]:
+        messages = [{"role": "user", "content": text}]
+        return {"model": "tiny", "seed": 0, "max_tokens": tokens, "mode": "text",
+                "messages": messages}  # fmt: skip
+
+    short = body("hi", 1)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        idle: list[float] = []
+        beside: list[float] = []
+        seconds: list[float] = []
+        await send_all(client, [short] * 8, 1)  # warm-up
+        for _ in range(options.rounds):
+            idle += [await first_token(client, short) for _ in range(10)]
+            texts = [" ".join(rng.choices(words, k=options.words))
+                     for _ in range(options.long_prompts)]  # fmt: skip
+            bodies = [body(text, options.tokens) for text in texts]
+            long = asyncio.create_task(send_all(client, bodies, len(bodies)))
+            # At fixed times: the next one must not wait until the server has time again.
+            waiting: list[asyncio.Task[float]] = []
+            while not long.done():
+                await asyncio.sleep(INTERVAL)
+                waiting.append(asyncio.create_task(first_token(client, short)))
+            beside += await asyncio.gather(*waiting)
+            seconds.append((await long)[1])
+    return {
+        "benchmark": "serving_long_prompts", "long_prompts": options.long_prompts,
+        "words": options.words, "first_token_idle": statistics.median(idle),
+        "first_token_beside": statistics.median(beside),
+        "first_token_beside_90th": statistics.quantiles(beside, n=10)[-1],
+        "first_token_beside_max": max(beside), "measured_beside": len(beside),
+        "times_the_idle_first_token": statistics.median(beside) / statistics.median(idle),
+        "seconds_of_the_long_prompts": statistics.median(seconds),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }  # fmt: skip
+
+
 def memory(pid: int) -> float:
     """Anonymous memory of a process in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -160,7 +214,10 @@ def work(options: Options) -> None:
                     raise SystemExit(text)
                 time.sleep(0.1)
             url = text.split("listening at ")[1].split()[0]
-            result = asyncio.run(measure(url, process.pid, options))
+            if options.long_prompts:
+                result = asyncio.run(measure_long_prompts(url, options))
+            else:
+                result = asyncio.run(measure(url, process.pid, options))
         finally:
             process.terminate()
             process.wait(60)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import hostile
 import pytest
 from conftest import GOLDEN
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ SPLIT_CASES = st.text(
 )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=hostile.scaled(1500))
 @given(text=st.one_of(SPLIT_CASES, st.text(max_size=60)), which=st.sampled_from([0, 1]))
 def test_ids_equal_those_of_tokenizers(text: str, which: int) -> None:
     encoder, tokenizer = ENCODERS[which]

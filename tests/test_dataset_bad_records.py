@@ -11,6 +11,7 @@ import pytest
 from dataset_records import role_texts
 
 from medley.datasets.base import ConversionConfig, RecordError
+from medley.datasets.classification import LabelSet
 from medley.datasets.readers import records_of
 from medley.datasets.registry import FORMATS, FormatName
 from medley.datasets.samples import read_record
@@ -73,6 +74,9 @@ def test_value_that_is_not_a_record_raises_record_error(
         read_record(FORMATS[name], record, config)
 
 
+LABELED: dict[FormatName, Any] = {
+    "medmnist": "ordinal", "image_folder": "one_label", "labels_csv": "each_label",
+}  # fmt: skip
 VALID_RECORDS: dict[FormatName, dict[str, Any]] = {
     "documents": {"text": "<image>a<reserved08706>b", "image_path": "a.png"},
     "llava": {"id": 1, "image": "a.png", "domain": {}, "conversations": [
@@ -92,6 +96,9 @@ VALID_RECORDS: dict[FormatName, dict[str, Any]] = {
     "text_qa": {"question": "a", "answer": "b"},
     "text_qa_csv": {"question": "a", "answer": "b"},
     "captions": {"image": "a.png", "caption": "b"},
+    **{name: {"id": "a", "image_id": "a", "image": "a.png", "asked": "b", "value": "positive",
+              "patient": None, "fields": {},
+              "labels": LabelSet("x", name, kind, ("b", "c"))} for name, kind in LABELED.items()},
 }  # fmt: skip
 
 

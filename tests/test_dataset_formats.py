@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,7 +170,9 @@ WRITTEN = sorted(name for name, spec in FORMATS.items() if spec.write is not Non
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=hostile.scaled(150), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     document=documents(),
     identifier=st.integers(0, 99) | st.text("ab_", min_size=1),

@@ -10,6 +10,7 @@ from medley.data.document import Document
 from medley.datasets.splits import (
     Leak,
     assign_split,
+    assign_splits,
     balanced_subset,
     connected_components,
     find_leaks,
@@ -38,6 +39,21 @@ def test_images_of_one_record_are_in_one_split() -> None:
     assert components["c"] == components["e"] != components["a"]
     in_test = [assign_split(str(i), 0.3) == "test" for i in range(2000)]
     assert 0.25 < np.mean(in_test) < 0.35
+
+
+@given(
+    st.sets(st.text(max_size=4), min_size=1, max_size=9),
+    st.floats(0.01, 0.49), st.sampled_from([0.0, 0.01, 0.3]),
+)  # fmt: skip
+def test_no_split_of_a_small_dataset_is_empty(
+    groups: set[str], test_fraction: float, val_fraction: float
+) -> None:
+    splits = assign_splits(groups, test_fraction, val_fraction)
+    assert set(splits) == groups
+    expected = {"train", "test", *(["val"] if val_fraction else [])}
+    assert len(set(splits.values())) == min(len(groups), len(expected))
+    many = {str(number) for number in range(400)}
+    assert assign_splits(many, 0.2, 0.1) == {g: assign_split(g, 0.2, 0.1) for g in many}
 
 
 def test_split_hash_depends_on_the_content_only() -> None:

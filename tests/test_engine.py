@@ -13,11 +13,13 @@ import medley
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
+from medley.generation.cache_budget import CacheBudget
 from medley.generation.fused_decode import FusedDecoder
 from medley.generation.kv_cache import CachedPrefix, KeyValueCache
 from medley.generation.model_runner import GRAPH_STEPS
 from medley.generation.prefix_cache import PrefixCache
 from medley.generation.scheduler import PREFILL_TOKENS, Scheduler
+from medley.generation.sequence import Prefill
 from medley.inference.model import Model
 
 GREEDY = {"text_greedy": True, "repetition_penalty": 1.0}
@@ -77,9 +79,9 @@ def test_prompts_of_unequal_length_are_prefilled_in_one_pass(
     batch_sizes = []
     prefill = engine.runner.prefill
 
-    def record(admissions: Any) -> Any:
-        batch_sizes.append(len(admissions))
-        return prefill(admissions)
+    def record(parts: Any) -> Any:
+        batch_sizes.append(len(parts))
+        return prefill(parts)
 
     monkeypatch.setattr(engine.runner, "prefill", record)
     together = engine.generate([Request(ids, options, i) for i, ids in enumerate(prompts)])
@@ -245,48 +247,77 @@ def test_idle_engine_frees_kv_cache(model: Model, prompts: list[list[int]]) -> N
     assert max(allocated) <= 3 * 40
 
 
-def test_batch_size_may_exceed_the_default(model: Model, prompts: list[list[int]]) -> None:
+def record_batch_sizes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of sequences of the following decode steps."""
+    sizes: list[int] = []
+    decode = engine.runner.decode
+
+    def record(sequences: Any) -> Any:
+        sizes.append(len(sequences))
+        return decode(sequences)
+
+    monkeypatch.setattr(engine.runner, "decode", record)
+    return sizes
+
+
+def test_batch_size_may_exceed_the_default(
+    model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(model.engine.decoder, False, model)
+    sizes = record_batch_sizes(engine, monkeypatch)
     options = GenerationOptions(mode="text", max_new_tokens=3, **GREEDY)
-    running = [
-        len(engine.scheduler.running)
-        for _ in engine.run([Request(prompts[0], options) for _ in range(50)], batch_size=50)
-    ]
-    assert max(running) == 50
+    engine.generate([Request(prompts[0], options) for _ in range(50)], batch_size=50)
+    assert max(sizes) == 50
 
 
 def test_deterministic_runs_one_sequence_at_a_time(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running: list[int] = []
-    step = model.engine.step
-
-    def record() -> None:
-        step()
-        running.append(len(model.engine.scheduler.running))
-
-    monkeypatch.setattr(model.engine, "step", record)
+    sizes = record_batch_sizes(model.engine, monkeypatch)
     options = [GenerationOptions(mode="text", max_new_tokens=5)] * 3
     model.generate_responses([["a"], ["b"], ["c"]], options, deterministic=True)
-    assert max(running) == 1
+    assert set(sizes) == {1}
+
+
+def make_scheduler(model: Model, max_bytes: int | None = None, **limits: int) -> Scheduler:
+    """`max_bytes` with one byte per token."""
+    budget = CacheBudget(1, PrefixCache(1 << 30))
+    budget.max_bytes = max_bytes
+    return Scheduler(model.vocabulary, 64, **limits, budget=budget)
+
+
+def admit(scheduler: Scheduler) -> list[int]:
+    """The tickets of newly admitted requests."""
+    before = [prefill.admission.ticket for prefill in scheduler.reading]
+    scheduler.admit()
+    tickets = [prefill.admission.ticket for prefill in scheduler.reading]
+    assert tickets[: len(before)] == before
+    return tickets[len(before) :]
 
 
 def test_scheduler_limits_sequences_and_prefill_tokens(model: Model) -> None:
-    scheduler = Scheduler(model.vocabulary, 64, max_seq_len=PREFILL_TOKENS, max_num_seqs=3)
+    scheduler = make_scheduler(model, max_seq_len=PREFILL_TOKENS, max_num_seqs=3)
     options = GenerationOptions(mode="text")
     long = [model.vocabulary.bos] * (PREFILL_TOKENS // 2 - 1)
     tickets = [scheduler.add(Request(ids, options)) for ids in (long, long[:9], long, long[:9])]
-    assert [a.ticket for a in scheduler.schedule()] == tickets[:2]  # with the third, 3 * 4095
-    scheduler.max_num_seqs = 1
-    assert [a.ticket for a in scheduler.schedule()] == tickets[2:3]
-    assert scheduler.cancel(tickets[3]) == []
+    assert admit(scheduler) == tickets[:3]
+    parts = scheduler.next_parts()  # with the third, 3 * 4095 tokens
+    assert [part.prefill.admission.ticket for part in parts] == tickets[:2]
+    assert [part.num_tokens for part in parts] == [len(long), 9]
+    for ticket in tickets[:2]:
+        scheduler.cancel(ticket)
+    assert admit(scheduler) == tickets[3:]
+    for ticket in tickets[2:]:
+        (removed,) = scheduler.cancel(ticket)
+        assert isinstance(removed, Prefill)
+        assert removed.branches == []
     assert not scheduler.has_work
 
 
 def test_request_that_cannot_start_ends_without_a_sequence(model: Model) -> None:
-    scheduler = Scheduler(model.vocabulary, 64, max_seq_len=4096, max_num_seqs=3)
+    scheduler = make_scheduler(model, max_seq_len=4096, max_num_seqs=3)
     ticket = scheduler.add(Request([0], GenerationOptions(mode="image", max_new_tokens=5)))
-    assert scheduler.schedule() == []
+    assert admit(scheduler) == []
     (step,) = scheduler.poll(ticket)
     assert (step.token, step.output.finish_reason) == (None, "length")
     assert not list(scheduler.poll(ticket))

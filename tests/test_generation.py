@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -57,7 +58,7 @@ class RandomDecoder:
         return Output
 
 
-@settings(max_examples=40)
+@settings(max_examples=hostile.scaled(40))
 @example(seed=0, scale=1.0, mode="any", limit=6, least=2, most=None, count=1, codebook_size=None)
 @given(
     seed=st.integers(0, 1000),

@@ -27,5 +27,6 @@ def test_memory_estimate_equals_the_loaded_weights() -> None:
     assert "4 sequences" in summary
     quantized = MemoryEstimate.of(checkpoint, torch.float32, "8bit", cpu)
     assert quantized.weights < 0.7 * weights
-    with pytest.raises(UserError, match=r"0\.0 GB free\. Use --quantize 4bit"):
-        estimate.check(1 << 20, cpu, None)
+    smaller = MemoryEstimate.smaller(checkpoint, torch.float32, None, cpu)
+    with pytest.raises(UserError, match=r"0\.0 GB free\. Nothing smaller fits"):
+        estimate.check(1 << 20, cpu, smaller)

@@ -57,6 +57,7 @@ def test_two_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None
     assert (out / "x").read_text() == "first"
 
 
+@pytest.mark.hostile(repeat=10)
 def test_leftovers_of_a_dead_run_go_and_those_of_a_live_one_stay(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path)]
     foreign = tmp_path / f".a.txt.{'0' * 8}-1-{'0' * 12}.part"  # of another machine
@@ -140,6 +141,7 @@ def tokenizing(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.hostile(repeat=10)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(tmp_path: Path, number: signal.Signals) -> None:
     with tokenizing(tmp_path) as process:

@@ -17,9 +17,10 @@ from training_runs import random_document, tiny, tiny_vocabulary
 from medley.data.packing import IGNORE_INDEX, SequenceTooLong, build_sequence, collate
 from medley.data.token_dataset import TokenDataset
 from medley.errors import UserError
-from medley.modeling.attention import sequence_lengths, set_attention, unavailable_reason
+from medley.modeling.attention import Documents, set_attention, unavailable_reason
 from medley.modeling.chunked_loss import ChunkedCrossEntropy
 from medley.trainer import checkpointing, deepspeed, preflight
+from medley.trainer.activations import ActivationEstimate
 from medley.trainer.callbacks import GradientCheckCallback
 from medley.trainer.data import PackedDataset, PackingConfig, WeightedSource, group_by_task
 from medley.trainer.options import TrainOptions
@@ -112,7 +113,9 @@ def test_stock_and_sdpa_attention_give_the_same_gradients() -> None:
     documents = [np.array(random_document(generator, n, "")["tokens"]) for n in (3, 30, 8)]
     packed = [build_sequence(part, vocabulary) for part in (documents[:2], documents[2:])]
     batch = collate(packed, vocabulary)
-    assert sequence_lengths(batch["position_ids"])[0] == [len(d) for d in documents[:2]]
+    first, second, third = (len(d) for d in documents)
+    padding = first + second - third
+    assert Documents.of(batch["position_ids"]).lengths == (first, second, third, padding)
     losses, gradients = [], []
     for kernel in ("stock", "sdpa"):
         decoder = tiny().decoder(torch.float32).train()
@@ -232,7 +235,7 @@ def estimate(**fields: Any) -> TrainingMemoryEstimate:
     values: dict[str, Any] = {
         "trainable_params": 10**6, "total_params": 10**8, "tokens_per_batch": 4096,
         "labels_per_batch": 1000, "bytes_per_param": 2, "gradient_checkpointing": False,
-        "zero_stage": 0, "world_size": 8, "config": tiny().config(),
+        "zero_stage": 0, "world_size": 8, "activations": ActivationEstimate(tiny().config(), 2),
     }  # fmt: skip
     return TrainingMemoryEstimate(**{**values, **fields})
 

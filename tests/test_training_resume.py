@@ -47,6 +47,7 @@ def copy_checkpoint(source: Path, step: int, target: Path) -> None:
     shutil.copytree(source / f"checkpoint-{step}", target / f"checkpoint-{step}")
 
 
+@pytest.mark.hostile(repeat=3)
 def test_killed_run_resumes_to_the_same_weights(training_data: Path, tmp_path: Path) -> None:
     flags = ["--steps", 16, "--bs", 2, "--pack", "--max_length", 256, "--save_strategy", "steps"]
     flags += ["--save_steps", 1, "--trainer", '{"save_total_limit": 2}', "--epoch", 9]
@@ -153,3 +154,21 @@ def test_zero_on_two_ranks_equals_one_process_and_resumes_on_one_rank(
     assert logged_values(resumed) == pytest.approx(logged_values(two), abs=2e-3)
     torchrun(resumed, 1, "--bs", 4, "--global_bs", 8, "--resume", status=1)  # torchrun's status
     assert "To keep the batch on 1 rank(s), pass --global_bs 4" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("trainable", "stage"), [("full", 2), ("full", 3), ("lora+image_head", 3)]
+)
+def test_a_trained_head_under_zero_on_two_ranks_equals_one_process(
+    training_data: Path, tmp_path: Path, trainable: str, stage: int
+) -> None:
+    flags: list[object] = ["--pack", "--max_length", 256, "--steps", 4, "--lora_dropout", 0]
+    flags += ["--save_strategy", "no", "--epoch", 9, "--trainable", trainable, "--train_on", "all"]
+    flags += ["--warmup_ratio", 0, "--lr_scheduler", "constant", "--global_bs", 4]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(train_flags(training_data, one, *flags, "--bs", 4)) == 0
+    zero = train_flags(training_data, two, *flags, "--bs", 2, "--ds", f"zero{stage}")
+    run(torchrun_command("training.train", *zero), tmp_path / "log")
+    losses = logged_values(one)
+    assert logged_values(two) == pytest.approx(losses, abs=2e-3)
+    assert losses[0] - losses[-1] > 0.02  # the trained weights matter

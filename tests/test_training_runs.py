@@ -200,3 +200,24 @@ def test_medmax_labels_train(training_data: Path, tmp_path: Path) -> None:
     flags = ["--compat", "medmax", "--bs", 5, "--warmup_ratio", 0]
     assert train.main(train_flags(training_data, tmp_path, *flags)) == 0
     assert len(logged_values(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_samples_are_generated_in_half_precision_without_deepspeed(
+    training_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str
+) -> None:
+    """With trained weights in float32, and with the norms in float32 of CUDA's autocast."""
+    layer_norm = torch.nn.functional.layer_norm
+
+    def layer_norm_of_cuda(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return layer_norm(states.float(), *args, **kwargs)
+
+    if trainable == "lora":
+        monkeypatch.setattr(torch.nn.functional, "layer_norm", layer_norm_of_cuda)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "Show me a CT scan."}\n')
+    output = tmp_path / "run"
+    flags = ["--trainable", trainable, "--bf16", "--steps", 1, "--bs", 2, "--eval_steps", 1]
+    flags += ["--val_data", training_data / "val.jsonl", "--sample_prompts", prompts]
+    assert train.main(train_flags(training_data, output, *flags)) == 0
+    assert list((output / "samples").glob("step-1/*.png"))

@@ -14,7 +14,7 @@ from training import train
 from training_runs import logged_values, tiny, train_flags, write_tokens
 
 from medley.errors import UserError
-from medley.trainer import checkpointing, deepspeed
+from medley.trainer import checkpointing
 from medley.trainer.checkpoint_safety import check_checkpoint, read_tag
 from medley.trainer.identity import weights_hash
 from medley.trainer.run_record import RunRecord, clear_output, complete_checkpoints
@@ -183,20 +183,6 @@ def test_the_hash_of_a_base_covers_all_weights(tmp_path: Path) -> None:
     weights[1 << 20 : 1 << 21] = 0.01  # partial_hash, of both ends, would not see this
     torch.save(weights, tmp_path / "consolidated.pth")
     assert weights_hash([tmp_path]) != before
-
-
-def test_a_stale_lock_of_an_extension_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    deepspeed.refuse_stale_locks()  # a build has just begun
-    for path in (lock, lock.parent):
-        os.utime(path, (1e9, 1e9))
-    with pytest.raises(UserError, match=r"lock: Left \d+ minutes ago.* Remove it with `rm .*lock`"):
-        deepspeed.refuse_stale_locks()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ from medley.vqgan.files import read_vqgan, to_hugging_face_config
 from medley.vqgan.image_tokenizer import ImageTokenizer, token_space_fingerprint
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """One recorded code is a near tie (1.6e-7 of the distance): transformers itself gives another
-    one for that image with one thread, where torch's convolutions add in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
 def test_codes_and_pixels_equal_recorded_cases(layout: Path) -> None:
     expected = load_file(layout / "expected.safetensors")
     tokenizer = ImageTokenizer.from_checkpoint(layout / "input")
@@ -91,8 +79,8 @@ def test_invalid_codes_and_pixels_are_refused() -> None:
         ({"ch": 30}, "multiple of 32"),
         ({"resolution": 65}, "multiple of the downsampling"),
         ({"z_channels": None}, "vqgan.yaml"),
-        ({"ch": 64}, "Wrong shape"),
-        ({"num_res_blocks": 2}, "missing"),
+        ({"ch": 64}, "do not fit ch and ch_mult"),
+        ({"num_res_blocks": 2}, "do not fit num_res_blocks"),
     ],
 )
 def test_invalid_configurations_give_the_reason(

@@ -104,6 +104,10 @@ STAGES: dict[str, dict[str, Verb]] = {
         "evaluate vqa": Verb(
             "evaluate.vqa", "VqaOptions", "vqa", "score answers to visual questions"
         ),
+        "evaluate classification": Verb(
+            "evaluate.classification", "ClassificationOptions", "classification",
+            "score answers with choices: accuracy, AUROC, calibration, thresholds",
+        ),
         "evaluate science-qa": Verb(
             "evaluate.science_qa", "ScienceQaOptions", "score_science_qa",
             "score answers to ScienceQA",

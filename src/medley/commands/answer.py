@@ -25,6 +25,7 @@ from medley.evaluation.answer_files import (
     sort_answers,
 )
 from medley.evaluation.answer_shards import (
+    check_devices,
     merge_shards,
     parse_devices,
     run_on_devices,
@@ -78,6 +79,10 @@ class AnswerOptions(BatchOptions, QuestionOptions):
             raise UserError(
                 "--devices splits the questions into chunks itself. Remove --num_chunks."
             )
+        if self.devices is not None and ":" in self.device:
+            raise UserError(
+                f"--devices selects the GPUs (got --device {self.device}). Remove its number."
+            )
         if self.answer_prompter and self.mode != "text":
             raise UserError("--answer_prompter requires --mode text.")
         self.check_batch_size()
@@ -88,13 +93,16 @@ class AnswerOptions(BatchOptions, QuestionOptions):
 
 
 def answer(options: AnswerOptions) -> None:
+    devices = [] if options.devices is None else parse_devices(options.devices)
+    if options.devices is not None and options.device != "cpu":
+        check_devices(options.devices, devices)
     questions = options.questions_in(options.questions)
     if options.output.exists():
         recorded = read_manifest(options.output).get("options", {})
         check_same_run(recorded, options.identity(), options.output)
     write_manifest(options.output, options.identity(), [options.questions], None)
-    if options.devices is not None:
-        _answer_on_devices(options, questions)
+    if devices:
+        _answer_on_devices(options, questions, devices)
         return
     keys = list(question_keys((q.identifier, q.raw_text) for q in questions))
     answered = read_answers(options.output)
@@ -132,9 +140,10 @@ def answer(options: AnswerOptions) -> None:
         )
 
 
-def _answer_on_devices(options: AnswerOptions, questions: Sequence[Question]) -> None:
+def _answer_on_devices(
+    options: AnswerOptions, questions: Sequence[Question], devices: Sequence[int]
+) -> None:
     """Runs one process for each device and merges their answers."""
-    devices = parse_devices(options.devices or "")
     count = len(devices)
     shards = [
         replace(options, devices=None, output=path, num_chunks=count, chunk_idx=index)

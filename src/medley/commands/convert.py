@@ -2,11 +2,12 @@
 
     medley convert --from vqa_rad --input FOLDER --output data
     medley convert --from llava --input mix.json --output mix.jsonl --image_folder images
+    medley convert --from image_folder --input scans --output data --test_fraction 0.2
     medley convert --from documents --to sharegpt --input docs.jsonl --output out.json
 
 An --output with a suffix is a single file. Any other --output is a folder with one file for each
-published split, or with `train` and `test` files without a common image (--test_fraction). The
-folder also has `images.csv`, the list of the images.
+published split, or with `train`, `val` and `test` files without a common image or patient
+(--test_fraction, --val_fraction). The folder also has `images.csv`, the list of the images.
 
 Bad records are listed and counted, and nothing is written. With --on_error skip, the valid records
 are written, and the bad ones go to `bad.jsonl` in the folder or `OUTPUT.bad.jsonl`.
@@ -46,7 +47,9 @@ class ConvertOptions(ConversionOptions):
         target: format of the output
         input: file, or folder of the published dataset
         output: file (a name with a suffix), or folder with one file per split
-        test_fraction: fraction of the images for a random test split, in place of published splits
+        test_fraction: fraction of the images for a random test split, in place of published splits;
+            the images of a patient stay together
+        val_fraction: fraction of the images for a random validation split, with --test_fraction
         limit: maximum number of records to write; the first ones unless --balanced
         balanced: select the --limit records evenly over domains
         balance_by: field with the domain of a record; domain, organ or modality unless given
@@ -64,6 +67,7 @@ class ConvertOptions(ConversionOptions):
     input: Path
     output: Path
     test_fraction: float | None = None
+    val_fraction: float | None = None
     limit: int | None = None
     balanced: bool = False
     balance_by: str | None = None
@@ -95,9 +99,16 @@ class ConvertOptions(ConversionOptions):
                 f"--test_fraction is invalid (got {self.test_fraction}, expected above 0 and below "
                 "1)."
             )
+        if self.val_fraction is not None and (
+            self.test_fraction is None or not 0 < self.val_fraction < 1 - self.test_fraction
+        ):
+            raise UserError(
+                f"--val_fraction is invalid (got {self.val_fraction} with --test_fraction "
+                f"{self.test_fraction}, expected above 0, and a sum below 1)."
+            )
         if self.test_fraction is not None and self.output.suffix:
             raise UserError(
-                f"--test_fraction writes two files, and --output {self.output} is a file name. "
+                f"--test_fraction writes several files, and --output {self.output} is a file name. "
                 "Name a folder."
             )
         if self.limit is not None and self.limit < 1:
@@ -122,6 +133,7 @@ def convert(options: ConvertOptions) -> None:
     plan = plan_split(
         source, config, options.validate_images, options.test_fraction,
         options.limit if options.balanced else None, options.balance_by, options.seed,
+        options.val_fraction or 0.0,
     )  # fmt: skip
     with open_output_files(options.output, options.max_errors) as files:
         conversion = Conversion(options.target, config, files, options.image_list is not None)
@@ -134,14 +146,18 @@ def convert(options: ConvertOptions) -> None:
                 break
         conversion.check(options.on_error == "skip", options.max_errors)
         images = conversion.split_images()
-        if options.test_fraction is not None and len(images) < 2:
+        expected = 2 + (options.val_fraction is not None)
+        if options.test_fraction is not None and len(images) < expected:
             raise UserError(
-                f"--test_fraction {options.test_fraction}: The split left one side empty. The "
-                "dataset has too few distinct images or texts."
+                f"--test_fraction {options.test_fraction}: The split left one side empty (got "
+                f"{', '.join(images)}). The dataset has too few distinct images, texts or patients."
             )
         if files.temporary_folder is not None:
             write_image_list(files.temporary_folder / IMAGE_LIST, images)
         leaks = describe_leaks(images) if len(images) > 1 and options.check_leaks else []
+        leaks += conversion.patient_leaks()
+        if plan.patients:
+            leaks.append(f"the images of each of {plan.patients} patients are in one split")
     conversion.write_sidecars(sidecars)
     if options.image_list is not None:
         with atomic_file(options.image_list) as temporary:

@@ -32,7 +32,7 @@ from medley.images.folders import describe_skipped
 from medley.images.image_source import ImageSource
 from medley.images.preprocess import Preprocessing, uint8_to_pixels
 from medley.images.sources import Frames, ImageList, Partition
-from medley.inference.loading import local_device
+from medley.inference.devices import local_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.distributed import from_main_rank, is_main_rank, process_group, rank, world_size
 from medley.utils.extras import require_extra
@@ -174,7 +174,7 @@ def finetune_vqgan(options: FinetuneVqganOptions) -> None:
         perceptual = PerceptualDistance.from_files(*options.lpips_weights).to(device)
     tuner = Finetuner(vqgan, options.finetuning(), perceptual, device, options.seed)
     dataset = ImageDataset(vqgan.config.resolution, preprocessing)
-    with process_group():
+    with process_group(device):
         listed = ImageList(options.input, options.image_key, limit=options.limit)
         parts = (part.select_frames(options.frames) for part in listed.partitions(1000))
         sources = [source for part in parts for source in part.sources]

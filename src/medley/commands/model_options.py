@@ -12,8 +12,15 @@ from medley.errors import UserError
 from medley.evaluation.questions import Question, read_questions
 from medley.generation import GenerationOptions, Mode
 from medley.generation.engine import MAX_NUM_SEQS
-from medley.inference.loading import AUTO_MAP, load_model, resolve, resolve_device, resolve_dtype
-from medley.inference.memory import MemoryEstimate, free_memory
+from medley.inference.devices import AUTO_MAP, resolve_device, resolve_dtype
+from medley.inference.loading import load_model, resolve
+from medley.inference.memory import (
+    GPU_MEMORY_UTILIZATION,
+    MemoryEstimate,
+    check_cache_limits,
+    free_memory,
+    limit_caches,
+)
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
 from medley.utils.cli_options import Alias
@@ -47,6 +54,8 @@ class ModelOptions:
         device: auto, cpu, cuda, mps, or auto_map for several GPUs
         dtype: auto, float32, bfloat16 or float16
         quantize: store the layers' matrices in 4 or 8 bits (bitsandbytes)
+        kv_cache_gb: gigabytes for keys and values; default a share of the free memory
+        gpu_memory_utilization: that share of the memory that is free after loading
         mode: any, text or image
         max_new_tokens: maximum length of a response
         seed: seed of the sampling
@@ -75,6 +84,8 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     quantize: Quantize | None = None
+    kv_cache_gb: float | None = None
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     mode: Mode = GenerationOptions.mode
     max_new_tokens: int = GenerationOptions.max_new_tokens
     seed: int = GenerationOptions.seed
@@ -115,6 +126,7 @@ class ModelOptions:
 
         Raises UserError if the weights exceed the free memory.
         """
+        check_cache_limits(self.kv_cache_gb, self.gpu_memory_utilization)
         checkpoint, adapter = resolve(self.ckpt, self.adapter, self.base)
         device = resolve_device("auto" if self.device == AUTO_MAP else self.device)
         dtype = resolve_dtype(self.dtype, device) or checkpoint.dtype()
@@ -122,8 +134,10 @@ class ModelOptions:
         free = free_memory(device)
         print(estimate.summary(max_num_seqs, free), flush=True)
         if self.device != AUTO_MAP:
-            estimate.check(free, device, self.quantize)
+            smaller = MemoryEstimate.smaller(checkpoint.config(), dtype, self.quantize, device)
+            estimate.check(free, device, smaller)
         model = load_model(checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize)
+        limit_caches([model], self.kv_cache_gb, self.gpu_memory_utilization)
         if self.mode != "text":
             model.image_tokenizer.require_decoder()
         return model

@@ -19,7 +19,7 @@ from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
 from medley.images.folders import describe_skipped
 from medley.images.sources import Frames, ImageList, Partition
-from medley.inference.loading import resolve_device
+from medley.inference.devices import resolve_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.extras import require_extra
 from medley.utils.files import atomic_file, write_json

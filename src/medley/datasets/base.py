@@ -40,6 +40,10 @@ class RestrictedRecord(RecordError):
     """A record that is skipped because its image requires credentials."""
 
 
+class Remark(str):
+    """In place of a record: a note on the input, which is counted and printed at the end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions:
     """Options for reading the records of a dataset.
@@ -53,6 +57,16 @@ class DatasetOptions:
         question_key: column with the questions
         answer_key: column with the answers
         image_key: column with the image paths
+        label_columns: columns with the labels, for labels_csv; the known layouts need none
+        classes: use only these classes, in this order, for labels_csv
+        patient_key: column with the patient ids, for labels_csv
+        uncertain: what -1 means in a label column, for labels_csv: ignore leaves the question out,
+            class asks for a third answer
+        blank: what an empty cell means in one of several label columns, for labels_csv
+        encoding: encoding of the CSV file, for labels_csv
+        frames: frames to read of files with several (DICOM, NIfTI, TIFF), for image_folder and
+            labels_csv
+        question_templates: YAML file of the questions about images with labels
     """
 
     image_folder: Path | None = None
@@ -63,6 +77,14 @@ class DatasetOptions:
     question_key: str = "question"
     answer_key: str = "answer"
     image_key: str = "image"
+    label_columns: list[str] | None = None
+    classes: list[str] | None = None
+    patient_key: str | None = None
+    uncertain: Literal["ignore", "negative", "positive", "class"] = "ignore"
+    blank: Literal["negative", "ignore"] = "negative"
+    encoding: str = "utf-8"
+    frames: Literal["first", "middle", "all"] | None = None
+    question_templates: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +124,7 @@ class Sample:
 
 
 # The location of a record (file and number), its published split ("" for none), and its JSON
-# value, or a RecordError if the record could not be parsed.
+# value, or a RecordError if the record could not be parsed, or a Remark in place of a record.
 RawRecord = tuple[str, str, Any]
 
 

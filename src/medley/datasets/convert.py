@@ -20,7 +20,7 @@ from medley.datasets.base import ConversionConfig, RecordError, Sample
 from medley.datasets.output_files import OutputFiles
 from medley.datasets.registry import FORMATS, FormatName
 from medley.datasets.samples import ConversionStats, ReadSample
-from medley.datasets.splits import image_paths
+from medley.datasets.splits import find_leaks, image_paths, patient_of
 from medley.datasets.statistics import PUBLISHED_SPLITS, DatasetStats, SplitHash
 from medley.errors import PartialFailure, UserError
 from medley.utils.files import read_json, write_json
@@ -31,10 +31,11 @@ Sidecars = dict[str, dict[str, Any]]  # file name -> content
 
 @dataclass
 class SplitStats:
-    """Hash and image paths of a written split."""
+    """Hash, image paths and patients of a written split."""
 
     hash: SplitHash = field(default_factory=SplitHash)
     images: dict[str, None] = field(default_factory=dict)  # in order of appearance
+    patients: set[str] = field(default_factory=set)
 
 
 class Conversion:
@@ -86,6 +87,8 @@ class Conversion:
         self.dataset_stats.add(sample)
         split_stats = self.splits.setdefault(split, SplitStats())
         split_stats.hash.add(sample.document)
+        if (patient := patient_of(sample)) is not None:
+            split_stats.patients.add(patient)
         if self.files.is_folder or self.list_images or split != "all":
             split_stats.images |= dict.fromkeys(image_paths(sample.document))
 
@@ -124,6 +127,16 @@ class Conversion:
     def split_images(self) -> dict[str, list[str]]:
         """Split -> image paths."""
         return {name: list(stats.images) for name, stats in self.splits.items()}
+
+    def patient_leaks(self) -> list[str]:
+        """Lines about patients that two splits share."""
+        splits = {name: stats.patients for name, stats in self.splits.items()}
+        patients = {patient: patient for own in splits.values() for patient in own}
+        return [
+            f"{leak.common} of {leak.total} patients of {leak.split} are also in {leak.other}"
+            for leak in find_leaks(splits, patients)
+            if leak.total
+        ]
 
     def summary(self, published: Mapping[str, str], leaks: Iterable[str]) -> list[str]:
         """Lines that describe the result.

@@ -20,7 +20,7 @@ from medley.datasets.base import (
 )
 from medley.errors import UserError
 from medley.images.formats import ImageError, open_pillow
-from medley.utils.files import atomic_file
+from medley.utils.temporary_files import disk_errors, temporary_path
 
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "TIFF": ".tif", "WEBP": ".webp", "BMP": ".bmp",
              "GIF": ".gif", "MPO": ".jpg"}  # fmt: skip
@@ -114,8 +114,10 @@ def save_embedded_image(
         path = folder / f"{name}-{digest}{suffix}"  # another image has this name
         remarks.append(_RENAMED)
     if not path.exists():
-        with atomic_file(path) as temporary:
+        # Without a sync, which takes most of the time: the images can be written again.
+        with disk_errors(path), temporary_path(path) as temporary:
             temporary.write_bytes(data)
+            temporary.replace(path)
     return str(path)
 
 

@@ -39,7 +39,7 @@ def table_files(path: Path) -> list[Path]:
     ]
     by_name: dict[str, set[Path]] = {}
     for file in files:
-        by_name.setdefault(f"{_split_of(file, path)} {file.name}", set()).add(file.parent)
+        by_name.setdefault(f"{split_of(file, path)} {file.name}", set()).add(file.parent)
     for name, folders in by_name.items():
         if len(folders) > 1:
             first, second, *_ = sorted(folders)
@@ -50,7 +50,7 @@ def table_files(path: Path) -> list[Path]:
     return sorted(files)
 
 
-def _split_of(file: Path, root: Path) -> str:
+def split_of(file: Path, root: Path) -> str:
     """The split that a file's name or the name of its folder states, or an empty string."""
     for name in (file.stem, *reversed(file.relative_to(root).parts[:-1] if root.is_dir() else ())):
         if found := _SPLIT_IN_NAME.findall(name.lower()):
@@ -76,7 +76,7 @@ def table_records(
     files = [] if is_published else table_files(config.path)
     if not files:
         return None
-    splits = [_split_of(file, config.path) for file in files]
+    splits = [split_of(file, config.path) for file in files]
     selected = [
         (split, file)
         for split, file in zip(splits, files, strict=True)
@@ -95,7 +95,7 @@ def _number_records(files: Sequence[tuple[str, Path]]) -> Iterator[RawRecord]:
         for where, _, record in records_of(path):
             if isinstance(record, dict):
                 number = where.rpartition(" ")[2]
-                name = path.stem if _split_of(path, path) else f"{split}-{path.stem}".strip("-")
+                name = path.stem if split_of(path, path) else f"{split}-{path.stem}".strip("-")
                 identifier = next(
                     (record[k] for k in ("id", "qid") if record.get(k) is not None),
                     f"{name}-{number}",

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,10 @@ _MAX_RECORD = 1 << 26  # characters
 _BATCH = 256  # table rows that are converted to Python values at once
 _DECODER = json.JSONDecoder()
 _TRUNCATED = "The file ends in the middle of this record."
-_ENCODING_HINT = " Convert the file, for example with iconv -f WINDOWS-1252 (or UTF-16) -t UTF-8."
+_ENCODING_HINT = (
+    " Convert the file, for example with iconv -f WINDOWS-1252 (or UTF-16) -t UTF-8. The format "
+    "labels_csv reads other encodings with --encoding."
+)
 _REST_UNREADABLE = " The rest of the file cannot be read."
 
 csv.field_size_limit(_MAX_CELL)
@@ -36,17 +40,20 @@ _encode = json.JSONEncoder(
 ).encode  # json.dumps would create an encoder for each record
 
 
-def records_of(path: Path, split: str = "") -> Iterator[RawRecord]:
+def records_of(path: Path, split: str = "", encoding: str = "utf-8") -> Iterator[RawRecord]:
     """The records of a file of any supported type, with their locations.
 
     A part that cannot be parsed becomes a RecordError in place of a record: an invalid line of JSON
-    Lines, or the position where a JSON list breaks off. Raises UserError for a missing file.
+    Lines, or the position where a JSON list breaks off. `encoding` is that of a CSV file. Raises
+    UserError for a missing file.
     """
     if not path.is_file():
         problem = "Expected a file, not a folder" if path.is_dir() else "No such file"
         raise UserError(f"{path}: {problem}.")
     refuse_lfs_pointer(path)
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_csv,
+    read_csv = partial(_read_csv, encoding=_text_encoding(encoding))
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]]
+    readers = {".parquet": _read_parquet, ".csv": read_csv, ".tsv": read_csv,
                ".arrow": _read_arrow}  # fmt: skip
     reader = readers.get(path.suffix.lower(), _read_json)
     for location, record in reader(path):
@@ -155,10 +162,23 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{number}", RecordError(f"Invalid JSON ({error}).{hint}", content=content)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _text_encoding(name: str) -> str:
+    """An encoding of CSV files; that of UTF-8 skips a byte-order mark. Raises UserError."""
+    try:
+        found = codecs.lookup(name).name
+        "a".encode(found)  # refuses codecs of bytes, such as base64
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"--encoding {name}: Unknown encoding (expected utf-8, cp1252, ...)."
+        ) from error
+    return "utf-8-sig" if found == "utf-8" else found
+
+
+def _read_csv(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """Rows as dictionaries of text; the first line has the names of the columns."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=_find_delimiter(path), strict=True)
+    with open(path, encoding=encoding, newline="") as file:
+        delimiter = _find_delimiter(path, encoding)
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             names = next(rows, [])
         except (csv.Error, UnicodeDecodeError) as error:
@@ -173,7 +193,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                reason = f"Invalid UTF-8 ({error.reason}).{_ENCODING_HINT}{_REST_UNREADABLE}"
+                name = "UTF-8" if encoding == "utf-8-sig" else encoding
+                reason = f"Invalid {name} ({error.reason}).{_ENCODING_HINT}{_REST_UNREADABLE}"
                 yield location, RecordError(reason, truncated=True)
                 return
             except csv.Error as error:
@@ -189,11 +210,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 yield location, RecordError(reason, content=row)
 
 
-def _find_delimiter(path: Path) -> str:
+def _find_delimiter(path: Path, encoding: str) -> str:
     """The delimiter of a CSV file: a semicolon or a tab if the first line has no comma."""
     if path.suffix.lower() == ".tsv":
         return "\t"
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open(path, encoding=encoding, errors="replace", newline="") as file:
         header = file.readline(_MAX_CELL)
     unquoted = "".join(header.split('"')[::2])
     if "," in unquoted:

@@ -7,8 +7,11 @@ from typing import Any, Literal
 from medley.datasets import (
     captions,
     documents,
+    image_folder,
+    labels_csv,
     llava,
     medmax,
+    medmnist,
     medtrinity,
     pathvqa,
     pmc_vqa,
@@ -28,7 +31,8 @@ from medley.errors import UserError
 
 FormatName = Literal[
     "documents", "llava", "sharegpt", "medmax", "medtrinity", "vqa_rad", "slake", "pathvqa",
-    "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions",
+    "pmc_vqa", "science_qa", "text_qa", "text_qa_csv", "captions", "medmnist",
+    "image_folder", "labels_csv",
 ]  # fmt: skip
 FORMATS: dict[FormatName, FormatSpec] = {
     "documents": documents.FORMAT,
@@ -44,6 +48,9 @@ FORMATS: dict[FormatName, FormatSpec] = {
     "text_qa": text_qa.FORMAT,
     "text_qa_csv": text_qa.CSV_FORMAT,
     "captions": captions.FORMAT,
+    "medmnist": medmnist.FORMAT,
+    "image_folder": image_folder.FORMAT,
+    "labels_csv": labels_csv.FORMAT,
 }
 
 

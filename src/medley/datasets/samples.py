@@ -14,6 +14,7 @@ from medley.datasets.base import (
     ConversionConfig,
     FormatSpec,
     RecordError,
+    Remark,
     RestrictedRecord,
     Sample,
     extra_fields,
@@ -73,6 +74,9 @@ def iter_samples(
     """
     validate = ImageValidator(check)
     for where, split, record in spec.records(config):
+        if isinstance(record, Remark):
+            stats.remarks[record] += 1
+            continue
         stats.counts["records"] += 1
         try:
             if isinstance(record, RecordError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medley.data.document import Document
-from medley.datasets.base import ConversionConfig, FormatSpec, RecordError
+from medley.datasets.base import ConversionConfig, FormatSpec, RecordError, Sample
 from medley.datasets.samples import (
     ConversionStats,
     ImageCheck,
@@ -59,6 +59,21 @@ def content_hashes(paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]
                 failures[path] = problem
             progress.update()
     return hashes, failures
+
+
+def patient_of(sample: Sample) -> str | None:
+    """The patient of a record; None if it is unknown."""
+    patient = sample.fields.get("patient_id")
+    return None if patient is None or patient == "" else str(patient)
+
+
+def group_ids(sample: Sample, hashes: Mapping[str, str]) -> list[str]:
+    """What two records of one split share: an image, a file with several frames, or a patient."""
+    names = [path.rpartition("#") for path in image_paths(sample.document)]
+    files = [f"file {name}" for name, separator, _ in names if separator]
+    patient = patient_of(sample)
+    patients = [] if patient is None else [f"patient {patient}"]
+    return [*content_ids(sample.document, hashes), *files, *patients]
 
 
 def content_ids(document: Document, hashes: Mapping[str, str]) -> list[str]:
@@ -118,10 +133,38 @@ def describe_leaks(splits: Mapping[str, Iterable[str]]) -> list[str]:
 # --- assignment and subsets ---------------------------------------------------------------
 
 
-def assign_split(group: str, test_fraction: float) -> str:
-    """train or test for a group of images; depends only on the group's hash."""
-    digest = hashlib.sha256(f"split {group}".encode()).digest()
-    return "test" if int.from_bytes(digest[:4], "big") / 2**32 < test_fraction else "train"
+def assign_split(group: str, test_fraction: float, val_fraction: float = 0.0) -> str:
+    """train, val or test for a group of images; depends only on the group's hash."""
+    position = _position(group)
+    if position < test_fraction:
+        return "test"
+    return "val" if position < test_fraction + val_fraction else "train"
+
+
+def _position(group: str) -> float:
+    """A number from 0 to 1 that depends only on the group's name."""
+    digest = hashlib.sha256(f"split {group}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def assign_splits(
+    groups: Iterable[str], test_fraction: float, val_fraction: float = 0.0
+) -> dict[str, str]:
+    """Group -> train, val or test by `assign_split`.
+
+    A split of a small dataset that would be empty gets the group that is nearest to it by hash.
+    """
+    splits = {group: assign_split(group, test_fraction, val_fraction) for group in sorted(groups)}
+    known = test_fraction + val_fraction
+    for name, low, high in (
+        ("test", 0.0, test_fraction), ("val", test_fraction, known), ("train", known, 1.0),
+    ):  # fmt: skip
+        counts = Counter(splits.values())
+        movable = [group for group, split in splits.items() if counts[split] > 1]
+        if low < high and not counts[name] and movable:
+            center = (low + high) / 2
+            splits[min(movable, key=lambda group: abs(_position(group) - center))] = name
+    return splits
 
 
 def connected_components(records: Iterable[Sequence[str]]) -> dict[str, str]:
@@ -184,11 +227,13 @@ class SplitPlan:
         selected: for each valid record, whether it is written; None for all
         splits: for each valid record, its split; None for the published splits
         unreadable: path of an image that cannot be decoded -> reason
+        patients: number of patients that a random split keeps together
     """
 
     selected: NDArray[np.bool_] | None = None
     splits: list[str] | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
+    patients: int = 0
 
 
 def plan_split(
@@ -199,31 +244,37 @@ def plan_split(
     balanced_count: int | None,
     balance_by: str | None,
     seed: int,
+    val_fraction: float = 0.0,
 ) -> SplitPlan:
-    """Reads the input to plan a random split (`test_fraction`) or subset (`balanced_count`)."""
+    """Reads the input to plan a random split (`test_fraction`) or subset (`balanced_count`).
+
+    A split keeps the records together that share an image, a file with several frames, or a
+    patient (the field `patient_id`).
+    """
     if test_fraction is None and balanced_count is None:
         return SplitPlan()
-    documents: list[Document] = []
-    domains: list[str] = []
-    samples = iter_samples(spec, config, check, ConversionStats(), lambda *_: None)
-    for _, _, _, sample in tqdm(samples, unit=" records", desc="planning"):
-        documents.append(sample.document)
-        domains.append(domain_of(sample, balance_by))
-    hashes: dict[str, str] = {}
+    samples = [
+        item.sample
+        for item in tqdm(
+            iter_samples(spec, config, check, ConversionStats(), lambda *_: None),
+            unit=" records", desc="planning",
+        )
+    ]  # fmt: skip
     unreadable: dict[str, str] = {}
+    splits, patients = None, 0
     if test_fraction is not None:
-        hashes, unreadable = content_hashes(p for d in documents for p in image_paths(d))
-        valid = [not any(p in unreadable for p in image_paths(d)) for d in documents]
-        domains = [domain for domain, good in zip(domains, valid, strict=True) if good]
-        documents = [document for document, good in zip(documents, valid, strict=True) if good]
-    selected, splits = None, None
+        hashes, unreadable = content_hashes(p for s in samples for p in image_paths(s.document))
+        samples = [s for s in samples if not any(p in unreadable for p in image_paths(s.document))]
+        groups = [group_ids(sample, hashes) for sample in samples]
+        components = connected_components(groups)
+        assigned = assign_splits(set(components.values()), test_fraction, val_fraction)
+        splits = [assigned[components[ids[0]]] for ids in groups]
+        patients = len({patient_of(sample) for sample in samples} - {None})
+    selected = None
     if balanced_count is not None:
+        domains = [domain_of(sample, balance_by) for sample in samples]
         selected = balanced_subset(domains, balanced_count, seed)
-    if test_fraction is not None:
-        contents = [content_ids(document, hashes) for document in documents]
-        components = connected_components(contents)
-        splits = [assign_split(components[ids[0]], test_fraction) for ids in contents]
-    return SplitPlan(selected, splits, unreadable)
+    return SplitPlan(selected, splits, unreadable, patients)
 
 
 def select_records(

@@ -34,6 +34,25 @@ def parse_devices(text: str) -> list[int]:
     return devices
 
 
+def check_devices(text: str, devices: Sequence[int]) -> None:
+    """Raises UserError for a GPU that this machine does not have. Without GPUs, the CPU answers."""
+    import torch  # slow to import
+
+    count = torch.cuda.device_count()
+    missing = [device for device in devices if device >= count]
+    if count and missing:
+        raise UserError(
+            f"--devices {text}: No GPU {', '.join(map(str, missing))} (got {count} GPUs, expected "
+            f"numbers from 0 to {count - 1}; CUDA_VISIBLE_DEVICES hides others)."
+        )
+
+
+def device_name(device: int) -> str:
+    """A GPU that this process numbers `device`, as CUDA_VISIBLE_DEVICES of a child names it."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return visible[device] if any(visible) and device < len(visible) else str(device)
+
+
 def shard_path(output: Path, count: int, index: int) -> Path:
     return output.with_name(f"{output.stem}.part-{index}-of-{count}{output.suffix}")
 
@@ -92,7 +111,7 @@ def run_on_devices(
             config = Path(folder) / f"{device}.yaml"
             config.write_text(yaml.safe_dump(dict(own), allow_unicode=True), encoding="utf-8")
             command = [sys.executable, "-m", "medley.cli", verb, "--config", str(config)]
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device_name(device)}
             process = subprocess.Popen(command, env=environment)
             stack.callback(process.terminate)  # no effect on a process that has ended
             processes.append(process)

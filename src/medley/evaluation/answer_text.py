@@ -40,6 +40,7 @@ _LABEL = re.compile(
     r"\s*(?::(?!\s*:)|(?<=ans)\.|\s-\s)\s*(\S.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
+_STATED_BELOW = re.compile(r"\b(?:the|my|correct|final|best) answer\b|答案", re.IGNORECASE)
 _EXPLANATION = re.compile(
     r"\b(?:explanation|reason|reasoning|rationale|justification)\s{0,3}:"
     r"|(?:解释|理由|原因|解析|说明)\s{0,3}:",
@@ -124,8 +125,12 @@ def _json_value(answer: AnswerText) -> str | None:
 
 
 def _after_label(answer: AnswerText) -> str | None:
-    contents = {match[1].strip() for match in _LABEL.finditer(answer.text)}
-    return contents.pop() if len(contents) == 1 else None
+    labels = list(_LABEL.finditer(answer.text))
+    contents = {match[1].strip() for match in labels}
+    # A worked solution has a label as well, and gives its answer below.
+    if len(contents) != 1 or _STATED_BELOW.search(answer.text, labels[-1].end()):
+        return None
+    return contents.pop()
 
 
 def _before_explanation(answer: AnswerText) -> str | None:

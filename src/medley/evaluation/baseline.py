@@ -17,7 +17,7 @@ from medley.errors import UserError
 from medley.evaluation.answer_files import format_answer, question_keys, read_answers, sort_answers
 from medley.evaluation.questions import Question
 from medley.images.preprocess import ImageError, open_image, to_rgb
-from medley.inference.loading import resolve_device
+from medley.inference.devices import resolve_device
 from medley.utils.jsonl import append_jsonl
 from medley.utils.manifest import read_manifest, write_manifest
 from medley.utils.run_identity import check_same_run

@@ -19,10 +19,19 @@ from medley.utils.files import read_json
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of an answer file: the answer, and its question without `<image>`."""
+    """A row of an answer file.
+
+    Attributes:
+        text: the answer
+        prompt: its question without `<image>`
+        where: location of the row
+        choices: the field `choices`, not validated; None without it
+    """
 
     text: str
     prompt: str
+    where: str = ""
+    choices: Any = None
 
 
 def read_predictions(path: Path) -> dict[str, list[Prediction]]:
@@ -30,7 +39,8 @@ def read_predictions(path: Path) -> dict[str, list[Prediction]]:
     predictions: dict[str, list[Prediction]] = {}
     for where, row in read_objects(path):
         _check_answer(where, row)
-        prediction = Prediction(row["text"], _without_placeholder(str(row.get("prompt", ""))))
+        prompt = _without_placeholder(str(row.get("prompt", "")))
+        prediction = Prediction(row["text"], prompt, where, row.get("choices"))
         predictions.setdefault(_normalize_id(row["question_id"]), []).append(prediction)
     return predictions
 
@@ -54,12 +64,29 @@ def match_predictions(
 ) -> tuple[list[Example], int]:
     """Examples in the order of the questions, and the number of questions without an answer.
 
-    A missing answer counts as an empty one, unless `skip_missing` leaves its question out.
+    A missing answer counts as an empty one, unless `skip_missing` leaves its question out. Raises
+    the errors of `pair_predictions`, and UserError for a question without a gold answer and for a
+    file without answers that count.
+    """
+    paired = pair_predictions(questions, path)
+    examples = [
+        to_example(question, "" if prediction is None else prediction.text)
+        for question, prediction in zip(questions, paired, strict=True)
+        if prediction is not None or not skip_missing
+    ]
+    if not examples:
+        raise UserError(f"{path}: The file answers none of the questions.")
+    return examples, sum(prediction is None for prediction in paired)
+
+
+def pair_predictions(questions: Sequence[Question], path: Path) -> list[Prediction | None]:
+    """The row of an answer file for each question; None if it is missing.
+
     Questions that share an id are matched by the prompts in the answer file, else by their order.
 
     Raises:
-        UserError: a question has no gold answer, an answer has no question, a question has two
-            answers, or the answers to questions with the same id are ambiguous
+        UserError: an answer has no question, a question has two answers, or the answers to
+            questions with the same id are ambiguous
     """
     predictions = read_predictions(path)
     questions_by_id: dict[str, list[Question]] = {}
@@ -73,38 +100,31 @@ def match_predictions(
             f"{path}: {len(surplus)} ids have more answers than questions; the first is "
             f"{surplus[0]!r}. Check that the answers belong to this dataset and split."
         )
-    texts: dict[int, str] = {}  # by object identity, since two questions may be equal
+    paired: dict[int, Prediction | None] = {}  # by object identity, since two may be equal
     for key, own in questions_by_id.items():
         matched = _match_by_prompt(path, key, own, predictions.get(key, []))
-        texts |= {id(q): text for q, text in zip(own, matched, strict=True) if text is not None}
-    missing = sum(id(question) not in texts for question in questions)
-    examples = [
-        to_example(question, texts.get(id(question), ""))
-        for question in questions if id(question) in texts or not skip_missing
-    ]  # fmt: skip
-    if not examples:
-        raise UserError(f"{path}: The file answers none of the questions.")
-    return examples, missing
+        paired |= {id(question): one for question, one in zip(own, matched, strict=True)}
+    return [paired[id(question)] for question in questions]
 
 
 def _match_by_prompt(
     path: Path, key: str, questions: Sequence[Question], predictions: Sequence[Prediction]
-) -> list[str | None]:
+) -> list[Prediction | None]:
     """The answer to each question of one id; None if it is missing."""
     if len(questions) == 1:
-        return [predictions[0].text if predictions else None]
+        return [predictions[0] if predictions else None]
     rest = list(predictions)
-    texts: list[str | None] = []
+    matched: list[Prediction | None] = []
     for question in questions:
         prompt = _without_placeholder(question.raw_text)
         match = next((prediction for prediction in rest if prediction.prompt == prompt), None)
-        texts.append(None if match is None else match.text)
+        matched.append(match)
         if match is not None:
             rest.remove(match)
     if not rest:
-        return texts
+        return matched
     if len(predictions) == len(questions):
-        return [prediction.text for prediction in predictions]
+        return list(predictions)
     raise UserError(
         f"{path}: {len(questions)} questions share the id {key!r}, and the prompts of its "
         f"{len(predictions)} answers do not determine which questions they belong to."

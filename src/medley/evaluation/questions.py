@@ -10,7 +10,7 @@ from typing import Any
 
 from medley.data.document import ContentPart, Document, ImagePart, Turn
 from medley.data.vocabulary import IMAGE
-from medley.datasets.base import ConversionConfig, RecordError
+from medley.datasets.base import ConversionConfig, RecordError, Remark
 from medley.datasets.input_files import records_at
 from medley.datasets.llava import CONVERSATION_KEYS, find_images
 from medley.datasets.placement import (
@@ -74,6 +74,8 @@ def read_questions(path: Path, name: FormatName, config: ConversionConfig) -> li
     questions: list[Question] = []
     records = records_at(path) if name == "llava" else FORMATS[name].records(config)
     for where, _, record in records:
+        if isinstance(record, Remark):
+            continue
         if isinstance(record, RecordError):
             raise UserError(f"{where}: {record}")
         try:

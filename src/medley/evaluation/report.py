@@ -39,6 +39,26 @@ class Table:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y), each from 0 to 1, joined by a line; `marked` draws the points as well."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves on axes from 0 to 1, over a dashed diagonal."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    text: str = ""
+
+
 def examples_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.examples.jsonl")
 
@@ -62,6 +82,7 @@ def write_report(
     scored: Sequence[ScoredExample],
     notes: Sequence[str] = (),
     gallery: int = GALLERY,
+    plots: Sequence[Plot] = (),
 ) -> None:
     """Writes the files of an evaluation.
 
@@ -73,8 +94,8 @@ def write_report(
     write_scored(output.with_name(f"{output.name}.wrong.jsonl"), wrong)
     cards = [_card(one) for one in sample_examples(scored, gallery)]
     text = render(
-        "evaluation.html", title, notes=notes, tables=tables, cards=cards, count=len(scored),
-        has_wrong=bool(wrong),
+        "evaluation.html", title, notes=notes, tables=tables, plots=plots, cards=cards,
+        count=len(scored), has_wrong=bool(wrong),
     )  # fmt: skip
     with atomic_file(report_path(output)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -167,7 +188,9 @@ def groups_tables(groups: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
-def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
+def confusion_table(
+    counts: Mapping[str, Mapping[str, int]], title: str = "Confusion matrix of closed questions"
+) -> Table:
     columns = list(next(iter(counts.values())))
     rows = []
     for gold, own in counts.items():
@@ -175,7 +198,7 @@ def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
         cells = [Cell(str(own[name]), shade=own[name] / total) for name in columns]
         rows.append([Cell(gold), *cells])
     text = "Rows: gold answer. Columns: model's answer."
-    return Table("Confusion matrix of closed questions", ("", *columns), rows, text)
+    return Table(title, ("", *columns), rows, text)
 
 
 def _clip_to_percent(value: Mapping[str, float]) -> dict[str, float]:

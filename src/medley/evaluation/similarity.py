@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from medley.errors import UserError
 from medley.images.preprocess import to_rgb
-from medley.inference.loading import resolve_device
+from medley.inference.devices import resolve_device
 from medley.utils.files import read_json
 
 _BATCH = 64

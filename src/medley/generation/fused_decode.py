@@ -100,6 +100,8 @@ class FusedDecoder:
 
         Call `cache.set_write_positions` before.
         """
+        if mask is not None:
+            mask = additive_mask(mask, self._embedding.dtype)
         states = F.embedding(tokens, self._embedding)
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         for index, layer in enumerate(self._layers):
@@ -139,3 +141,13 @@ class FusedDecoder:
     def _feed_forward(self, states: Tensor, layer: _Layer) -> Tensor:
         gate, up = layer.gate_up(states).chunk(2, -1)
         return layer.down(F.silu(gate) * up)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask bool -> 0 where it is true, else minus infinity.
+
+    torch's attention converts a boolean mask at each call, which is in each layer.
+    """
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf")
+    )

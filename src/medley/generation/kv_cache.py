@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import transformers
 
-_LENGTH_STEP = 256  # the tensors grow by multiples of this many positions
+LENGTH_STEP = 256  # lengths of the tensors are multiples of this many positions
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class KeyValueCache:
 
     `set_write_positions` sets where the next keys and values are written. Slots in use are kept
     contiguous, so that a step reads views and copies nothing.
+
+    Attributes:
+        max_slots: expected limit; more slots are allocated only one by one
+        max_length: no slot in use will become longer than this
+        max_bytes: limit of the tensors while slots and lengths stay within what was announced;
+            None for no limit
+        idle_bytes: tensors up to this size are kept while no slot is in use
+        allocations: how many times the tensors were reallocated
     """
 
     is_compileable = False
@@ -46,7 +54,10 @@ class KeyValueCache:
         device: torch.device,
         max_slots: int,
     ) -> None:
-        self.max_slots = max_slots  # expected limit: more slots are allocated only one by one
+        self.max_slots, self.max_length = max_slots, int(config.max_position_embeddings)
+        self.max_bytes: int | None = None
+        self.idle_bytes = 0
+        self._bytes_per_token = bytes_per_token(config, dtype)
         width = config.hidden_size // config.num_attention_heads
         shape = (0, config.num_key_value_heads, 0, width)
         layers = range(config.num_hidden_layers)
@@ -55,34 +66,58 @@ class KeyValueCache:
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._positions = torch.zeros(0, 0, dtype=torch.int64)
         self._first_slot = self._num_written = self._length = 0
+        self._slot_capacity = self._length_capacity = 0  # that every tensor has
+        self._is_suspect = False
         self.num_slots = 0  # in use
-        self.allocations = 0  # how many times the tensors were reallocated
+        self.allocations = 0
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Slots, and positions of each, that are allocated."""
+        return self._slot_capacity, self._length_capacity
+
     # --- slots ----------------------------------------------------------------------------
 
     def add_slot(self) -> int:
         """Takes the next slot and returns its number."""
-        self.num_slots += 1
-        self._grow(self.num_slots, 0)
+        self._grow(self.num_slots + 1, 0)
+        self.num_slots += 1  # last: the allocation may fail
         return self.num_slots - 1
 
-    def remove_slot(self, slot: int) -> int:
-        """Frees a slot. The content of the last slot moves into it; returns the last slot."""
+    def remove_slot(self, slot: int, last_length: int) -> int:
+        """Frees a slot and returns the last slot, whose content moves into the free one.
+
+        `last_length` is the number of positions of the last slot that are in use.
+        """
         last = self.num_slots - 1
         if slot != last:
             for tensor in (*self._keys, *self._values):
-                tensor[slot] = tensor[last]
+                tensor[slot, :, :last_length] = tensor[last, :, :last_length]
         self.num_slots -= 1
-        if self.num_slots == 0:  # an idle engine holds no memory
-            self.allocations += 1
-            for tensors in (self._keys, self._values):
-                tensors[:] = [t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in tensors]
+        if self.num_slots == 0 and (self._is_suspect or self.nbytes > self.idle_bytes):
+            self._free()
         return last
+
+    def suspect(self) -> None:
+        """Frees the tensors once no slot is in use, because a pass failed.
+
+        They may contain NaN, which would reach later sequences through 0 * value.
+        """
+        self._is_suspect = True
+        if self.num_slots == 0:
+            self._free()
+
+    def _free(self) -> None:
+        self.allocations += 1
+        for tensors in (self._keys, self._values):
+            tensors[:] = [t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in tensors]
+        self._slot_capacity = self._length_capacity = 0
+        self._is_suspect = False
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""
@@ -105,28 +140,47 @@ class KeyValueCache:
                 tensor[slot, :, :length] = saved[side, :, :length]
 
     def _grow(self, slots: int, length: int) -> None:
-        old_slots, heads, old_length, width = self._keys[0].shape
-        if slots <= old_slots and length <= old_length:
+        """Makes room for `slots` slots and `length` positions of each.
+
+        One tensor is replaced at a time, so that old and new ones need not fit together. If an
+        allocation fails, the cache keeps its content and the capacity that all tensors have.
+        """
+        if slots <= self._slot_capacity and length <= self._length_capacity:
             return
-        new_slots, new_length = old_slots, old_length
-        if slots > old_slots:
-            new_slots = max(slots, min(2 * old_slots, self.max_slots))
-        if length > old_length:
-            new_length = _round_up(length)
+        new_slots, new_length = self._target_capacity(slots, length)
         self.allocations += 1
-        for tensors in (self._keys, self._values):
-            for index, old in enumerate(tensors):
-                # Zeros: masked positions still enter the product 0 * value, which must not be NaN.
-                grown = old.new_zeros(new_slots, heads, new_length, width)
-                grown[:old_slots, :, :old_length] = old
-                tensors[index] = grown
+        try:
+            for tensors in (self._keys, self._values):
+                for index, old in enumerate(tensors):
+                    tensors[index] = _resize(old, new_slots, new_length)
+        finally:
+            every = (*self._keys, *self._values)
+            self._slot_capacity = min(tensor.shape[0] for tensor in every)
+            self._length_capacity = min(tensor.shape[2] for tensor in every)
+
+    def _target_capacity(self, slots: int, length: int) -> tuple[int, int]:
+        """Slots and positions to allocate: twice as many as before, within the limits.
+
+        What ended sequences have left beyond the limits is given up.
+        """
+        length_limit = round_up_length(self.max_length)
+        slot_limit = self.max_slots
+        if self.max_bytes is not None:
+            slot_limit = min(slot_limit, self.max_bytes // (length_limit * self._bytes_per_token))
+        new_slots, new_length = self._slot_capacity, self._length_capacity
+        if slots > new_slots:
+            new_slots *= 2
+        if length > new_length:
+            new_length *= 2
+        new_slots = max(slots, self.num_slots, min(new_slots, slot_limit))
+        return new_slots, max(round_up_length(length), min(new_length, length_limit))
 
     # --- forward passes -------------------------------------------------------------------
 
     def reserve(self, length: int) -> int:
         """Makes room for `length` positions in each slot; returns the rounded-up length."""
         self._grow(self.num_slots, length)
-        return _round_up(length)
+        return round_up_length(length)
 
     def set_write_positions(self, first_slot: int, positions: Tensor, length: int) -> None:
         """Sets where `update` writes: slots from `first_slot` on, at `positions` int64 (R, T).
@@ -148,7 +202,8 @@ class KeyValueCache:
                 tensors[layer_idx] = tensors[layer_idx].to(new.device)
             own = tensors[layer_idx][self._first_slot : self._first_slot + self._num_written]
             slots, positions = self._slots.to(new.device), self._positions.to(new.device)
-            own[slots, :, positions] = new.transpose(1, 2)
+            # CUDA autocast returns float32 from layer norms, and so float32 keys.
+            own[slots, :, positions] = new.transpose(1, 2).to(own.dtype)
             result.append(own[:, :, : self._length])
         return result[0], result[1]
 
@@ -168,5 +223,15 @@ def bytes_per_token(config: transformers.ChameleonConfig, dtype: torch.dtype) ->
     return int(2 * config.num_hidden_layers * width * dtype.itemsize)
 
 
-def _round_up(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+def round_up_length(length: int) -> int:
+    """The allocated length of a slot of `length` positions."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _resize(old: Tensor, slots: int, length: int) -> Tensor:
+    """A table (S, H, L, K) with the content of another one, as far as it fits."""
+    # Zeros: masked positions still enter the product 0 * value, which must not be NaN.
+    new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
+    kept_slots, kept_length = min(slots, old.shape[0]), min(length, old.shape[2])
+    new[:kept_slots, :, :kept_length] = old[:kept_slots, :, :kept_length]
+    return new

@@ -15,14 +15,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medley.generation.cuda_graph import GraphedDecode
+from medley.generation.cuda_graph import (
+    GraphCache,
+    GraphedForward,
+    GraphedImageSteps,
+    can_use_graph,
+    length_class,
+    size_class,
+)
 from medley.generation.decoder import Decoder
 from medley.generation.fused_decode import FusedDecoder, can_fuse
 from medley.generation.grammar import TokenMasks
-from medley.generation.kv_cache import KeyValueCache, bytes_per_token
+from medley.generation.kv_cache import KeyValueCache, bytes_per_token, round_up_length
 from medley.generation.packed_linear import MAX_PACKED_BYTES, PackedLinear
 from medley.generation.prefix_cache import MIN_PREFIX, PrefixCache, shared_prefix_length
-from medley.generation.sequence import Admission, CFGBranch, SequenceState, image_context
+from medley.generation.sequence import (
+    CFGBranch,
+    Prefill,
+    PrefillPart,
+    SequenceState,
+    image_context,
+)
 
 PREFIX_BYTES = 1 << 30  # of cached prefixes, or one full context if that is larger
 GRAPH_STEPS = 32  # image-token steps between two host synchronizations
@@ -44,37 +57,41 @@ class ModelRunner:
             self.fused = FusedDecoder(decoder) if fuse and can_fuse(decoder) else None
         dtype = decoder.model.embed_tokens.weight.dtype
         self.cache = KeyValueCache(decoder.config, dtype, self.device, BRANCHES * max_num_seqs)
-        full_context = self.max_seq_len * bytes_per_token(decoder.config, dtype)
+        self.bytes_per_token = bytes_per_token(decoder.config, dtype)
+        full_context = self.max_seq_len * self.bytes_per_token
         self.prefixes = PrefixCache(max(PREFIX_BYTES, full_context))
-        # A host synchronization after every token costs a GPU more than the step; a CPU nothing.
-        has_plain_head = type(decoder.lm_head) is nn.Linear
-        self.use_cuda_graph = self.device.type == "cuda" and has_plain_head
+        self.use_cuda_graph = self.fused is not None and can_use_graph(decoder, self.device)
         self._branches: list[CFGBranch] = []  # by slot
         self._heads: dict[tuple[int | None, int | None], PackedLinear] = {}  # by vocabulary part
-        self._graph_key: tuple[object, ...] | None = None
-        self._graph: GraphedDecode | None = None
+        self._graphs = GraphCache(self.device)
 
     def set_max_num_seqs(self, max_num_seqs: int) -> None:
         self.cache.max_slots = BRANCHES * max_num_seqs
 
+    @property
+    def guided_sequence_bytes(self) -> int:
+        """Keys and values of one sequence of full context with all its guidance branches."""
+        return BRANCHES * round_up_length(self.max_seq_len) * self.bytes_per_token
+
     # --- branches -------------------------------------------------------------------------
 
-    def _add_branch(self, length: int) -> CFGBranch:
-        self._branches.append(CFGBranch(self.cache.add_slot(), length))
+    def _add_branch(self) -> CFGBranch:
+        self._branches.append(CFGBranch(self.cache.add_slot(), 0))
         return self._branches[-1]
 
     def _remove_branch(self, branch: CFGBranch) -> None:
         """Frees a branch's slot; the branch of the last slot moves into it."""
-        self.cache.remove_slot(branch.slot)
-        last = self._branches.pop()
+        last = self._branches[-1]
+        self.cache.remove_slot(branch.slot, last.length)
+        self._branches.pop()
         if last is not branch:
             last.slot = branch.slot
             self._branches[last.slot] = last
         branch.slot = -1
 
-    def release(self, sequence: SequenceState) -> None:
-        """Frees all branches of a sequence that has ended or was cancelled."""
-        for branch in sequence.branches:
+    def release(self, admitted: Prefill | SequenceState) -> None:
+        """Frees all branches of a request that has ended or was cancelled."""
+        for branch in admitted.branches:
             self._remove_branch(branch)
 
     def cache_prefix(self, sequence: SequenceState) -> None:
@@ -82,32 +99,36 @@ class ModelRunner:
         ids = tuple(sequence.ids[: sequence.full.length])
         self.prefixes.add(self.cache.snapshot(sequence.full.slot, ids))
 
-    def open_cfg_branches(self, sequences: Sequence[SequenceState]) -> None:
-        """Adds the guidance branches of sequences that begin an image.
+    def open_cfg_branches(self, sequence: SequenceState) -> None:
+        """Adds the guidance branches of a sequence that begins an image.
 
         Their contexts end before the begin-of-image token. Tokens that such a context shares with
         the full one are copied, not prefilled again.
         """
-        pending: list[tuple[CFGBranch, list[int], int]] = []
-        for sequence in sequences:
-            ids = sequence.ids[:-1]
-            bos = self.vocabulary.bos
-            images = image_context(ids, self.vocabulary.begin_image, self.vocabulary.end_image)
-            for context in ([bos], [bos, *images]) if images else ([bos],):
-                branch = self._add_branch(len(context))
-                shared = shared_prefix_length(context, ids)
-                if shared < len(context) and shared < MIN_PREFIX:  # too few to be worth a copy
-                    shared = 0
-                if shared:
-                    self.cache.copy(sequence.full.slot, branch.slot, shared)
-                if shared < len(context):
-                    pending.append((branch, context, shared))
-                if len(context) == 1:
-                    sequence.uncond = branch
-                else:
-                    sequence.image_cond = branch
-        for branch, context, start in pending:
-            self._prefill_contexts([branch], [context], [start])
+        ids = sequence.ids[:-1]
+        bos = self.vocabulary.bos
+        images = image_context(ids, self.vocabulary.begin_image, self.vocabulary.end_image)
+        sequence.uncond = self._open_cfg_branch(sequence, ids, [bos])
+        if images:
+            sequence.image_cond = self._open_cfg_branch(sequence, ids, [bos, *images])
+
+    def _open_cfg_branch(
+        self, sequence: SequenceState, ids: Sequence[int], context: Sequence[int]
+    ) -> CFGBranch:
+        branch = self._add_branch()
+        try:
+            shared = shared_prefix_length(context, ids)
+            if shared < len(context) and shared < MIN_PREFIX:  # too few to be worth a copy
+                shared = 0
+            if shared:
+                self.cache.copy(sequence.full.slot, branch.slot, shared)
+            if shared < len(context):
+                self._prefill_contexts([branch], [context], [shared])
+        except BaseException:  # out of memory, or Ctrl-C
+            self._remove_branch(branch)
+            raise
+        branch.length = len(context)
+        return branch
 
     def close_cfg_branches(self, sequence: SequenceState) -> None:
         """Removes the guidance branches of a sequence after its image."""
@@ -117,36 +138,48 @@ class ModelRunner:
 
     # --- prefill --------------------------------------------------------------------------
 
-    def prefill(self, admissions: Sequence[Admission]) -> list[SequenceState]:
-        """Prefills prompts in one pass. Frees their slots if the pass fails."""
-        prompts = [list(admission.request.prompt) for admission in admissions]
-        branches: list[CFGBranch] = []
-        starts = []
-        try:
-            for ids in prompts:
-                branches.append(self._add_branch(0))
-                found = self.prefixes.find(ids)
-                if found is not None:
-                    self.cache.restore(branches[-1].slot, *found)
-                starts.append(0 if found is None else found[1])
-            states = self._prefill_contexts(branches, prompts, starts)
-            return [
-                self._make_sequence(admission, branch, state)
-                for admission, branch, state in zip(admissions, branches, states, strict=True)
-            ]
-        except BaseException:  # out of memory, or Ctrl-C
-            for branch in branches[::-1]:
-                self._remove_branch(branch)
-            raise
+    def prefill(self, parts: Sequence[PrefillPart]) -> list[SequenceState]:
+        """Reads parts of prompts; returns the sequences whose prompts are complete then.
 
-    def _make_sequence(
-        self, admission: Admission, branch: CFGBranch, state: Tensor
-    ) -> SequenceState:
+        The parts count as read only after `advance_prefills`, so that a failed step can be
+        repeated.
+        """
+        for prefill, _ in parts:
+            if prefill.branch is None:
+                prefill.branch = self._add_branch()
+                self._restore_prefix(prefill.prompt, prefill.branch)
+        ends = {id(prefill): _part_end(prefill, count) for prefill, count in parts}
+        states: dict[int, Tensor] = {}
+        for group in _consecutive([prefill for prefill, _ in parts]):
+            branches = [branch for prefill in group for branch in prefill.branches]
+            contexts = [prefill.prompt[: ends[id(prefill)]] for prefill in group]
+            starts = [branch.length for branch in branches]
+            rows = self._prefill_contexts(branches, contexts, starts)
+            states |= {id(prefill): row for prefill, row in zip(group, rows, strict=True)}
+        complete = [prefill for prefill, count in parts if count >= prefill.remaining]
+        return [self._make_sequence(prefill, states[id(prefill)]) for prefill in complete]
+
+    @staticmethod
+    def advance_prefills(parts: Sequence[PrefillPart]) -> None:
+        """Counts what `prefill` has read."""
+        for prefill, count in parts:
+            for branch in prefill.branches:
+                branch.length = _part_end(prefill, count)
+
+    def _restore_prefix(self, prompt: Sequence[int], branch: CFGBranch) -> None:
+        """Fills a new branch with the cached prefix of its prompt, if there is one."""
+        found = self.prefixes.find(prompt)
+        if found is not None:
+            self.cache.restore(branch.slot, *found)
+            branch.length = found[1]
+
+    def _make_sequence(self, prefill: Prefill, state: Tensor) -> SequenceState:
         """A running sequence from the state (D,) behind the last token of its prompt."""
+        assert prefill.branch is not None
         seen = torch.zeros(self.masks.size, dtype=torch.bool, device=self.device)
-        seen[torch.tensor(list(admission.request.prompt), device=self.device)] = True
+        seen[torch.tensor(list(prefill.prompt), device=self.device)] = True
         logits = self.logits(state[None], slice(None))[0]
-        return SequenceState(*admission, branch, seen & self.masks.text, logits)
+        return SequenceState(*prefill.admission, prefill.branch, seen & self.masks.text, logits)
 
     def _prefill_contexts(
         self,
@@ -154,11 +187,11 @@ class ModelRunner:
         contexts: Sequence[Sequence[int]],
         starts: Sequence[int],
     ) -> Tensor:
-        """Runs contexts from their positions `starts` on in one pass, into consecutive slots.
+        """Runs contexts from their positions `starts` on in one pass, in consecutive slots.
 
-        Returns the state behind the last token of each context, (B, D). Shorter prompts are
-        right-padded. The padding's keys and values lie past the branch length and are overwritten
-        by later tokens.
+        Returns the state behind the last token of each context, (B, D). Shorter ones are
+        right-padded. All padding of a context is written to the position behind it, which its next
+        token overwrites.
         """
         rest = [list(ids[start:]) for ids, start in zip(contexts, starts, strict=True)]
         longest = max(map(len, rest))
@@ -167,39 +200,49 @@ class ModelRunner:
             [[*ids, *[pad] * (longest - len(ids))] for ids in rest], device=self.device
         )
         first = torch.tensor(list(starts), device=self.device)
-        positions = first[:, None] + torch.arange(longest, device=self.device)
-        length = int(max(starts)) + longest
+        ends = torch.tensor([len(ids) for ids in contexts], device=self.device)
+        positions = torch.arange(longest, device=self.device)[None] + first[:, None]
+        positions = torch.minimum(positions, ends[:, None])
+        has_padding = [len(ids) < longest for ids in rest]
+        length = max(len(ids) + padded for ids, padded in zip(contexts, has_padding, strict=True))
         self.cache.set_write_positions(branches[0].slot, positions, length)
         visible = torch.arange(length, device=self.device)[None, None] <= positions[..., None]
-        positions = positions.clamp(max=self.max_seq_len - 1)  # padding may exceed the context
         hidden = self._run_modules(tokens, positions, visible[:, None])
-        for branch, ids in zip(branches, contexts, strict=True):
-            branch.length = len(ids)
-        ends = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
-        return hidden[torch.arange(len(rest), device=self.device), ends]
+        last = torch.tensor([len(ids) - 1 for ids in rest], device=self.device)
+        return hidden[torch.arange(len(rest), device=self.device), last]
 
     # --- decode ---------------------------------------------------------------------------
 
-    def decode(self, sequences: Sequence[SequenceState]) -> Tensor | None:
-        """One pass over all branches: states (R, D) by slot; None if all sequences are new.
+    def decode(self, sequences: Sequence[SequenceState]) -> Tensor:
+        """One pass over the branches of running sequences: states (R, D) by slot.
 
-        All slots take part. A new sequence has no token to decode yet: its slot writes to the next
-        position, which its first token overwrites later.
+        The branches grow only with `advance`, so that a failed step can be repeated. Slots of
+        prompts that are being read may lie between them: they write to their next position, which
+        the next part of the prompt overwrites.
         """
-        if all(sequence.next_token is None for sequence in sequences):
-            return None
-        count = self.cache.num_slots
-        tokens, positions = [self.vocabulary.pad] * count, [0] * count
+        count = 1 + max(branch.slot for sequence in sequences for branch in sequence.branches)
+        if self.use_cuda_graph:
+            count = size_class(count, self.cache.capacity[0])
+        tokens = [self.vocabulary.pad] * count
+        positions = [branch.length for branch in self._branches[:count]]
+        positions += [0] * (count - len(positions))  # slots that are not in use
+        for sequence in sequences:
+            assert sequence.next_token is not None
+            for branch in sequence.branches:
+                tokens[branch.slot] = sequence.next_token
+        return self._decode(tokens, positions)
+
+    @staticmethod
+    def advance(sequences: Sequence[SequenceState]) -> None:
+        """Counts the token that `decode` has written to each branch."""
         for sequence in sequences:
             for branch in sequence.branches:
-                positions[branch.slot] = branch.length
-                if sequence.next_token is not None:
-                    tokens[branch.slot] = sequence.next_token
-                    branch.length += 1
-        return self._decode(tokens, positions)
+                branch.length += 1
 
     def _decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         length = max(positions) + 1
+        if self.use_cuda_graph:
+            return self._decode_by_graph(tokens, positions, length)
         ids = torch.tensor(tokens, device=self.device)
         position_ids = torch.tensor(positions, device=self.device)
         self.cache.set_write_positions(0, position_ids[:, None], length)
@@ -213,17 +256,38 @@ class ModelRunner:
             mask = torch.ones(len(ids), 1, 1, length, dtype=torch.bool, device=self.device)
         return self._run_modules(ids[:, None], position_ids[:, None], mask)[:, -1]
 
+    def _decode_by_graph(
+        self, tokens: Sequence[int], positions: Sequence[int], length: int
+    ) -> Tensor:
+        fused = self.fused
+        assert fused is not None
+        self.cache.reserve(length)
+        length = length_class(length, self.cache.capacity[1])
+        step = self._graphs.get(
+            self.cache.allocations,
+            ("forward", len(tokens), length),
+            lambda pool: GraphedForward(fused, self.cache, self.device, len(tokens), length, pool),
+        )
+        try:
+            return step(tokens, positions)
+        except BaseException:  # the capture may be incomplete
+            self._graphs.clear()
+            raise
+
     def graph_steps(self, sequences: Sequence[SequenceState]) -> int:
         """Number of steps that can run without a host synchronization.
 
-        That is possible while all sequences are inside of an image; otherwise 0.
+        That is possible while all sequences are inside of an image and no prompt is half read:
+        the graph would overwrite it. Otherwise 0.
         """
-        if not self.use_cuda_graph or self.fused is None:
+        if not self.use_cuda_graph:
+            return 0
+        if sum(len(sequence.branches) for sequence in sequences) < self.cache.num_slots:
             return 0
         steps = GRAPH_STEPS
         for sequence in sequences:
             grammar = sequence.grammar
-            if sequence.next_token is None or grammar.codes_emitted is None:
+            if grammar.codes_emitted is None:
                 return 0
             steps = min(steps, grammar.codes_per_image - grammar.codes_emitted)
         return steps
@@ -235,18 +299,27 @@ class ModelRunner:
 
         `image_tokens` is the part of the vocabulary to sample from.
         """
-        assert self.fused is not None
+        fused = self.fused
+        assert fused is not None
         longest = max(branch.length for sequence in sequences for branch in sequence.branches)
-        length = self.cache.reserve(longest + steps)
-        slots = tuple((s.ticket, *(branch.slot for branch in s.branches)) for s in sequences)
-        key = (slots, self.cache.allocations, length)
-        if self._graph is None or self._graph_key != key:
-            self._graph = GraphedDecode(
-                sequences, self.fused, self.cache, self.head(image_tokens), image_tokens.start,
-                length, GRAPH_STEPS,
-            )  # fmt: skip
-            self._graph_key = key
-        return self._graph(sequences, steps)
+        self.cache.reserve(longest + steps)
+        slot_capacity, length_capacity = self.cache.capacity
+        length = length_class(longest + steps, length_capacity)
+        slots = size_class(self.cache.num_slots, slot_capacity)
+        count = size_class(len(sequences), slots)
+        step = self._graphs.get(
+            self.cache.allocations,
+            ("images", slots, count, length, image_tokens.start, image_tokens.stop),
+            lambda pool: GraphedImageSteps(
+                fused, self.cache, self.head(image_tokens), image_tokens.start, slots, count,
+                length, GRAPH_STEPS, pool,
+            ),
+        )  # fmt: skip
+        try:
+            return step(sequences, steps)
+        except BaseException:  # the capture may be incomplete
+            self._graphs.clear()
+            raise
 
     def _run_modules(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         return self.decoder.model(
@@ -273,6 +346,23 @@ class ModelRunner:
             pack = self.fused is not None and weight.nbytes <= MAX_PACKED_BYTES
             self._heads[key] = PackedLinear(weight[part], pack)
         return self._heads[key]
+
+
+def _part_end(prefill: Prefill, count: int) -> int:
+    """Number of prompt tokens that have been read after the next `count` ones."""
+    return len(prefill.prompt) - prefill.remaining + min(count, prefill.remaining)
+
+
+def _consecutive(prefills: Sequence[Prefill]) -> list[list[Prefill]]:
+    """Groups of prompts in consecutive slots, in the order of their slots."""
+    by_slot = {branch.slot: prefill for prefill in prefills for branch in prefill.branches}
+    groups: list[list[Prefill]] = []
+    for slot, prefill in sorted(by_slot.items()):
+        if slot - 1 in by_slot:
+            groups[-1].append(prefill)
+        else:
+            groups.append([prefill])
+    return groups
 
 
 def execution_device(decoder: Decoder) -> torch.device:

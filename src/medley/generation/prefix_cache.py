@@ -37,8 +37,19 @@ class PrefixCache:
         """Adds a prefix, replaces those that it begins with, and evicts the oldest."""
         self._prefixes = [p for p in self._prefixes if prefix.ids[: len(p.ids)] != p.ids]
         self._prefixes.append(prefix)
-        while self._prefixes and sum(p.nbytes for p in self._prefixes) > self.max_bytes:
-            del self._prefixes[0]
+        while self.nbytes > self.max_bytes:
+            self.evict_oldest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prefix.nbytes for prefix in self._prefixes)
+
+    def evict_oldest(self) -> bool:
+        """Removes the least recently used prefix; False if there are none."""
+        if not self._prefixes:
+            return False
+        del self._prefixes[0]
+        return True
 
     def find(self, ids: Sequence[int]) -> tuple[CachedPrefix, int] | None:
         """The prefix that shares the most leading tokens with `ids`, and their number.

@@ -8,8 +8,9 @@ Shapes: B sequences of a group, R branches, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from medley.generation.sampling import (
     apply_cfg,
     penalize_repetition,
     philox_uniforms,
-    sample,
+    sample_candidates,
+    sample_full_sort,
 )
 from medley.generation.sequence import SequenceState
 
@@ -46,88 +48,154 @@ class Sampler:
         """
         tokens = [sequence.grammar.forced_token() for sequence in sequences]
         free = [i for i, token in enumerate(tokens) if token is None]
+        drawn: list[tuple[list[int], _Draw]] = []
         for in_image in (False, True):
             group = [i for i in free if sequences[i].grammar.in_image == in_image]
             if group:
-                sample_group = self._sample_image_tokens if in_image else self._sample_text_state
-                sampled = sample_group([sequences[i] for i in group], states, logits)
-                for i, token in zip(group, sampled, strict=True):
-                    tokens[i] = token
+                draw = self._draw_image_tokens if in_image else self._draw_text_state
+                drawn.append((group, draw([sequences[i] for i in group], states, logits)))
+        for (group, _), sampled in zip(drawn, _read([draw for _, draw in drawn]), strict=True):
+            for i, token in zip(group, sampled, strict=True):
+                tokens[i] = token
         return [int(token) for token in tokens if token is not None]
 
-    def _sample_text_state(
+    def _draw_text_state(
         self, sequences: Sequence[SequenceState], states: Tensor | None, logits: Logits
-    ) -> list[int]:
+    ) -> _Draw:
         options = [sequence.request.options for sequence in sequences]
         slots = [sequence.full.slot for sequence in sequences if sequence.logits is None]
-        computed = iter(logits(states[slots], slice(None)) if slots and states is not None else ())
-        table = torch.stack([next(computed) if s.logits is None else s.logits for s in sequences])
+        rows: Iterator[Tensor] = iter(())
+        if slots and states is not None:
+            rows = iter(
+                logits(states.index_select(0, _constant(slots, states.device)), slice(None))
+            )
+        table = torch.stack([next(rows) if s.logits is None else s.logits for s in sequences])
         if any(o.repetition_penalty != 1 for o in options):
             seen = torch.stack([sequence.seen_text for sequence in sequences])
-            penalty = _column([o.repetition_penalty for o in options], table)
+            penalty = _column([o.repetition_penalty for o in options], table.device)
             table = penalize_repetition(table, seen, penalty)
         allowed = torch.stack([s.grammar.allowed_tokens(self.masks) for s in sequences])
-        return _sample_tokens(
+        return _Draw.of(
             sequences, table.masked_fill(~allowed, float("-inf")),
             [o.text_greedy for o in options], [o.text_temperature for o in options],
             [o.text_top_k for o in options], [o.text_top_p for o in options],
         )  # fmt: skip
 
-    def _sample_image_tokens(
+    def _draw_image_tokens(
         self, sequences: Sequence[SequenceState], states: Tensor | None, logits: Logits
-    ) -> list[int]:
+    ) -> _Draw:
         assert states is not None  # a sequence in the image state has decoded its begin token
         options = [sequence.request.options for sequence in sequences]
         slots = [slot for sequence in sequences for slot in sequence.cfg_slots]
         distinct = sorted(set(slots))  # equal branches are computed once
-        computed = logits(states[distinct], self.image_tokens)
-        by_branch = computed[[distinct.index(slot) for slot in slots]]
+        device = states.device
+        computed = logits(states.index_select(0, _constant(distinct, device)), self.image_tokens)
+        device = computed.device
+        by_branch = computed.index_select(0, _constant([distinct.index(s) for s in slots], device))
         full, image_cond, uncond = by_branch.view(len(sequences), 3, -1).unbind(1)
         table = full
         if any(sequence.uncond is not None for sequence in sequences):
             guided = apply_cfg(
                 full, image_cond, uncond,
-                _column([o.guidance_scale_text for o in options], computed),
-                _column([o.guidance_scale_image for o in options], computed),
+                _column([o.guidance_scale_text for o in options], device),
+                _column([o.guidance_scale_image for o in options], device),
             )  # fmt: skip
-            is_guided = [[sequence.uncond is not None] for sequence in sequences]
-            table = torch.where(torch.tensor(is_guided, device=computed.device), guided, full)
-        codes = _sample_tokens(
+            is_guided = [sequence.uncond is not None for sequence in sequences]
+            table = torch.where(_constant(is_guided, device)[:, None], guided, full)
+        return _Draw.of(
             sequences, table,
             [o.image_greedy for o in options], [o.image_temperature for o in options],
             [o.image_top_k for o in options], [o.image_top_p for o in options],
+            self.image_tokens.start,
         )  # fmt: skip
-        return [self.image_tokens.start + code for code in codes]
 
 
-def _sample_tokens(
-    sequences: Sequence[SequenceState], table: Tensor, greedy: Sequence[bool],
-    temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
-) -> list[int]:  # fmt: skip
-    """Logits (B, V or a part of it) -> one index into them for each sequence."""
-    if not bool(table.amax(-1).isfinite().all()):
+class _Draw(NamedTuple):
+    """The tokens of a group on the device, before the host reads them.
+
+    Attributes:
+        tokens: int64 (B,), indices into the logits
+        is_finite: bool (), of all logits
+        is_complete: bool (), whether the candidates contained all tokens to choose from
+        full_sort: `tokens` from the fully sorted logits, for a draw that is not complete
+        offset: token id of the first logit
+    """
+
+    tokens: Tensor
+    is_finite: Tensor
+    is_complete: Tensor
+    full_sort: Callable[[], Tensor]
+    offset: int
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[SequenceState], table: Tensor, greedy: Sequence[bool],
+        temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
+        offset: int = 0,
+    ) -> _Draw:  # fmt: skip
+        """From logits (B, V or a part of it) and the options of each sequence."""
+        is_finite = table.amax(-1).isfinite().all()
+        if all(greedy):
+            argmax = table.argmax(-1)
+            return cls(argmax, is_finite, torch.ones_like(is_finite), lambda: argmax, offset)
+        device = table.device
+        if device.type == "mps":  # MPS does not support float64
+            table, device = table.cpu(), torch.device("cpu")
+        uniforms = philox_uniforms(
+            [sequence.request.options.seed for sequence in sequences],
+            [sequence.request.index for sequence in sequences],
+            [sequence.position for sequence in sequences],
+        ).to(device, non_blocking=True)
+        scaled = table / _column(temperature, device)
+        limits = (_column(top_k, device), _column(top_p, device))
+        sampled, complete = sample_candidates(scaled, uniforms, *limits)
+        if not any(greedy):
+            return cls(
+                sampled, is_finite, complete.all(),
+                lambda: sample_full_sort(scaled, uniforms, *limits), offset,
+            )  # fmt: skip
+        is_greedy, argmax = _constant(greedy, device), table.argmax(-1)
+        return cls(
+            torch.where(is_greedy, argmax, sampled), is_finite, (complete | is_greedy).all(),
+            lambda: torch.where(is_greedy, argmax, sample_full_sort(scaled, uniforms, *limits)),
+            offset,
+        )  # fmt: skip
+
+
+def _read(draws: Sequence[_Draw]) -> list[list[int]]:
+    """Token ids of each draw, with one host synchronization unless a draw is not complete.
+
+    Raises UserError if logits are NaN or infinite.
+    """
+    if not draws:
+        return []
+    device = draws[0].tokens.device
+    flags = [flag.to(device) for draw in draws for flag in (draw.is_finite, draw.is_complete)]
+    host = torch.cat([torch.stack(flags).long(), *[draw.tokens for draw in draws]]).tolist()
+    start, results = len(flags), []
+    if not all(host[0:start:2]):
         raise UserError(NONFINITE_LOGITS)
-    argmax: list[int] = table.argmax(-1).tolist() if any(greedy) else []
-    sampled = [i for i, is_greedy in enumerate(greedy) if not is_greedy]
-    if not sampled:
-        return argmax
-    part = table if len(sampled) == len(sequences) else table[sampled]
-    part = part / _column([temperature[i] for i in sampled], table)
-    uniforms = philox_uniforms(
-        [sequences[i].request.options.seed for i in sampled],
-        [sequences[i].request.index for i in sampled],
-        [sequences[i].position for i in sampled],
-    )
-    tokens = sample(
-        part, uniforms, _column([top_k[i] for i in sampled], table),
-        _column([top_p[i] for i in sampled], table),
-    ).tolist()  # fmt: skip
-    by_sequence = dict(zip(sampled, tokens, strict=True))
-    return [by_sequence[i] if i in by_sequence else argmax[i] for i in range(len(sequences))]
+    for draw, is_complete in zip(draws, host[1:start:2], strict=True):
+        end = start + len(draw.tokens)
+        tokens = host[start:end] if is_complete else draw.full_sort().tolist()
+        results.append([draw.offset + token for token in tokens])
+        start = end
+    return results
 
 
-def _column(values: Sequence[Number], like: Tensor) -> Tensor | Number:
+def _column(values: Sequence[Number], device: torch.device) -> Tensor | Number:
     """One number if it is the same for all sequences, else a tensor (B, 1)."""
     if all(value == values[0] for value in values):
         return values[0]
-    return torch.tensor(values, device=like.device)[:, None]
+    return _constant(values, device)[:, None]
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: (0,) equals (False,) and (0.0,)
+def _constant_of(device: torch.device, *values: float) -> Tensor:
+    with torch.inference_mode(False):  # engines in and outside of inference mode share it
+        return torch.tensor(values, device=device)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """A tensor of numbers that stay the same for many steps, copied to the device once."""
+    return _constant_of(device, *values)

@@ -7,12 +7,16 @@ for all sequences, or a tensor (B, 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_Words = NDArray[np.uint64]
 NUM_CANDIDATES = 1024  # top tokens that are tried first: sorting the entire vocabulary is slower
+AHEAD = 64  # random numbers of one sequence that are drawn at once
 NONFINITE_LOGITS = (
     "The model's logits are NaN or infinite: its weights are damaged, or too large for float16. "
     "Use bfloat16 or float32."
@@ -48,11 +52,60 @@ def philox_uniforms(
     Philox is counter-based: the result depends on these three numbers only, not on the other
     sequences of a batch or the order of requests.
     """
-    bits = [
-        np.random.Philox(key=seed, counter=[index, position, 0, 0]).random_raw() >> 11
-        for seed, index, position in zip(seeds, indices, positions, strict=True)
-    ]
-    return torch.tensor([int(value) * 2.0**-53 for value in bits], dtype=torch.float64)
+    if len(seeds) >= AHEAD:
+        numbers = _uniforms(np.array(seeds), np.array(indices), np.array(positions))
+        return torch.from_numpy(numbers)
+    return torch.tensor(
+        [
+            _uniforms_ahead(seed, index, position // AHEAD)[position % AHEAD]
+            for seed, index, position in zip(seeds, indices, positions, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _uniforms_ahead(seed: int, index: int, block: int) -> list[float]:
+    """The numbers of AHEAD consecutive positions: one call costs as much as for one of them."""
+    positions = np.arange(block * AHEAD, (block + 1) * AHEAD)
+    numbers: list[float] = _uniforms(
+        np.full_like(positions, seed), np.full_like(positions, index), positions
+    ).tolist()
+    return numbers
+
+
+def _uniforms(
+    seeds: NDArray[np.int64], indices: NDArray[np.int64], positions: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    # numpy's generator increments the counter before it draws.
+    first = indices.astype(np.uint64) + np.uint64(1)
+    bits = _philox(seeds.astype(np.uint64), first, positions.astype(np.uint64)) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def _philox(key: _Words, first: _Words, second: _Words) -> _Words:
+    """The first word of Philox4x64-10 (Salmon et al. 2011) for counters (first, second, 0, 0).
+
+    numpy's own generator takes one counter at a time, which is slower by a factor of 100.
+    """
+    zero = np.zeros_like(first)
+    words, keys = [first, second, zero, zero], [key, zero]
+    for _ in range(10):
+        high_0, low_0 = _multiply(words[0], 0xD2E7470EE14C6C93)
+        high_1, low_1 = _multiply(words[2], 0xCA5A826395121157)
+        words = [high_1 ^ words[1] ^ keys[0], low_1, high_0 ^ words[3] ^ keys[1], low_0]
+        keys = [keys[0] + np.uint64(0x9E3779B97F4A7C15), keys[1] + np.uint64(0xBB67AE8584CAA73B)]
+    return words[0]
+
+
+def _multiply(words: _Words, factor: int) -> tuple[_Words, _Words]:
+    """High and low 64 bits of a product of 64-bit numbers."""
+    half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
+    low_factor, high_factor = np.uint64(factor & 0xFFFFFFFF), np.uint64(factor >> 32)
+    low, high = words & mask, words >> half
+    middle = high * low_factor + ((low * low_factor) >> half)
+    carried = low * high_factor + (middle & mask)
+    return high * high_factor + (middle >> half) + (carried >> half), words * np.uint64(factor)
 
 
 def top_k_top_p(
@@ -85,16 +138,21 @@ def sample(
 
     Samples from the tokens that top-k and top-p keep, in the order of the vocabulary.
     """
-    if logits.device.type == "mps":  # MPS does not support float64
-        logits = logits.cpu()
-        top_k = top_k.cpu() if isinstance(top_k, Tensor) else top_k
-        top_p = top_p.cpu() if isinstance(top_p, Tensor) else top_p
-    ids, probabilities, complete = top_k_top_p(
-        logits, top_k, top_p, min(NUM_CANDIDATES, logits.shape[-1])
-    )
-    if not bool(complete.all()):
-        return sample_full_sort(logits, uniform, top_k, top_p)
-    return _invert_cdf(ids, probabilities, uniform)
+    ids, complete = sample_candidates(logits, uniform, top_k, top_p)
+    return ids if bool(complete.all()) else sample_full_sort(logits, uniform, top_k, top_p)
+
+
+def sample_candidates(
+    logits: Tensor, uniform: Tensor, top_k: Tensor | int, top_p: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`sample` among the most probable tokens, without a host synchronization.
+
+    The second result, bool (B,), is whether they include all tokens that top-k and top-p keep; the
+    ids of other rows are wrong.
+    """
+    width = min(NUM_CANDIDATES, logits.shape[-1])
+    ids, probabilities, complete = top_k_top_p(logits, top_k, top_p, width)
+    return _invert_cdf(ids, probabilities, uniform), complete
 
 
 def sample_full_sort(

@@ -32,20 +32,29 @@ class GenerationOutput:
     """New token ids without the prompt, why the sequence ended, and why an image is missing.
 
     `finish_reason` is "end" (`</s>` or end of turn), "stop" (a stop token, or all images of an
-    images-only response) or "length".
+    images-only response), "length", or "error" with its message in `error`.
     """
 
     ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     note: str | None = None
+    error: str | None = None
+
+
+class CacheDemand(NamedTuple):
+    """Worst case of one sequence: its CFG branches, and the tokens of the longest one."""
+
+    branches: int
+    length: int
 
 
 class Admission(NamedTuple):
-    """A request whose prompt is prefilled next."""
+    """A request that has a place among the running sequences."""
 
     ticket: int
     request: Request
     grammar: DecodingGrammar
+    demand: CacheDemand
 
 
 @dataclass(eq=False)
@@ -54,6 +63,37 @@ class CFGBranch:
 
     slot: int
     length: int
+
+
+@dataclass(eq=False)
+class Prefill:
+    """An admitted request whose prompt is not read to its end.
+
+    It takes a slot with the first part of its prompt. `branch.length` tokens have been read.
+    """
+
+    admission: Admission
+    branch: CFGBranch | None = None
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.admission.request.prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens of the prompt that have not been read."""
+        return len(self.prompt) - (0 if self.branch is None else self.branch.length)
+
+    @property
+    def branches(self) -> list[CFGBranch]:
+        return [] if self.branch is None else [self.branch]
+
+
+class PrefillPart(NamedTuple):
+    """The next tokens of a prompt that are read in one pass."""
+
+    prefill: Prefill
+    num_tokens: int
 
 
 @dataclass(eq=False)
@@ -67,6 +107,7 @@ class SequenceState:
     ticket: int
     request: Request
     grammar: DecodingGrammar
+    demand: CacheDemand
     full: CFGBranch
     seen_text: Tensor  # bool (V,): text tokens of prompt and output, for the repetition penalty
     logits: Tensor | None  # (V,): the prompt's last logits, until the first token is sampled

@@ -90,6 +90,11 @@ def count_dicom_pixels(data: bytes) -> int:
     return math.prod(int(size) for size in sizes)
 
 
+def read_patient_id(data: BinaryIO) -> str | None:
+    """The PatientID of a DICOM file; None if it is missing or empty."""
+    return str(_read_dicom(data, header_only=True).get("PatientID") or "").strip() or None
+
+
 def read_frame(data: BinaryIO, kind: Kind, frame: int, name: str) -> Image.Image:
     """One frame as an RGB image. A broken file raises UserError or any exception of its reader."""
     if kind == "dicom":

@@ -28,9 +28,9 @@ def generate_all(
 ) -> Iterator[tuple[int, Response | str]]:
     """Yields (number, response) for each (number, prompt, options) as it is ready, in any order.
 
-    For a prompt that cannot be processed (an unreadable image, too many tokens for the context) the
-    second value is the reason. The number seeds the sequence. Prompts are prepared, and their
-    images opened, when there is room for them.
+    For a prompt that cannot be processed (an unreadable image, too many tokens for the context or
+    the memory) the second value is the reason. The number seeds the sequence. Prompts are prepared,
+    and their images opened, when there is room for them.
     """
     failed: list[tuple[int, str]] = []
     numbers: list[int] = []  # of the valid requests, in order
@@ -39,12 +39,13 @@ def generate_all(
         for number, prompt, options in prompts:
             try:
                 ids = model.encode_prompt(prepare(prompt), raw_prompt)
-                model.engine.check_prompt(ids)
+                request = Request(ids, options, number)
+                model.engine.check(request)
             except UserError as error:
                 failed.append((number, str(error)))
                 continue
             numbers.append(number)
-            yield Request(ids, options, number)
+            yield request
 
     steps = model.engine.run(requests(), batch_size)
     with closing(steps):
@@ -52,7 +53,7 @@ def generate_all(
             yield from failed
             failed.clear()
             if token is None:
-                yield numbers[index], model.to_response(output)
+                yield numbers[index], output.error or model.to_response(output)
     yield from failed
 
 

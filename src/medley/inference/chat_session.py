@@ -37,7 +37,7 @@ class ChatSession:
         turn = self.model.encode_prompt(list(parts))[1:]  # without <s>, with the end of the turn
         request = Request([*self.ids, *turn], self.options, self.num_responses, cache_prefix=True)
         try:
-            self.model.engine.check_prompt(request.prompt)
+            self.model.engine.check(request)
         except UserError as error:
             raise UserError(f"{error} Or start a new conversation.") from error
         self.model.check_image_generation(self.options)

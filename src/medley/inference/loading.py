@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from medley.checkpoints.adapter import (
     find_adapter,
@@ -18,14 +18,19 @@ from medley.checkpoints.adapter import (
 from medley.checkpoints.adapter_config import AdapterConfig
 from medley.checkpoints.checkpoint import Checkpoint, is_adapter, open_checkpoint
 from medley.errors import UserError
+from medley.generation.kv_cache import bytes_per_token
+from medley.generation.model_runner import BRANCHES
+from medley.inference.devices import (
+    AUTO_MAP,
+    dispatch,
+    replace_deprecated_map,
+    resolve_device,
+    resolve_dtype,
+)
+from medley.inference.memory import limit_caches
 from medley.inference.model import Model
-from medley.modeling.quantization import Quantize, quantize_layers
-from medley.utils.distributed import local_rank, world_size
+from medley.modeling.quantization import Quantize, quantize_layers, require_quantization
 from medley.utils.manifest import check_fingerprint
-
-AUTO_MAP = "auto_map"  # the device name that distributes the layers over several GPUs
-_DEPRECATED_AUTO_MAP = "map"  # alias
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -44,7 +49,7 @@ def load(
         device: auto (CUDA, else MPS, else CPU; MPS is untested), a torch device, or auto_map, which
             distributes the layers over several GPUs
         dtype: auto is the checkpoint's own on an accelerator and float32 on the CPU
-        adapter: LoRA adapter that is applied to `ckpt` without merging
+        adapter: LoRA adapter of `ckpt`, which is merged into the weights unless they are quantized
         base: base checkpoint of a `ckpt` that is an adapter; by default the one it was trained on
         vqgan: folder of a VQGAN with a decoder
         quantize: store the layers' matrices in 4 or 8 bits
@@ -88,23 +93,46 @@ def load_model(
     quantize: Quantize | None,
 ) -> Model:
     """`load` for a checkpoint that is resolved already."""
-    if device == _DEPRECATED_AUTO_MAP:
-        warnings.warn(
-            f"device {device!r} is deprecated. Use {AUTO_MAP!r}.", DeprecationWarning, stacklevel=3
-        )
-        device = AUTO_MAP
+    device = replace_deprecated_map(device)
     target = resolve_device("auto" if device == AUTO_MAP else device)
     if quantize not in (None, *get_args(Quantize)):
         raise UserError(f"quantize is {quantize!r}, expected {' or '.join(get_args(Quantize))}.")
-    decoder: Any = checkpoint.decoder(resolve_dtype(dtype, target))
     if quantize is not None:
-        quantize_layers(decoder, quantize, next(decoder.lm_head.parameters()).dtype)
+        require_quantization(quantize)  # before minutes of reading
+    checkpoint.check_vocabulary()
+    decoder: Any = checkpoint.decoder(resolve_dtype(dtype, target))
+    own_dtype = next(decoder.lm_head.parameters()).dtype
+    if quantize is not None:
+        quantize_layers(decoder, quantize, own_dtype)
     if adapter is not None:
         decoder = _load_checked_adapter(decoder, checkpoint, Path(adapter))
+        if quantize is None:
+            decoder = merge_adapter(decoder)
     vqgan_folder = None if vqgan is None else Path(vqgan)
     image_tokenizer = checkpoint.image_tokenizer(vqgan_folder, device=target)
-    decoder = dispatch(decoder) if device == AUTO_MAP else decoder.to(target)
-    return Model(decoder, checkpoint.text_tokenizer(), image_tokenizer, fuse=True)
+    if device == AUTO_MAP:
+        per_token = bytes_per_token(decoder.config, own_dtype)
+        decoder = dispatch(decoder, BRANCHES * decoder.config.max_position_embeddings * per_token)
+    else:
+        decoder = decoder.to(target)
+    model = Model(decoder, checkpoint.text_tokenizer(), image_tokenizer, fuse=True)
+    limit_caches([model])
+    return model
+
+
+def merge_adapter(decoder: Any) -> Any:
+    """The decoder with its adapter merged into the weights, for decode steps with fused weights.
+
+    In half precision the merged weights are rounded once more: on the embedded model, the error of
+    the logits grows by 2 to 4 percent (docs/log.md). An adapter of a head or an embedding that are
+    tied stays unmerged, because merging would change both.
+    """
+    own = decoder.get_base_model()
+    embedding, head = own.get_input_embeddings(), own.get_output_embeddings()
+    is_plain = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
+    if decoder.config.tie_word_embeddings and not is_plain:
+        return decoder
+    return decoder.merge_and_unload()
 
 
 def share_base(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
@@ -123,7 +151,9 @@ def share_base(model: Model, checkpoint: Checkpoint, adapter: Path) -> Model:
     tensors = (*model.decoder.parameters(), *model.decoder.buffers())
     twin = copy.deepcopy(model.decoder, {id(tensor): tensor for tensor in tensors})
     decoder = _load_checked_adapter(twin, checkpoint, adapter)
-    return Model(decoder, model.text_tokenizer, model.image_tokenizer, fuse=True)
+    adapted = Model(decoder, model.text_tokenizer, model.image_tokenizer, fuse=True)
+    limit_caches([adapted])
+    return adapted
 
 
 def _load_checked_adapter(decoder: Any, checkpoint: Checkpoint, adapter: Path) -> Any:
@@ -132,55 +162,3 @@ def _load_checked_adapter(decoder: Any, checkpoint: Checkpoint, adapter: Path) -
     if (adapter / "manifest.json").is_file():
         check_fingerprint(adapter, checkpoint.fingerprint(), str(checkpoint.folder))
     return load_adapter(decoder, folder)
-
-
-def dispatch(decoder: Any) -> Any:
-    """Distributes the layers over all GPUs, and the remaining ones to the CPU (accelerate)."""
-    from accelerate import dispatch_model, infer_auto_device_map  # slow to import
-
-    unsplit = ["ChameleonDecoderLayer", "ChameleonSwinDecoderLayer"]
-    return dispatch_model(decoder, infer_auto_device_map(decoder, no_split_module_classes=unsplit))
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` or a torch device. Raises UserError for a device that is not available."""
-    if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(
-                f"--device {name}: CUDA is not available on this machine or in this torch build. "
-                "Use cpu."
-            )
-        if name == "mps" and not torch.backends.mps.is_available():
-            raise UserError(
-                "--device mps: Metal is not available on this machine or in this torch build. "
-                "Use cpu."
-            )
-        expected = f"--device {name}: Unknown device, expected auto, cpu, cuda or mps."
-        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-            raise UserError(expected)
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise UserError(expected) from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def local_device(name: str) -> torch.device:
-    """`resolve_device`, with one GPU for each rank of this machine."""
-    device = resolve_device(name)
-    if device.type == "cuda" and device.index is None and world_size() > 1:
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    return device
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
-    """A name or a dtype -> dtype; None for the checkpoint's own."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else None
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype}: Unknown dtype, expected auto, {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]

@@ -224,8 +224,11 @@ class Model:
     def to_response(self, output: GenerationOutput, images: Sequence[Image.Image] = ()) -> Response:
         """The parts of an output, without its terminator and without a truncated image.
 
-        `images` are its decoded images, if they were decoded before.
+        `images` are its decoded images, if they were decoded before. Raises UserError if memory ran
+        out before the output was complete.
         """
+        if output.error is not None:
+            raise UserError(output.error)
         ids = strip_terminators(output.ids, self.vocabulary, output.finish_reason)
         decoded = iter(images)
         parts: list[str | Image.Image] = []

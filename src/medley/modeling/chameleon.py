@@ -10,7 +10,6 @@ Shapes: B batch, S sequence, D model width, V vocabulary, N labeled positions.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from medley.data.packing import IGNORE_INDEX
-from medley.modeling.attention import sequence_lengths, without_mask
-from medley.modeling.chunked_loss import LOSS_CHUNK, LMHead
+from medley.modeling.attention import Documents, no_mask
+from medley.modeling.chunked_loss import LMHead, chunks
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,14 @@ class LossOptions:
     z_loss: float = 0.0
 
 
-class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGeneration):  # type: ignore[misc]
+class ChameleonForConditionalGeneration(
+    transformers.ChameleonForConditionalGeneration,  # type: ignore[misc]
+    GenerationMixin,  # type: ignore[misc]
+):
     """The decoder. It returns the loss if there are labels, otherwise logits.
 
-    With labels it also sets `loss_sums`, detached, float64 (4,): the sum of the losses and the
-    number of the positions, first for text, then for images.
+    With labels it also sets `loss_sums`, detached, float64 (float32 on MPS, which has no float64)
+    (4,): the sum of the losses and the number of the positions, first for text, then for images.
     """
 
     loss_options = LossOptions()
@@ -53,6 +56,12 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         super().__init__(config)
         # The stock head, with its initial or tied weights, gets a forward that computes the loss.
         self.lm_head.__class__ = LMHead
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle would look for the class under `__module__`, and find the stock class.
+        if type(self) is ChameleonForConditionalGeneration:
+            return _empty_decoder, (), self.__getstate__()
+        return super().__reduce_ex__(protocol)
 
     @property
     def uses_varlen_attention(self) -> bool:
@@ -82,11 +91,14 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         the sum of the weights in this batch). With labels there is no cache: positions that
         restart separate packed documents, and transformers detects them only without a cache and
         without a 2-D mask. Raises ValueError for a mask together with such positions.
+        `documents` (`Documents.of(position_ids)`) and `label_positions` (of the targets, by the
+        function of that name) are optional: with them the device is not waited for.
         """
-        # Not a named parameter: transformers' Trainer would take it for a column of the data.
+        # Not named parameters: transformers' Trainer would take them for columns of the data.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        documents: Documents | None = kwargs.pop("documents", None)
+        positions: Tensor | None = kwargs.pop("label_positions", None)
         targets = shift_labels if labels is None or shift_labels is not None else _shifted(labels)
-        documents: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if targets is not None:
             use_cache = False
             if attention_mask is not None and position_ids is not None and _restarts(position_ids):
@@ -95,22 +107,23 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
                     "training: leave attention_mask out, position_ids separate the documents."
                 )
             if self.uses_varlen_attention and position_ids is not None and attention_mask is None:
-                kwargs["document_lengths"] = sequence_lengths(position_ids)
-                documents = without_mask()
-        with documents:
-            outputs = self.model(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
+                documents = documents or Documents.of(position_ids)
+                kwargs["documents"] = documents.to(position_ids.device)
+                attention_mask = no_mask(position_ids.device)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden = outputs.last_hidden_state
         if targets is not None:
-            loss = self._loss(hidden, targets, num_items_in_batch)
+            positions = label_positions(targets) if positions is None else positions
+            loss = self._loss(hidden, targets, positions, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss)
         if isinstance(logits_to_keep, int):
             selected = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -135,13 +148,18 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         return (labels >= ids[0]) & (labels <= ids[-1])
 
     def _loss(
-        self, hidden: Tensor, shifted: Tensor, num_items: Tensor | int | float | None
+        self,
+        hidden: Tensor,
+        shifted: Tensor,
+        positions: Tensor,
+        num_items: Tensor | int | float | None,
     ) -> Tensor:
-        """Hidden states (B, S, D), labels of the next tokens (B, S) or (B, S - 1) -> the loss."""
+        """Hidden states (B, S, D), labels of the next tokens (B, S) or (B, S - 1) -> the loss.
+
+        `positions` are those of `label_positions`.
+        """
         states = hidden[:, : shifted.shape[1]].reshape(-1, hidden.shape[-1])
-        targets = shifted.reshape(-1)
-        positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        targets, states = targets[positions], states[positions]
+        targets, states = shifted.reshape(-1)[positions], states[positions]
         weights = self.label_weights(targets)
         image = self._is_image(targets)
         if isinstance(self.lm_head, LMHead):
@@ -152,8 +170,9 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         # Keeps a rank without labels in the autograd graph. One element of each sequence avoids
         # an overflow of the sum.
         total = total + (hidden[:, 0, 0] * 0.0).sum()
-        by_modality = torch.stack([~image, image]).double()
-        sums, counts = (by_modality * losses.double()).sum(1), by_modality.sum(1)
+        exact = torch.float32 if hidden.device.type == "mps" else torch.float64
+        by_modality = torch.stack([~image, image]).to(exact)
+        sums, counts = (by_modality * losses.to(exact)).sum(1), by_modality.sum(1)
         self.loss_sums = torch.stack([sums, counts], 1).reshape(-1)
         return total / (weights.sum().clamp(min=1e-8) if num_items is None else num_items)
 
@@ -166,10 +185,9 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         # ZeRO-3 gathers the head at each call. The number of calls must be equal on every rank,
         # therefore there is one chunk.
         is_partitioned = any(hasattr(p, "ds_id") for p in self.lm_head.parameters())
-        size = max(len(targets), 1) if is_partitioned else LOSS_CHUNK
+        whole = [slice(0, len(targets))]
         # At least one chunk, so that a rank without labels has the same graph as the others.
-        for start in range(0, max(len(targets), 1), size):
-            chunk = slice(start, start + size)
+        for chunk in whole if is_partitioned else chunks(states, self.vocab_size) or whole:
             token_loss, z_loss = checkpoint(
                 self._token_losses, states[chunk], targets[chunk], use_reentrant=False
             )
@@ -185,8 +203,25 @@ class ChameleonForConditionalGeneration(transformers.ChameleonForConditionalGene
         return token_loss, self.loss_options.z_loss * log_partition**2
 
 
+# An adapter without a task type names the module and the class of its base. PEFT's Auto classes
+# import modules of transformers only, and load the stock class by this name.
+ChameleonForConditionalGeneration.__module__ = (
+    transformers.ChameleonForConditionalGeneration.__module__
+)
+
+
+def _empty_decoder() -> ChameleonForConditionalGeneration:
+    """A decoder without state, which `pickle` and `copy` fill."""
+    return ChameleonForConditionalGeneration.__new__(ChameleonForConditionalGeneration)
+
+
 def _shifted(labels: Tensor) -> Tensor:
     return labels[:, 1:]
+
+
+def label_positions(targets: Tensor) -> Tensor:
+    """Targets of any shape -> the indices of those with a label, flattened, int64 (N,)."""
+    return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
 
 
 def _restarts(position_ids: Tensor) -> bool:

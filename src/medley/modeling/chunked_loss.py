@@ -6,12 +6,45 @@ once and are never stored. Shapes: N labeled positions, D model width, V vocabul
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LOSS_CHUNK = 256  # labeled positions in a chunk
+DEVICE_FRACTION = 1 / 64  # of a GPU's memory that one chunk may take
+HOST_CHUNK_BYTES = 128 << 20  # the same for other devices; larger chunks are not faster there
+
+
+@lru_cache
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes that one chunk may take on a device.
+
+    They follow from the device's whole memory and not from its free memory, so that a resumed run
+    has the same chunks and therefore the same rounding.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * DEVICE_FRACTION)
+    return HOST_CHUNK_BYTES
+
+
+def position_bytes(vocab_size: int, itemsize: int) -> int:
+    """Bytes of one position in a chunk: logits and their gradient, as computed and in float32."""
+    return 2 * vocab_size * (itemsize + 4)
+
+
+def chunk_size(count: int, vocab_size: int, itemsize: int, device: torch.device) -> int:
+    """Positions of a chunk if `count` positions are divided into equal chunks; at least 1."""
+    largest = max(chunk_bytes(device) // position_bytes(vocab_size, itemsize), 1)
+    number = max(-(-count // largest), 1)
+    return max(-(-count // number), 1)
+
+
+def chunks(states: Tensor, vocab_size: int) -> list[slice]:
+    """States (N, D) -> slices of N whose logits fit into the memory of a chunk."""
+    count = len(states)
+    size = chunk_size(count, vocab_size, _compute_dtype(states).itemsize, states.device)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -37,8 +70,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        for start in range(0, len(targets), LOSS_CHUNK):
-            chunk = slice(start, start + LOSS_CHUNK)
+        for chunk in chunks(states, len(weight)):
             chunk_states = states[chunk].to(dtype)
             logits = (chunk_states @ head.t()).float()
             log_partition = logits.logsumexp(-1)
@@ -75,7 +107,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def _compute_dtype(states: Tensor) -> torch.dtype:
     device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    # The meta device, on which tests run a step, has no autocast.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
 
 
 class LMHead(nn.Linear):

@@ -122,6 +122,7 @@ class SampleCallback(TrainerCallback):  # type: ignore[misc]
             training = model.training
             model.eval()
             folder.mkdir(parents=True)
-            with torch.random.fork_rng():  # the run's random state is the same as without samples
+            # The run's random state is the same as without samples, on the CPU and on its GPU.
+            with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
                 self.generate(folder)
             model.train(training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from medley.data.packing import (
 from medley.data.token_dataset import TokenDataset
 from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
+from medley.modeling.attention import Documents
+from medley.modeling.chameleon import label_positions
 from medley.utils.manifest import check_fingerprint
 
 SEQUENCE_INDEX = "sequence_index"  # in samples and batches, so that errors can name documents
@@ -138,8 +141,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         pairs = (self.documents[i] for i in self.sequences[index])
         return [f"{self.sources[source].path} document {document}" for source, document in pairs]
 
-    def collate(self, sequences: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Sequences -> a batch: input_ids, position_ids and labels (B, S), sequence_index (B,)."""
+    def collate(self, sequences: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Sequences -> a batch: input_ids, position_ids and labels (B, S), sequence_index (B,).
+
+        `documents` and `label_positions` follow from them. They are computed here, on the CPU, so
+        that the training step does not wait for the device.
+        """
         plain = [
             {name: value for name, value in sequence.items() if name != SEQUENCE_INDEX}
             for sequence in sequences
@@ -147,7 +154,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         batch = collate(plain, self.vocabulary)
         if self.config.medmax_labels:
             batch["labels"] = self._medmax_labels(sequences, batch["labels"])
-        return {**batch, SEQUENCE_INDEX: torch.stack([s[SEQUENCE_INDEX] for s in sequences])}
+        return {
+            **batch,
+            "documents": Documents.of(batch["position_ids"]),
+            "label_positions": label_positions(batch["labels"][:, 1:]),
+            SEQUENCE_INDEX: torch.stack([s[SEQUENCE_INDEX] for s in sequences]),
+        }
 
     def _medmax_labels(self, sequences: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
         """MedMax's labels for the sequences that are not blank; first tokens have no label."""

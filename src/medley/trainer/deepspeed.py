@@ -8,21 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from medley.errors import UserError
 from medley.trainer.checkpoint_safety import read_tag
+from medley.trainer.extension_locks import clear_stale_locks
 from medley.utils.files import read_json
 
 CONFIGS = "deepspeed"  # folder of the package with the files that `--ds NAME` finds
-LOCK_MINUTES = 3  # a build of an extension takes less, and writes files meanwhile
 UNIVERSAL = "latest_universal"  # file in which DeepSpeed looks for a universal checkpoint's name
 
 
@@ -72,48 +69,7 @@ def prepare_environment() -> None:
     os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    refuse_stale_locks()
-
-
-def refuse_stale_locks(now: float | None = None) -> None:
-    """Raises UserError for the lock of an extension's build that was killed.
-
-    DeepSpeed builds its extensions at their first use. A build that was killed leaves its lock,
-    and every later run would wait for it without an end.
-    """
-    lock = next(stale_locks(time.time() if now is None else now), None)
-    if lock is not None:
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        raise UserError(
-            f"{lock}: Left {minutes:.0f} minutes ago by a build of a DeepSpeed extension that did "
-            f"not finish, so this run would wait without an end. Remove it with `rm {lock}`."
-        )
-
-
-def stale_locks(now: float) -> Iterator[Path]:
-    """Locks of torch's extension builds in whose folder nothing was written for some minutes."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    name = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(name or get_default_build_root())
-    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
-        try:
-            newest = max(p.lstat().st_mtime for p in (lock, lock.parent, *lock.parent.iterdir()))
-        except OSError:  # a live build has just removed it
-            continue
-        if now - newest > LOCK_MINUTES * 60 and not _has_builder(lock.parent):
-            yield lock
-
-
-def _has_builder(folder: Path) -> bool:
-    """Whether a process of this machine works in a folder, as ninja and compilers do."""
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == folder or str(folder) in " ".join(process.cmdline()):
-                return True
-        except (psutil.Error, OSError):
-            continue
-    return False
+    clear_stale_locks()
 
 
 def needs_conversion(checkpoint: Path, world_size: int) -> bool:

@@ -17,7 +17,7 @@ from medley.modeling.quantization import Quantize
 from medley.trainer.deepspeed import find_config, read_config
 from medley.trainer.parameters import PROJECTIONS, Trainable
 from medley.utils.cli_options import Alias
-from medley.utils.distributed import world_size
+from medley.utils.distributed import TIMEOUT, world_size
 
 # Fields of TrainingArguments that a flag sets, or that our datasets and checkpoints depend on.
 _RESERVED = {
@@ -225,6 +225,14 @@ class TrainOptions:
         return int(read_config(self.ds).get("zero_optimization", {}).get("stage", 0))
 
     @property
+    def gradient_bucket(self) -> int:
+        """Numbers in the buffer that DeepSpeed collects gradients in; 0 without DeepSpeed."""
+        if not self.zero_stage:
+            return 0
+        size = read_config(self.ds)["zero_optimization"].get("reduce_bucket_size", 5e8)
+        return 0 if size == "auto" else int(size)  # transformers makes it small
+
+    @property
     def offloads(self) -> bool:
         """Whether DeepSpeed keeps weights and optimizer states in CPU memory."""
         stage = read_config(self.ds).get("zero_optimization", {})
@@ -303,6 +311,8 @@ class TrainOptions:
             # `shift_labels` as well, and without it report no losses.
             "label_names": ["labels"],
             "seed": self.seed,
+            # Of NCCL and gloo, while rank 0 alone generates samples or writes a checkpoint.
+            "ddp_timeout": int(TIMEOUT.total_seconds()),
         }
         # VerifiedCheckpointCallback applies save_total_limit.
         handled = ("report_to", "save_total_limit")

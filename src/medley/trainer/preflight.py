@@ -7,18 +7,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
 from medley.errors import UserError
-from medley.modeling.chunked_loss import LOSS_CHUNK
+from medley.modeling.chunked_loss import HOST_CHUNK_BYTES, position_bytes
+from medley.trainer.activations import FLOAT32, HALF, ActivationEstimate
 from medley.utils.files import nearest_parent
-
-if TYPE_CHECKING:
-    import transformers
 
 ADAM_BYTES = 8  # two float32 moments of a parameter
 MASTER_BYTES = 4  # float32 copy of a parameter that is kept in half precision
@@ -52,12 +50,14 @@ class FlopCounter:
 
 
 def make_flop_counter(
-    model: Any, full: bool, gradient_checkpointing: bool, device: torch.device
+    model: Any, full: bool, gradient_checkpointing: bool, device: torch.device, dtype: torch.dtype
 ) -> FlopCounter:
-    """The counter of a model; `full` if all its weights are trained."""
+    """The counter of a model; `full` if all its weights are trained.
+
+    `dtype` is that of the matrix products, which that of the weights need not be.
+    """
     decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = sum(num_elements(p) for p in decoder.model.layers.parameters())
-    dtype = next(decoder.model.layers.parameters()).dtype
     return FlopCounter(
         layers,
         num_elements(decoder.lm_head.weight),
@@ -67,14 +67,24 @@ def make_flop_counter(
 
 
 def num_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, also if ZeRO-3 has partitioned it."""
+    """Elements of a parameter, also if ZeRO-3 has partitioned it, or bitsandbytes packed it.
+
+    bitsandbytes stores two numbers of 4 bits in a byte.
+    """
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def num_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter, with the scales of a quantized one."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.nbytes + (0 if packed is None else int(packed.absmax.nbytes))
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Operations per second of a matrix product on a device, measured for a tenth of a second."""
-    if not dtype.is_floating_point:
-        dtype = torch.float32
     size = size * 8 if device.type == "cuda" else size
     matrix = torch.randn(size, size, device=device).to(dtype)
     product = matrix @ matrix
@@ -96,13 +106,15 @@ class TrainingMemoryEstimate:
         total_params: all parameters
         tokens_per_batch: tokens in the batch of one device
         labels_per_batch: labels in the batch of one device
-        bytes_per_param: bytes of a parameter
+        bytes_per_param: bytes of a trained parameter
         gradient_checkpointing: whether activations are recomputed
         zero_stage: DeepSpeed's ZeRO stage, 0 without DeepSpeed
         world_size: number of ranks
-        config: the decoder's configuration
-        weight_bytes: bytes of all weights, if not total_params times bytes_per_param (quantized)
+        activations: what a layer keeps for the backward pass
+        weight_bytes: bytes of all weights, if not total_params times bytes_per_param
         offloaded: whether weights and optimizer states are in CPU memory
+        chunk_bytes: bytes of a chunk of the loss, see `chunked_loss.chunk_bytes`
+        bucket_numbers: numbers in the buffer that DeepSpeed collects gradients in
     """
 
     trainable_params: int
@@ -113,9 +125,11 @@ class TrainingMemoryEstimate:
     gradient_checkpointing: bool
     zero_stage: int
     world_size: int
-    config: transformers.ChameleonConfig
+    activations: ActivationEstimate
     weight_bytes: float = 0
     offloaded: bool = False
+    chunk_bytes: float = HOST_CHUNK_BYTES
+    bucket_numbers: int = 0
 
     def memory(self) -> dict[str, float]:
         """Bytes on one device, by purpose."""
@@ -124,24 +138,47 @@ class TrainingMemoryEstimate:
         divisors = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks)}
         weight_ranks, gradient_ranks, state_ranks = divisors.get(self.zero_stage, (ranks,) * 3)
         has_master_copy = self.bytes_per_param < 4 and self.zero_stage > 0
-        width, feed_forward = self.config.hidden_size, self.config.intermediate_size
-        # Elements per token that one layer keeps for the backward pass, adapters' inputs included.
-        layer = 12 * width + 5 * feed_forward
-        layers = self.config.num_hidden_layers
-        stored = layers * width + layer if self.gradient_checkpointing else layers * layer
-        chunk = min(LOSS_CHUNK, self.labels_per_batch)
         weights = self.weight_bytes or self.total_params * self.bytes_per_param
         on_device = 0 if self.offloaded else 1
         state_bytes = ADAM_BYTES + MASTER_BYTES * has_master_copy
-        return {
+        parts = {
             "weights": on_device * weights / weight_ranks,
             "gradients": self.trainable_params * self.bytes_per_param / gradient_ranks,
             "optimizer": on_device * self.trainable_params * state_bytes / state_ranks,
-            "activations": stored * self.tokens_per_batch * self.bytes_per_param,
-            "loss": 2 * 4 * chunk * self.config.vocab_size
-            + self.labels_per_batch * width * self.bytes_per_param * 2,
+            "activations": self.activation_bytes(),
+            "loss": self.loss_bytes(),
             "overhead": OVERHEAD,
         }
+        if self.activations.full and self.activations.autocast:
+            # Autocast's copies of all matrices, which the backward pass needs.
+            parts["half precision copies"] = HALF * self.trainable_params
+        if self.bucket_numbers:
+            parts["gradient buffer"] = self.bucket_numbers * self.bytes_per_param
+        return parts
+
+    def activation_bytes(self) -> float:
+        """Bytes that the layers keep, and those of the step that needs most beside them.
+
+        That is the last norm, or the gradients within a layer.
+        """
+        layer, config = self.activations, self.activations.config
+        layers = config.num_hidden_layers
+        if self.gradient_checkpointing:
+            kept = layers * layer.residual_bytes + layer.layer_bytes
+        else:
+            kept = layers * layer.layer_bytes
+        norm = (FLOAT32 + 2 * layer.itemsize) * config.hidden_size  # of the last hidden states
+        return self.tokens_per_batch * float(kept + max(layer.backward_bytes, norm))
+
+    def loss_bytes(self) -> float:
+        """Bytes of the labeled positions' hidden states and gradients, and of one chunk."""
+        config, itemsize = self.activations.config, self.activations.itemsize
+        position = position_bytes(config.vocab_size, itemsize)
+        chunk = min(self.labels_per_batch * position, max(self.chunk_bytes, position))
+        head = config.vocab_size * config.hidden_size
+        head_gradient = FLOAT32 * head if self.activations.full else 0
+        states = 2 * self.labels_per_batch * config.hidden_size * itemsize
+        return float(chunk + states + head_gradient)
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one saved checkpoint: trained parameters and optimizer states."""

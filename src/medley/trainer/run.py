@@ -19,7 +19,7 @@ from medley.data.vocabulary import Vocabulary
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Mode
 from medley.inference.batch import generate_all, save_response
-from medley.inference.loading import local_device
+from medley.inference.devices import local_device
 from medley.inference.model import Model
 from medley.inference.prompts import read_prompts
 from medley.modeling.attention import set_attention
@@ -47,7 +47,7 @@ from medley.trainer.parameters import trainable_model
 from medley.trainer.preflight import make_flop_counter
 from medley.trainer.trainer import MixedModalTrainer
 from medley.utils.cli_options import resolved
-from medley.utils.distributed import barrier, is_main_rank, world_size
+from medley.utils.distributed import barrier, is_main_rank, use_own_gpu, world_size
 from medley.utils.extras import require_extra
 from medley.utils.files import write_json
 from medley.utils.manifest import write_manifest
@@ -73,6 +73,7 @@ def prepare_environment(options: TrainOptions) -> None:
             "Start it with torchrun --nproc-per-node=N, or select one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
+    use_own_gpu()
     if options.ds is not None:
         deepspeed.prepare_environment()
     # transformers deprecates names that our oldest supported version needs; PEFT warns that it
@@ -174,7 +175,9 @@ def make_trainer(
 ) -> MixedModalTrainer:
     """The trainer with all callbacks."""
     full = options.trainable == "full"
-    flops = make_flop_counter(model, full, options.gradient_checkpointing, arguments.device)
+    flops = make_flop_counter(
+        model, full, options.gradient_checkpointing, arguments.device, options.compute_dtype
+    )
     limit = options.trainer.get("save_total_limit")
     trainer = MixedModalTrainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=val,
@@ -182,7 +185,7 @@ def make_trainer(
         callbacks=[checkpointing.VerifiedCheckpointCallback(limit), LossCurveCallback()],
         flops=flops, group_by_length=options.group_by_length,
     )  # fmt: skip
-    trainer.add_callback(GradientCheckCallback(model, lambda: trainer.last_label_weight))
+    trainer.add_callback(GradientCheckCallback(model, lambda: float(trainer.last_label_weight)))
     if options.sample_prompts is not None:
         trainer.add_callback(make_sample_callback(options, base, lambda: trainer.decoder))
     return trainer
@@ -194,10 +197,12 @@ def make_sample_callback(
     """Generates responses to --sample_prompts with the current weights at each validation."""
     assert options.sample_prompts is not None
     prompts = read_prompts(options.sample_prompts)
-    text, images = base.text_tokenizer(), base.image_tokenizer()
+    text = base.text_tokenizer()
 
     def generate(folder: Path) -> None:
         decoder = get_decoder()
+        # On the decoder's device, and only now: between validations it takes no memory there.
+        images = base.image_tokenizer(device=decoder.device)
         model = Model(decoder, text, images)
         mode: Mode = "any" if images.has_decoder else "text"
         max_new_tokens = images.codes_per_image + 2 + SAMPLE_TEXT_TOKENS

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -9,9 +12,12 @@ from medley.data.packing import IGNORE_INDEX
 from medley.data.preview import preview_text
 from medley.data.vocabulary import TextTokenizer
 from medley.doctor import versions
+from medley.modeling.chunked_loss import chunk_bytes
 from medley.trainer import preflight
+from medley.trainer.activations import FLOAT32, ActivationEstimate
 from medley.trainer.data import PackedDataset
 from medley.trainer.options import TrainOptions
+from medley.trainer.preflight import TrainingMemoryEstimate
 from medley.trainer.trainer import MixedModalTrainer
 from medley.utils.distributed import is_main_rank, local_world_size, world_size
 
@@ -48,14 +54,10 @@ def print_run_summary(
     ]
     lines += [f"{name} {version}: {note}" for name, version, note in versions() if "range" in note]
     if options.preflight:
-        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        estimate = preflight.TrainingMemoryEstimate(
-            trainable, total, longest * options.bs, max(labels) * options.bs,
-            options.dtype.itemsize, options.gradient_checkpointing, options.zero_stage,
-            world_size(), trainer.decoder.config, weight_bytes, options.offloads,
-        )  # fmt: skip
         device = trainer.args.device
-        loaded = weight_bytes if next(model.parameters()).device == device else 0
+        estimate = estimate_memory(options, model, longest * options.bs, max(labels) * options.bs,
+                                   device)  # fmt: skip
+        loaded = estimate.weight_bytes if next(model.parameters()).device == device else 0
         checkpoints = preflight.expected_checkpoints(
             options.save_strategy, steps, options.save_steps, steps * batch_size / len(dataset),
             options.trainer.get("save_total_limit"),
@@ -71,6 +73,36 @@ def print_run_summary(
         print(
             f"The first sequence; the tokens in brackets have labels:\n{shown[:SHOWN_CHARACTERS]}\n"
         )
+
+
+def estimate_memory(
+    options: TrainOptions, model: Any, tokens: int, labels: int, device: torch.device
+) -> TrainingMemoryEstimate:
+    """The memory of one rank, for `tokens` tokens with `labels` labels in its batch."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    peft = getattr(model, "peft_config", {}).get("default")
+    itemsize = options.compute_dtype.itemsize
+    uses_deepspeed = options.ds is not None  # casts all weights to half precision
+    decoder = model if peft is None else model.get_base_model()
+    modules = decoder.model.layers.named_modules()
+    targets = {name.rpartition(".")[2] for name, module in modules if hasattr(module, "lora_A")}
+    activations = ActivationEstimate(
+        decoder.config, itemsize, full=peft is None, adapted=targets,
+        rank=getattr(peft, "r", 0), dropout=getattr(peft, "lora_dropout", 0) > 0,
+        autocast=itemsize < FLOAT32 and not uses_deepspeed,
+        keeps_inputs=options.quantize == "8bit", on_cuda=device.type == "cuda",
+    )  # fmt: skip
+    needs_whole_head = options.zero_stage == 3 and "image_head" in options.trainable
+    return TrainingMemoryEstimate(
+        preflight.count_trainable(trained), sum(preflight.num_elements(p) for p in parameters),
+        tokens, labels, itemsize if uses_deepspeed else max(p.itemsize for p in trained),
+        options.gradient_checkpointing, options.zero_stage, world_size(), activations,
+        sum(preflight.num_bytes(p) for p in parameters), options.offloads,
+        math.inf if needs_whole_head else chunk_bytes(device),
+        # A CPU provides the pages of the buffer only as far as gradients fill it.
+        options.gradient_bucket if device.type == "cuda" else 0,
+    )  # fmt: skip
 
 
 def labeled_spans(labels: torch.Tensor) -> list[tuple[int, int]]:

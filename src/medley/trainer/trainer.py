@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from medley.errors import UserError
@@ -42,7 +43,10 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         self._eval_sums = torch.zeros(4, dtype=torch.float64)  # over all tasks of one validation
         self._tokens_processed = 0  # on this rank since the last log entry, padding included
         self._last_log_time = time.monotonic()
-        self.last_label_weight = 0.0  # of the last step, over all ranks
+        self.last_label_weight = torch.zeros(())  # of the last step, over all ranks
+        # Losses of this optimizer step that were not checked yet, and their sequences.
+        self._unchecked: list[tuple[Tensor, Tensor]] = []
+        self.add_callback(_LossCheckCallback(self.check_losses))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Leaves out the warm-up of a very short run.
@@ -85,22 +89,35 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
         total = torch.stack(weights).sum().to(device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
-        total = total.clamp(min=1e-8)  # the loss of a step without labels is 0, not 0 / 0
-        self.last_label_weight = float(total) if total > 1e-7 else 0.0
-        return total
+        self.last_label_weight = total
+        return total.clamp(min=1e-8)  # the loss of a step without labels is 0, not 0 / 0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         indices = inputs.pop(SEQUENCE_INDEX)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if not bool(loss.isfinite()):
-            self._raise_nonfinite(float(loss.detach()), indices, model.training)
+        kind = "train" if model.training else "eval"
+        # In training nothing here may wait for the device: it would idle in every batch.
+        if model.training:
+            self._unchecked.append((loss.detach(), indices))
+            self._tokens_processed += inputs["input_ids"].numel()
+        elif not bool(loss.isfinite()):
+            self._raise_nonfinite(float(loss), indices, False)
         sums = self.decoder.loss_sums
         if sums is not None:
-            self._sums["train" if model.training else "eval"] += sums.cpu()
-        self._tokens_processed += inputs["input_ids"].numel() if model.training else 0
+            self._sums[kind] = self._sums[kind].to(sums.device) + sums
         return result
+
+    def check_losses(self) -> None:
+        """Raises UserError for a loss of this optimizer step that is NaN or infinite."""
+        if not self._unchecked:
+            return
+        losses = torch.stack([loss for loss, _ in self._unchecked]).tolist()
+        unchecked, self._unchecked = self._unchecked, []
+        for loss, (_, indices) in zip(losses, unchecked, strict=True):
+            if not math.isfinite(loss):
+                self._raise_nonfinite(loss, indices, True)
 
     def _raise_nonfinite(self, loss: float, indices: Tensor, training: bool) -> None:
         dataset = self.train_dataset if training else None
@@ -185,6 +202,19 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             "memory_gb": memory_in_use(self.args.device) / 1e9,
             "seconds_left": steps_left * seconds / max(steps, 1),
         }
+
+
+class _LossCheckCallback(TrainerCallback):  # type: ignore[misc]
+    """Checks the losses once for each optimizer step, before the weights change.
+
+    DeepSpeed changes them within the last backward pass of a step; no checkpoint has been saved.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check()
 
 
 def warmup_notice(warmup: int, steps: int, lr: float) -> str:

@@ -179,7 +179,7 @@ def _check_sizes(config: VQGANConfig, state: dict[str, Tensor], where: str) -> N
     ):
         if got != expected:
             raise UserError(
-                f"{where}: {name} of the configuration does not fit the weights (got {got}, "
+                f"{where}: The weights do not fit {name} of the configuration (got {got}, "
                 f"expected {expected}). Copy all files of the checkpoint again."
             )
 

@@ -5,9 +5,9 @@ Shapes: B batch, C image codes of an image in raster order, H and W pixels (both
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,9 +29,13 @@ from medley.images.preprocess import (
     uint8_to_pixels,
 )
 from medley.vqgan.files import open_vqgan
-from medley.vqgan.model import VQGAN, Encoder
-from medley.vqgan.winograd import Conv3x3
+from medley.vqgan.model import TIE, VQGAN
+from medley.vqgan.precision import exact_float32
+from medley.vqgan.reference import ReferenceEncoder
 
+MAX_MAP_ELEMENTS = 2**31 - 1  # of one feature map: kernels index with 32 bits
+MAPS_IN_MEMORY = 6  # feature maps of the largest size at the same time, with a kernel's workspace
+MARGIN = 2  # images have up to twice the rounding error of the images that it is measured on
 _FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
 
 
@@ -56,7 +60,6 @@ class ImageTokenizer:
         self.preprocessing = preprocessing
         self.has_decoder = has_decoder
         self.dtype = dtype
-        self._reference_encoder: Encoder | None = None
 
     @classmethod
     def from_checkpoint(
@@ -100,51 +103,86 @@ class ImageTokenizer:
         return self.encode_bytes(torch.stack(squares)).cpu()
 
     def encode_bytes(self, squares: Tensor) -> Tensor:
-        """Squares uint8 (B, size, size, 3) -> image codes int64 (B, C), on the tokenizer's device.
+        """Squares uint8 (B, size, size, 3) -> image codes int64 (B, C), on the same device."""
+        return self.start_encoding(squares)()
 
-        If `squares` is in pinned memory, the call returns before CUDA has finished the work.
+    def start_encoding(self, squares: Tensor) -> Callable[[], Tensor]:
+        """Starts `encode_bytes`; returns a function that waits for its result.
+
+        If `squares` is in pinned memory, this method returns before CUDA has finished the work.
         """
-        return self.encode_pixels(uint8_to_pixels(squares.to(self.device, non_blocking=True)))
+        return self._start(uint8_to_pixels(squares.to(self.device, non_blocking=True)))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels float32 (B, 3, H, W) in [-1, 1] -> image codes int64 (B, C).
+
+        In float32, the codes are equal on every device: an image in which two codes are about
+        equally near is encoded again in float64.
+        """
+        return self._start(pixels)()
 
     @torch.inference_mode()
-    @torch.backends.cudnn.flags(
-        enabled=True, allow_tf32=False
-    )  # TF32 would change codes near a tie
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels float32 (B, 3, H, W) in [-1, 1] -> image codes int64 (B, C)."""
+    def _start(self, pixels: Tensor) -> Callable[[], Tensor]:
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, self.size, self.size):
             raise UserError(
                 f"Wrong shape of the pixels (got {tuple(pixels.shape)}, expected (B, 3, "
                 f"{self.size}, {self.size}))."
             )
-        pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
+        codes = torch.empty(0, self.codes_per_image, dtype=torch.int64, device=self.device)
         if not len(pixels):
-            return torch.zeros(0, self.codes_per_image, dtype=torch.int64, device=self.device)
-        if self.device.type != "cpu":
-            return self.vqgan.encode(pixels)
-        # One image at a time: the feature maps of several exceed the caches of a CPU.
-        return torch.cat([self._encode_on_cpu(one) for one in torch.split(pixels, 1)])
+            return lambda: codes
+        pixels = pixels.to(self.device, self.dtype, memory_format=torch.channels_last)
+        with exact_float32(self.device):
+            if self.dtype != torch.float32:
+                codes = torch.cat([self.vqgan.encode(part) for part in self._split(pixels)])
+                return lambda: codes
+            limit = self._tie_limit
+            found = [
+                self.vqgan.quantize.codes_and_ties(self.vqgan.latents(part), limit)
+                for part in self._split(pixels)
+            ]
+        codes, ties = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        return partial(self._settle_ties, pixels, codes, ties.any(1))
 
-    def _encode_on_cpu(self, pixels: Tensor) -> Tensor:
-        if self.dtype != torch.float32:
-            return self.vqgan.encode(pixels)
-        codes, ties = self.vqgan.quantize.codes_and_ties(self.vqgan.latents(pixels))
-        return self._reference_codes(pixels) if bool(ties.any()) else codes
+    @torch.inference_mode()
+    def _settle_ties(self, pixels: Tensor, codes: Tensor, has_ties: Tensor) -> Tensor:
+        """Encodes the images (B,) that have near ties in float64."""
+        for index in has_ties.nonzero().squeeze(1).tolist():
+            codes[index] = self._reference.codes(pixels[index : index + 1])[0].to(self.device)
+        return codes
 
-    def _reference_codes(self, pixels: Tensor) -> Tensor:
-        """Image codes by torch's own kernels, channels first.
+    def _split(self, batch: Tensor) -> Sequence[Tensor]:
+        """Parts of a batch of about equal size that fit in the memory of the device."""
+        if self.device.type == "cpu":  # the feature maps of several images exceed its caches
+            return torch.split(batch, 1)
+        largest = self.vqgan.config.largest_map
+        limit = MAX_MAP_ELEMENTS // largest
+        if self.device.type == "cuda":
+            bytes_per_image = MAPS_IN_MEMORY * largest * self.dtype.itemsize
+            limit = min(limit, _free_cuda_memory(self.device) // bytes_per_image)
+        return torch.tensor_split(batch, -(-len(batch) // max(1, limit)))
 
-        Slower, but sums in the same order as Chameleon and therefore resolves near ties equally.
+    @cached_property
+    def _reference(self) -> ReferenceEncoder:
+        return ReferenceEncoder(self.vqgan, self.device)
+
+    @cached_property
+    def _tie_limit(self) -> float:
+        """Relative difference of two distances that rounding on this device may reverse."""
+        return TIE if self.device.type in ("cpu", "meta") else self._measure_tie_limit()
+
+    def _measure_tie_limit(self) -> float:
+        """TIE was measured on CPUs. The kernels of other devices add in other orders.
+
+        Measures the rounding on noise and on a smooth image.
         """
-        if self._reference_encoder is None:
-            encoder = copy.deepcopy(self.vqgan.encoder)
-            encoder = encoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            for module in encoder.modules():
-                if isinstance(module, Conv3x3):
-                    module.thaw()
-            self._reference_encoder = encoder
-        latents = self.vqgan.quant_conv(self._reference_encoder(pixels.contiguous()))
-        return self.vqgan.quantize.codes(latents)
+        noise = torch.rand(3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        smooth = torch.linspace(0, 1, self.size).expand_as(noise)
+        pixels = (torch.stack([noise, smooth]) * 2 - 1).to(self.device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        latents = self.vqgan.latents(pixels)
+        error = self._reference.rounding_error(pixels, latents, self.vqgan.quantize)
+        return max(TIE, MARGIN * error)
 
     def decode(self, codes: Tensor | Sequence[Sequence[int]]) -> list[Image.Image]:
         """Image codes (B, C), each valid -> images."""
@@ -174,9 +212,16 @@ class ImageTokenizer:
                 f"expected 0 to {config.n_embed - 1})."
             )
         codes = codes.to(self.device).long()
-        batch_size = 1 if self.device.type == "cpu" else max(1, len(codes))
-        batches = torch.split(codes, batch_size)
-        return torch.cat([self.vqgan.decode(batch).float() for batch in batches])
+        if not len(codes):
+            return torch.empty(0, config.out_ch, self.size, self.size, device=self.device)
+        with exact_float32(self.device):
+            return torch.cat([self.vqgan.decode(part).float() for part in self._split(codes)])
+
+
+def _free_cuda_memory(device: torch.device) -> int:
+    """Free bytes, with those that torch has reserved and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def token_space_fingerprint(vqgan: VQGAN) -> str:

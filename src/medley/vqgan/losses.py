@@ -30,16 +30,19 @@ class CodebookAverage:
         """Initializes `active` codes with random latents (N, E), so that all of them are used.
 
         The other codes are set far away from all latents and are therefore never used. A small
-        decoder learns fewer codes sooner.
+        decoder learns fewer codes sooner. `generator` is one of the CPU, so that the codebook does
+        not depend on the device.
         """
         table = vqgan.quantize.embedding.weight
-        picks = torch.randint(len(latents), (len(table),), generator=generator)
+        device = latents.device
+        picks = torch.randint(len(latents), (len(table),), generator=generator).to(device)
+        noise = torch.randn(table.shape, generator=generator).to(device)
         with torch.no_grad():
             spread = latents.std() * 0.01  # makes equal picks different
             table.copy_(latents[picks])
-            table.add_(torch.randn(table.shape, generator=generator) * spread)
+            table.add_(noise * spread)
             table[active:] = table[active:] + 100 * latents.std()
-        return cls(torch.ones(len(table)), table.detach().clone())
+        return cls(torch.ones(len(table), device=device), table.detach().clone())
 
     def update(self, vqgan: VQGAN, latents: Tensor, codes: Tensor) -> None:
         """Moves the codebook towards latents (N, E), quantized to codes (N,)."""
@@ -81,8 +84,8 @@ def training_step(
     z = vqgan.latents(pixels).float()
     b, width, h, w = z.shape
     flat = z.permute(0, 2, 3, 1).reshape(-1, width)
-    codes = torch.empty(0, dtype=torch.int64)
-    commit = torch.zeros(())
+    codes = torch.empty(0, dtype=torch.int64, device=z.device)
+    commit = z.new_zeros(())
     quantized = z
     if quantize:
         with torch.no_grad():

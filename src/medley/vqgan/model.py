@@ -17,11 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medley.errors import UserError
+from medley.utils.config_files import integer, number, shown
 from medley.vqgan.group_norm import norm, norm_swish
 from medley.vqgan.winograd import Conv3x3
 
-TIE = 1e-6  # measured: another order of additions changes distances by up to 1e-6 of their scale
+TIE = 2e-6  # measured on CPUs: rounding moves two distances by up to this share of their scale
 DISTANCE_ELEMENTS = 1 << 25  # distances in memory at once during quantization: 128 MB of float32
+
+MAX_LEVELS, MAX_RESOLUTION = 16, 1 << 14  # larger ones are errors in a file
 
 
 @dataclass(frozen=True)
@@ -66,36 +70,54 @@ class VQGANConfig:
     def codes_per_image(self) -> int:
         return self.grid**2
 
+    @property
+    def largest_map(self) -> int:
+        """Elements of the largest feature map of one image, in encoder and decoder."""
+        return self.resolution**2 * self.ch * max(self.ch_mult[:2])
+
+    @classmethod
+    def checked(cls, where: str, **sizes: Any) -> VQGANConfig:
+        """Raises UserError that names `where` for sizes that no VQGAN has."""
+        if not sizes["ch_mult"] or len(sizes["ch_mult"]) > MAX_LEVELS:
+            raise UserError(
+                f"{where}: Invalid ch_mult (got {len(sizes['ch_mult'])} numbers, expected 1 to "
+                f"{MAX_LEVELS})."
+            )
+        integer(where, "resolution", sizes["resolution"], high=MAX_RESOLUTION)
+        try:
+            return cls(**sizes)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+
     @classmethod
     def from_yaml(cls, parsed: Any, where: str) -> VQGANConfig:
         """Reads the parsed `vqgan.yaml`.
 
-        Raises ValueError that names `where` if a size is missing, or if the file requests a
-        feature that Chameleon's tokenizer does not have (double_z).
+        Raises UserError that names `where` and the field if a size is missing or invalid, or if
+        the file requests a feature that Chameleon's tokenizer does not have (double_z).
         """
-        try:
-            params = parsed["model"]["params"]
-            sizes = params["ddconfig"]
-            config = cls(
-                ch=int(sizes["ch"]),
-                ch_mult=tuple(int(m) for m in sizes["ch_mult"]),
-                num_res_blocks=int(sizes["num_res_blocks"]),
-                resolution=int(sizes["resolution"]),
-                z_channels=int(sizes["z_channels"]),
-                embed_dim=int(params["embed_dim"]),
-                n_embed=int(params["n_embed"]),
-                attn_resolutions=tuple(int(r) for r in sizes.get("attn_resolutions") or ()),
-                in_channels=int(sizes.get("in_channels", 3)),
-                out_ch=int(sizes.get("out_ch", 3)),
-                dropout=float(sizes.get("dropout", 0.0)),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{where}: Not a VQGAN configuration ({error} is missing under model.params)."
-            ) from error
-        if sizes.get("double_z"):
-            raise ValueError(f"{where}: Unsupported double_z (got true, expected false).")
-        return config
+        model = _mapping(where, "model", parsed.get("model"))
+        params = _mapping(where, "model.params", model.get("params"))
+        fields = _mapping(where, "model.params.ddconfig", params.get("ddconfig"))
+
+        def sizes(name: str) -> tuple[int, ...]:
+            values = fields.get(name)
+            if not isinstance(values, list | None):
+                raise UserError(f"{where}: Invalid {name} (got {shown(values)}, expected a list).")
+            return tuple(integer(where, name, value) for value in values or ())
+
+        if fields.get("double_z"):
+            raise UserError(f"{where}: Unsupported double_z (got true, expected false).")
+        names = ("ch", "num_res_blocks", "resolution", "z_channels")
+        return cls.checked(
+            where,
+            **{name: integer(where, name, fields.get(name)) for name in names},
+            **{name: integer(where, name, params.get(name)) for name in ("embed_dim", "n_embed")},
+            **{name: sizes(name) for name in ("ch_mult", "attn_resolutions")},
+            in_channels=integer(where, "in_channels", fields.get("in_channels", 3)),
+            out_ch=integer(where, "out_ch", fields.get("out_ch", 3)),
+            dropout=number(where, "dropout", fields.get("dropout", 0.0), high=1),
+        )
 
     def to_yaml(self) -> dict[str, Any]:
         return {
@@ -120,6 +142,15 @@ class VQGANConfig:
                 }
             }
         }
+
+
+def _mapping(where: str, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: Not a VQGAN configuration (got {shown(value)} for {name}, expected a "
+            "mapping)."
+        )
+    return value
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -288,25 +319,25 @@ class Quantizer(nn.Module):
 
     def codes(self, z: Tensor) -> Tensor:
         """Latents (B, E, h, w) -> int64 (B, h * w), raster order."""
-        return torch.cat([d.argmin(1) for _, d in self._distances(z)]).reshape(z.shape[0], -1)
+        return torch.cat([d.argmin(1) for _, d in self.distances(z)]).reshape(z.shape[0], -1)
 
-    def codes_and_ties(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_ties(self, z: Tensor, limit: float = TIE) -> tuple[Tensor, Tensor]:
         """Image codes, and which of them are near ties, bool (B, h * w).
 
-        In a near tie, the two smallest distances differ by less than TIE * (|z|^2 + |e|^2), so
+        In a near tie, the two smallest distances differ by less than `limit` * (|z|^2 + |e|^2), so
         that the order of additions in float32 may decide.
         """
         lengths = (self.embedding.weight**2).sum(1)
         codes, ties = [], []
-        for part, distances in self._distances(z):
+        for part, distances in self.distances(z):
             nearest, code = distances.min(1)
             scale = (part**2).sum(1) + lengths[code]
             second = distances.scatter_(1, code[:, None], torch.inf).amin(1)
             codes.append(code)
-            ties.append(second - nearest < TIE * scale)
+            ties.append(second - nearest < limit * scale)
         return torch.cat(codes).reshape(z.shape[0], -1), torch.cat(ties).reshape(z.shape[0], -1)
 
-    def _distances(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def distances(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields chunks of latents (N, E) and their squared distances (N, n_embed).
 
         |z - e|^2 = |z|^2 + |e|^2 - 2 z.e, with one matrix product for each chunk.

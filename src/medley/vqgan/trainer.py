@@ -110,7 +110,8 @@ class Finetuner:
             _update(hinge, list(self.discriminator.parameters()), self.discriminator_optimizer)
         self.step += 1
         losses["loss"] = loss
-        return {name: float(value.detach()) for name, value in losses.items()}, codes
+        values = torch.stack([value.detach() for value in losses.values()]).tolist()  # one wait
+        return dict(zip(losses, values, strict=True)), codes
 
     def _reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels -> reconstruction, image codes (B, C), codebook and commitment loss."""

@@ -1,9 +1,10 @@
-"""3 x 3 convolutions of channels-last float32 feature maps on the CPU, by Winograd's algorithm.
+"""3 x 3 convolutions of channels-last feature maps on the CPU, by Winograd's algorithm.
 
 F(2 x 2, 3 x 3) (Lavin and Gray 2016, arXiv:1509.09308) computes 2 x 2 outputs from tiles of 4 x 4
 inputs by 16 matrix products and needs 2.25 times fewer multiplications. Compared with double
 precision it is more accurate than torch's direct convolution. On one thread it is faster
-(docs/log.md), on several threads it is not. One process for each core is therefore fastest.
+(docs/log.md), on several threads it is not. One process for each core is therefore fastest. In
+float64, torch's own convolution is slower and needs nine times the memory of its input.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 TILES = 256  # tiles in one block, so that its data fit in the cache
+_DTYPES = (torch.float32, torch.float64)
 
 _FILTER = torch.tensor(
     [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64
@@ -27,15 +29,11 @@ class Conv3x3(nn.Conv2d):
 
     def freeze(self) -> None:
         """Transforms the weights. Call it again after the weights change."""
-        is_supported = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        is_supported = self.weight.device.type == "cpu" and self.weight.dtype in _DTYPES
         self._transformed = _transform_filter(self.weight.detach()) if is_supported else None
 
-    def thaw(self) -> None:
-        """Restores torch's own convolution."""
-        self._transformed = None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._transformed is None or not _is_supported(x):
+        if self._transformed is None or not _is_supported(x, self._transformed.dtype):
             return super().forward(x)
         assert self.bias is not None
         maps = [_convolve(one, self._transformed, self.bias) for one in x.permute(0, 2, 3, 1)]
@@ -46,22 +44,23 @@ def _with_batch(y: Tensor) -> Tensor:
     return y[None].permute(0, 3, 1, 2)
 
 
-def _is_supported(x: Tensor) -> bool:
+def _is_supported(x: Tensor, dtype: torch.dtype) -> bool:
     return (
-        x.dtype == torch.float32
+        x.device.type == "cpu"
+        and x.dtype == dtype
         and x.shape[2] % 2 == 0
         and x.shape[3] % 2 == 0
-        and torch.get_num_threads() == 1
+        and (dtype == torch.float64 or torch.get_num_threads() == 1)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
 
 
 def _transform_filter(weight: Tensor) -> Tensor:
-    """Weights (K, D, 3, 3) -> (16, D, K), with one rounding."""
+    """Weights (K, D, 3, 3) -> (16, D, K) of the same dtype, with one rounding."""
     k, d = weight.shape[:2]
     wide = torch.einsum("ai,kdij,bj->abdk", _FILTER, weight.double(), _FILTER)
-    return wide.reshape(16, d, k).float().contiguous()
+    return wide.reshape(16, d, k).to(weight.dtype).contiguous()
 
 
 def _convolve(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
