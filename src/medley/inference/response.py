@@ -37,13 +37,14 @@ class StreamEvent:
     """One event of a streamed response.
 
     It is a piece of text, the progress of an image (0 to 1, with a preview if requested), a
-    complete image, or, as the last event, the complete response.
+    complete image with its image codes, or, as the last event, the complete response.
     """
 
     text: str | None = None
     progress: float | None = None
     preview: Image.Image | None = None
     image: Image.Image | None = None
+    codes: tuple[int, ...] = ()
     response: Response | None = None
 
     answer = DeprecatedName("response")  # alias

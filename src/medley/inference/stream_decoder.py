@@ -45,8 +45,8 @@ class StreamDecoder:
             yield StreamEvent(progress=progress, preview=preview)
         elif token == vocabulary.end_image:
             self._images.append(model.image_tokenizer.decode([self._codes])[0])
-            self._codes = []
-            yield StreamEvent(image=self._images[-1])
+            codes, self._codes = tuple(self._codes), []
+            yield StreamEvent(image=self._images[-1], codes=codes)
 
     def _decode_text(self, is_last: bool) -> Iterator[StreamEvent]:
         text = self.model.text_tokenizer.decode(self._text_ids)

@@ -117,7 +117,7 @@ async def _generate(state: ServerState, request: Request) -> AsyncIterator[bytes
     try:
         body = GenerateRequest.model_validate(await request.json())
         worker = state.worker(body.model)
-        reader = RequestReader(state.limits, worker.model.image_tokenizer, worker.max_characters)
+        reader = RequestReader.of_worker(worker)
         async with state.decode_slots:
             document = await asyncio.to_thread(body.to_document, reader)
         body.images = None  # They are large, and the request may wait in the queue.

@@ -5,59 +5,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from medley.data.document import ContentPart, Document, DocumentError, ImagePart, Turn
+from medley.data.document import ContentPart, Document, DocumentError, Turn
 from medley.serving.error_responses import CodedError
+from medley.serving.image_text import count_markdown_images, remove_notes, split_images
 from medley.serving.limits import RequestError
 from medley.serving.neutral_values import MESSAGE, complaint, is_neutral
 from medley.serving.untrusted_inputs import RequestReader, repr_short
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image_url", "input_image")
+_SYSTEM_ROLES = ("system", "developer")
+_ROLES = ("user", "assistant", *_SYSTEM_ROLES)
 
 
 def to_document(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Document:
     """A conversation that ends with a user turn.
 
-    System messages are prepended to the first user turn. Consecutive messages of one role become
-    one turn. Raises RequestError that names the invalid message.
+    System messages join the user turn beside them. Consecutive messages of one role become one
+    turn. Raises RequestError that names the invalid message.
     """
     contents = [_content_of(message) for message in messages]
-    reader.check_image_count(sum(map(_count_images, contents)))
+    reader.check_image_count(
+        sum(map(_count_images, contents, [_is_response(message) for message in messages]))
+    )
     turns: list[tuple[str, list[ContentPart]]] = []
-    system: list[ContentPart] = []
     for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
         where = f"messages[{number}]"
         role = message.get("role")
         _check_fields(message, where)
-        parts = _read_parts(content, f"{where}.content", reader)
+        parts = _read_parts(content, f"{where}.content", reader, _is_response(message))
         if not parts and role == "user":
             raise RequestError(
                 f"{where}.content: A user message needs text or an image (got "
                 f"{repr_short(message.get('content'))}).",
                 param=f"{where}.content",
             )
-        if role in ("system", "developer"):
-            if turns:
-                raise RequestError(
-                    f"{where}: A system message must come before all other messages.", param=where
-                )
-            system += [*parts, "\n"] if parts else []
-        elif role in ("user", "assistant"):
-            if turns and turns[-1][0] == role:
-                turns[-1][1].extend(["\n", *parts] if parts else [])
-            else:
-                turns.append((role, parts))
-        else:
+        if role not in _ROLES:
             raise RequestError(
                 f"{where}.role: Unsupported role (got {repr_short(role)}, expected system, user "
                 "or assistant).",
                 param=where,
             )
+        if not parts and role in _SYSTEM_ROLES:
+            continue
+        turn = "assistant" if role == "assistant" else "user"
+        if turns and turns[-1][0] == turn:
+            turns[-1][1].extend(["\n", *parts] if parts else [])
+        else:
+            turns.append((turn, parts))
     if not turns or turns[-1][0] != "user":
         raise RequestError("messages: The last message must be a user message.", param="messages")
     if turns[0][0] != "user":
         raise RequestError("messages: The first message must be a user message.", param="messages")
-    turns[0][1][:0] = system
     try:
         return Document(tuple(Turn(role, tuple(parts)) for role, parts in turns))
     except DocumentError as error:
@@ -76,30 +75,47 @@ def _content_of(message: dict[str, Any]) -> Any:
     """The content of a message, with its images.
 
     Null and empty content is no content, which a message with images beside it may have.
-    A response of this server that is sent back as it came has its images beside `content`: in
-    `parts` with the text in their order, and in `images` without the text.
+    A response of this server that is sent back as it came has its images in `content`, as
+    Markdown, or beside it: in `parts` with the text in their order, and in `images` without it.
     """
     content = message.get("content")
-    if isinstance(content, list) and _count_images(content):
+    if _count_images(content, _is_response(message)):
         return content
     if isinstance(message.get("parts"), list) and message["parts"]:
         return message["parts"]
     if isinstance(message.get("images"), list) and message["images"]:
-        text = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        return [*text, *message["images"]] if isinstance(text, list) else content
+        if isinstance(content, str):
+            text = remove_notes(content) if _is_response(message) else content
+            content = [{"type": "text", "text": text}]
+        content = content or []
+        return [*content, *message["images"]] if isinstance(content, list) else content
     return content
 
 
-def _count_images(content: Any) -> int:
-    parts = content if isinstance(content, list) else []
-    return sum(isinstance(part, dict) and part.get("type") in _IMAGE_TYPES for part in parts)
+def _is_response(message: dict[str, Any]) -> bool:
+    """Whether Markdown in the text of a message may be an image that this server has generated."""
+    return message.get("role") == "assistant"
 
 
-def _read_parts(content: Any, where: str, reader: RequestReader) -> list[ContentPart]:
+def _count_images(content: Any, has_markdown: bool) -> int:
+    if isinstance(content, str):
+        return count_markdown_images(content) if has_markdown else 0
+    count = 0
+    for part in content if isinstance(content, list) else []:
+        if isinstance(part, dict) and part.get("type") in _IMAGE_TYPES:
+            count += 1
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            count += _count_images(part["text"], has_markdown)
+    return count
+
+
+def _read_parts(
+    content: Any, where: str, reader: RequestReader, has_markdown: bool
+) -> list[ContentPart]:
     if content is None or content == "":
         return []
     if isinstance(content, str):
-        return [reader.text(content, where)]
+        return _read_text(content, where, reader, has_markdown)
     if not isinstance(content, list):
         raise RequestError(f"{where}: Must be text or a list of content parts.", param=where)
     parts: list[ContentPart] = []
@@ -110,15 +126,31 @@ def _read_parts(content: Any, where: str, reader: RequestReader) -> list[Content
             text = part.get("text")
             if not isinstance(text, str):
                 raise RequestError(f"{own}.text: Must be text (got {repr_short(text)}).", param=own)
-            parts += [reader.text(text, own)] if text else []
+            parts += _read_text(text, own, reader, has_markdown) if text else []
         elif kind in _IMAGE_TYPES:
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
-            parts.append(ImagePart(image=reader.image_from_url(url, own)))
+            parts.append(reader.image_part(url, own))
         else:
             raise RequestError(
                 f"{own}: Unsupported type (got {repr_short(kind)}, expected an object of type text "
                 "or image_url).",
                 param=own,
             )
+    return parts
+
+
+def _read_text(
+    text: str, where: str, reader: RequestReader, has_markdown: bool
+) -> list[ContentPart]:
+    """The parts of a text. In a response that is sent back, images are part of the text."""
+    parts: list[ContentPart] = []
+    for part in split_images(text) if has_markdown else [text]:
+        if isinstance(part, str):
+            parts.append(reader.text(part, where))
+        elif part.url:
+            parts.append(reader.image_part(part.url, where))
+        else:  # The server may have dropped the image; the note is then all there is.
+            image = reader.generated_image(part.content_hash)
+            parts.append(image or reader.text(part.note, where))
     return parts

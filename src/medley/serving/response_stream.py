@@ -140,6 +140,7 @@ class ResponseStream:
             chunks += self._text_chunks(index, stop.flush())
         if event.image is not None:
             self.parts[index].append(event.image)
+            self.worker.remember_image(event.image, event.codes)
         if event.response is not None:
             reason = "length" if event.response.finish_reason == "length" else "stop"
             return [*chunks, Chunk(index, event, reason)]

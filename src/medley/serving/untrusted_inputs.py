@@ -13,18 +13,23 @@ import re
 import time
 import urllib.parse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from medley.data.document import ImagePart
 from medley.errors import UserError
 from medley.images import medical
 from medley.images.formats import ImageError, open_pillow
 from medley.images.preprocess import apply_exif_orientation, read_image, to_rgb
 from medley.images.remote import fetch_bytes, is_allowed_host, is_http_url
 from medley.serving.error_responses import CodedError
+from medley.serving.generated_images import GeneratedImages, content_hash
 from medley.serving.limits import Limits, RequestError
 from medley.vqgan.image_tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from medley.serving.worker import EngineWorker
 
 _BLANKS = b" \t\n\r\f\v"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -39,10 +44,23 @@ class RequestReader:
     times as large, and would wait in the queue with the request.
     """
 
-    def __init__(self, limits: Limits, tokenizer: ImageTokenizer, max_characters: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        tokenizer: ImageTokenizer,
+        max_characters: int,
+        generated_images: GeneratedImages | None = None,
+    ) -> None:
         self.limits, self.tokenizer, self.max_characters = limits, tokenizer, max_characters
+        self.generated_images = generated_images
         self._characters_left = max_characters
         self._deadline = time.monotonic() + limits.request_timeout
+
+    @classmethod
+    def of_worker(cls, worker: EngineWorker) -> RequestReader:
+        """The reader of a request to one model."""
+        tokenizer, images = worker.model.image_tokenizer, worker.generated_images
+        return cls(worker.limits, tokenizer, worker.max_characters, images)
 
     def check_image_count(self, count: int) -> None:
         """Raises RequestError for too many images, before the first one is decoded."""
@@ -75,11 +93,34 @@ class RequestReader:
 
     def image_from_url(self, url: object, where: str) -> Image.Image:
         """The image of a data URL, or of an http URL of an allowed host. Raises RequestError."""
+        return self.image_from_bytes(self._fetch(url, where), where)
+
+    def image_part(self, url: object, where: str) -> ImagePart:
+        """`image_from_url` as a content part.
+
+        An image that this server has generated has its original image codes.
+        """
+        image = self._open(self._fetch(url, where), where, "image")
+        if image.size == (self.tokenizer.size,) * 2:
+            known = self.generated_image(content_hash(image))
+            if known is not None:
+                return known
+        return ImagePart(image=self.tokenizer.square(image))
+
+    def generated_image(self, name: str) -> ImagePart | None:
+        """The image of a content hash; None if this server has not generated it."""
+        if self.generated_images is None:
+            return None
+        codes = self.generated_images.get(self.tokenizer.fingerprint, name)
+        return None if codes is None else ImagePart(codes=codes)
+
+    def _fetch(self, url: object, where: str) -> bytes:
+        """The contents of the file at a URL."""
         if not isinstance(url, str) or not url:
             raise RequestError(f"{where}: The image has no URL.", param=where)
         url = url.strip()
         if url[:5].lower() == "data:":
-            return self.image_from_bytes(_decode(decode_data_url, url, where), where)
+            return _decode(decode_data_url, url, where)
         hosts = self.limits.image_hosts
         if not (is_http_url(url) and is_allowed_host(url, hosts)):
             raise RequestError(
@@ -90,12 +131,11 @@ class RequestReader:
             )
         seconds = self._deadline - time.monotonic()
         try:
-            data = fetch_bytes(
+            return fetch_bytes(
                 url, self.limits.max_body_bytes, seconds, lambda to: is_allowed_host(to, hosts)
             )
         except ImageError as error:
             raise RequestError(f"{where}: {error}", param=where) from error
-        return self.image_from_bytes(data, where)
 
     def image_from_base64(self, text: str, where: str) -> Image.Image:
         """The image of a base64 string. Raises RequestError."""
@@ -103,10 +143,12 @@ class RequestReader:
 
     def image_from_bytes(self, data: bytes, where: str, name: str = "image") -> Image.Image:
         """The image of a file's contents, called `name` in errors. Raises RequestError."""
+        return self.tokenizer.square(self._open(data, where, name))
+
+    def _open(self, data: bytes, where: str, name: str) -> Image.Image:
         try:
             exif_orientation = self.tokenizer.preprocessing.exif_orientation
-            image = read_untrusted_image(data, name, self.limits, exif_orientation)
-            return self.tokenizer.square(image)
+            return read_untrusted_image(data, name, self.limits, exif_orientation)
         except ImageError as error:
             raise RequestError(f"{where}: {error}", param=where) from error
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from PIL import Image
+
 from medley.data.document import Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions, Request
@@ -24,6 +26,7 @@ from medley.inference.interface import Prompt
 from medley.inference.model import Model
 from medley.inference.response import StreamEvent
 from medley.inference.stream_decoder import StreamDecoder
+from medley.serving.generated_images import GeneratedImages, content_hash
 from medley.serving.limits import Limits, QueueFullError, RequestError
 
 log = logging.getLogger("medley.serving")
@@ -69,8 +72,10 @@ class EngineWorker:
         limits: Limits,
         max_num_seqs: int = MAX_NUM_SEQS,
         chunk_size: int | None = None,
+        generated_images: GeneratedImages | None = None,
     ) -> None:
         self.name, self.model, self.limits = name, model, limits
+        self.generated_images = generated_images or GeneratedImages()
         model.engine.set_max_num_seqs(max_num_seqs)
         model.engine.set_chunk_size(chunk_size)
         model.engine.keep_idle_cache()
@@ -122,6 +127,11 @@ class EngineWorker:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    def remember_image(self, image: Image.Image, codes: Sequence[int]) -> None:
+        """Stores the image codes of a generated image, for the case that a client sends it back."""
+        token_space = self.model.image_tokenizer.fingerprint
+        self.generated_images.add(token_space, content_hash(image), codes)
 
     # --- prompts --------------------------------------------------------------------------
 

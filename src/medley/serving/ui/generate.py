@@ -126,7 +126,7 @@ async def generate_response(
 
 def _read_document(conversation: Conversation, worker: EngineWorker) -> Document:
     """The prompt, read within the limits of a request."""
-    reader = RequestReader(worker.limits, worker.model.image_tokenizer, worker.max_characters)
+    reader = RequestReader.of_worker(worker)
     reader.check_image_count(len(conversation.images))
 
     def read_part(part: MessagePart, where: str) -> ContentPart:
