@@ -12,7 +12,7 @@ META = torch.device("meta")
 _FACTORIES = ("empty", "zeros", "ones", "arange", "full", "scalar_tensor", "lift_fresh")
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that run on the device.
 
     Views cost nothing on the device and are not counted. A tensor of another device than `device`
@@ -21,7 +21,7 @@ class Operations(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device = META) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.counts: Counter[str] = Counter()
 

@@ -49,12 +49,11 @@ def varlen_by_sdpa(
     assert window_size == (-1, 0)
     bounds = starts.tolist()
     assert max(b - a for a, b in pairwise(bounds)) == longest == longest_k
-    parts = [
-        F.scaled_dot_product_attention(
-            *(t[a:b].transpose(0, 1) for t in (query, key, value)), is_causal=True, scale=scale
-        ).transpose(0, 1)
-        for a, b in pairwise(bounds)
-    ]
+    parts = []
+    for a, b in pairwise(bounds):
+        q, k, v = (t[a:b].transpose(0, 1) for t in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        parts.append(output.transpose(0, 1))
     return torch.cat(parts)
 
 

@@ -193,10 +193,15 @@ def test_size_classes_are_few_and_waste_at_most_a_third() -> None:
 
 
 def test_graphs_are_kept_by_size_and_dropped_with_the_cache() -> None:
-    graphs, made = GraphCache(torch.device("cpu")), []
+    graphs = GraphCache(torch.device("cpu"))
+    made: list[int] = []
 
     def get(allocations: int, key: int) -> int:
-        return graphs.get(allocations, key, lambda pool: made.append(key) or len(made))
+        def make(pool: Any) -> int:
+            made.append(key)
+            return len(made)
+
+        return graphs.get(allocations, key, make)
 
     assert get(0, 1) == get(0, 1) == 1
     assert get(0, 2) == 2
@@ -230,12 +235,17 @@ def test_text_and_images_by_graph_equal_single_steps(
     known = [model.encode_prompt([text]) for text in texts]
     requests = [Request(known[i % 2], o, i) for i, o in enumerate(options * 2)]
     made: list[Any] = []
-    for name in ("GraphedForward", "GraphedImageSteps"):
-        kind = getattr(cuda_graph, name)
-        monkeypatch.setattr(
-            f"medley.generation.model_runner.{name}",
-            lambda *a, kind=kind: made.append(kind) or kind(*a),
-        )
+
+    def record(kind: Any) -> Callable[..., Any]:
+        def make(*args: Any) -> Any:
+            made.append(kind)
+            return kind(*args)
+
+        return make
+
+    for kind in (GraphedForward, GraphedImageSteps):
+        name = f"medley.generation.model_runner.{kind.__name__}"
+        monkeypatch.setattr(name, record(kind))
     outputs = []
     for use_cuda_graph in (False, True):
         engine = Engine(
@@ -317,7 +327,7 @@ def test_a_token_costs_one_host_read(model: Model) -> None:
         engine.step()
     reads = 0
 
-    class Reads(Operations):
+    class Reads(Operations):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 import medley
+from medley.commands.model_options import ModelOptions
+from medley.commands.serve import ServeOptions, load_state
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, GenerationOutput, Request, kv_cache
 from medley.generation.cache_budget import CacheBudget, cache_demand
@@ -552,3 +554,29 @@ def test_free_memory_is_shared_by_the_models_of_a_process(
     for values in ((0.0, 0.9), (None, 0.0), (None, 1.1), (float("nan"), 0.9)):
         with pytest.raises(UserError, match="must be"):
             check_cache_limits(*values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"chunked_prefill_size": 0}, r"--chunked_prefill_size must be at least 1 \(got 0\)"),
+        ({"kv_cache_gb": -1.0}, r"--kv_cache_gb must be positive \(got -1.0\)"),
+        ({"gpu_memory_utilization": 90.0}, r"above 0, at most 1 \(got 90.0\)"),
+    ],
+)
+def test_flags_out_of_range_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ServeOptions(ckpt=["tiny"], **flags)
+
+
+def test_flags_reach_the_engine() -> None:
+    state = load_state(ServeOptions(ckpt=["a=tiny", "b=tiny"], kv_cache_gb=0.5, device="cpu"))
+    engines = [worker.model.engine for worker in state.workers.values()]
+    assert [engine.budget.max_bytes for engine in engines] == [250_000_000] * 2
+    assert [engine.scheduler.chunk_size for engine in engines] == [128, 128]
+    options = ServeOptions(ckpt=["tiny"], chunked_prefill_size=40, device="cpu")
+    engine = load_state(options).workers["tiny"].model.engine
+    assert engine.scheduler.chunk_size == 40
+    assert engine.budget.max_bytes is not None
+    model = ModelOptions(ckpt="tiny", kv_cache_gb=0.25, device="cpu").load()
+    assert model.engine.budget.max_bytes == 250_000_000

@@ -24,6 +24,8 @@ from medley.vqgan.precision import exact_float32
 from medley.vqgan.reference import ReferenceEncoder
 
 CPU = torch.device("cpu")
+# The old and the new interface of torch, one after the other.
+SETTERS: list[Any] = [torch.set_float32_matmul_precision, lambda _: enable_tf32(True)]
 PRODUCTS = [
     *[("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn")],
     *[("mkldnn", "matmul"), ("mkldnn", "conv")],
@@ -61,7 +63,7 @@ def some_pixels(count: int, size: int) -> Tensor:
         lambda: torch.set_float32_matmul_precision("medium"),
         lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
         lambda: enable_tf32(True),
-        lambda: (torch.set_float32_matmul_precision("high"), enable_tf32(True)),
+        lambda: [set_precision("high") for set_precision in SETTERS],
         lambda: enable_tf32(False),
     ],
     ids=["default", "medium", "legacy", "transformers", "mixed", "ieee"],

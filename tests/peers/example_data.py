@@ -16,7 +16,6 @@ import pytest
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.cli import main
 from medley.data.document import Document, Turn
-from medley.evaluation.judge_scores import parse_pair_as_llava
 from medley.evaluation.science_qa import parse_letter
 
 DATA = Path(os.environ["MEDLEY_PEERS"])
@@ -56,7 +55,7 @@ LLAMA_FACTORY: dict[str, tuple[int, int, int, str]] = {
     "dpo_zh_demo.json": (0, 0, 0, "ranks answers"),
     "glaive_toolcall_en_demo.json": (109, 0, 191, "tools"),
     "glaive_toolcall_zh_demo.json": (100, 0, 200, "tools"),
-    "reason_tool_use_demo_50.jsonl": (0, 0, 50, "tools"),
+    "reason_tool_use_demo_50.jsonl": (0, 0, 50, r"tools|'content' is not a string"),
     "mllm_video_demo.json": (0, 0, 3, "video"),
     "mllm_audio_demo.json": (0, 0, 3, "audio"),
     "mllm_video_audio_demo.json": (0, 0, 3, "video"),
@@ -76,7 +75,7 @@ def test_llama_factory(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     documents, bad = convert("sharegpt", path, tmp_path / "x.jsonl", capsys)
     assert (len(documents), len(bad)) == (count, refused)
     assert sum(len(document.images) for document in documents) == images
-    assert all(reason in line for line in bad)
+    assert all(re.search(reason, line) for line in bad)
     assert all(turn.parts for document in documents for turn in document.turns)
 
 
@@ -165,7 +164,8 @@ def test_llava_reviews_are_summarized(path: Path, tmp_path: Path) -> None:
     summary = json.loads(output.read_text())
     rows = read_rows(path)
     assert not summary["replies without two scores"]
-    assert summary["groups"]["overall"]["data_size"] == len(rows)
-    for row in rows:
-        first = row["text"].split("\n")[0]
-        assert parse_pair_as_llava(first) == [float(number) for number in row["score"]]
+    overall = summary["groups"]["overall"]
+    assert overall["data_size"] == len(rows)
+    for name, index in (("gpt4_score", 0), ("pred_score", 1)):
+        mean = sum(float(row["score"][index]) for row in rows) / len(rows)
+        assert overall[name] == pytest.approx(mean)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from medley.commands.model_options import ModelOptions
 from medley.errors import UserError
+from medley.generation.config import Mode
 from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.memory import (
     GPU_MEMORY_UTILIZATION,
@@ -57,6 +58,12 @@ class ServeOptions:
             long prompts do not hold up other requests; default 128 on a CPU, 512 on a GPU
         kv_cache_gb: gigabytes for keys and values of all models; default a share of the free memory
         gpu_memory_utilization: that share of the memory that is free after loading
+        default_mode: mode of requests that do not ask for images: text, image or any
+        images_as: form of images in responses, images (a field beside the text) or markdown
+        defaults: defaults of requests, NAME=VALUE[,NAME=VALUE ...], for example
+            repetition_penalty=1,temperature=0
+        strict_image_size: reject image sizes that the model cannot generate, instead of generating
+            its own size
         max_queue: maximum number of waiting requests of a model
         request_timeout: maximum seconds of a request
         body_timeout: maximum seconds to receive the body of a request
@@ -94,6 +101,10 @@ class ServeOptions:
     chunked_prefill_size: int | None = None
     kv_cache_gb: float | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    default_mode: Mode | None = None
+    images_as: Literal["images", "markdown"] | None = None
+    defaults: list[str] | None = None
+    strict_image_size: bool = False
     max_queue: int = Limits.max_queue
     request_timeout: float = Limits.request_timeout
     body_timeout: float = Limits.body_timeout
@@ -254,12 +265,19 @@ def require_serving_extras(options: ServeOptions) -> None:
 
 def load_state(options: ServeOptions) -> ServerState:
     """Loads the models; the state of a server, for `medley.serving.app.make_app`."""
+    from medley.serving.request_defaults import parse_defaults
     from medley.serving.state import ServerState
 
+    defaults = parse_defaults(
+        options.defaults or [], options.limits, options.default_mode, options.images_as,
+        options.strict_image_size,
+    )  # before the models are loaded
     models = load_models(options.models, options.load_checkpoint)
     limit_caches(list(models.values()), options.kv_cache_gb, options.gpu_memory_utilization)
     for name, model in models.items():
         print(f"{name}: {cache_summary(model)}", flush=True)
-    return ServerState.of_models(
+    state = ServerState.of_models(
         models, options.limits, options.token, options.max_num_seqs, options.chunked_prefill_size
     )
+    state.defaults = defaults
+    return state

@@ -72,7 +72,13 @@ class FusedDecoder:
         self._width = config.hidden_size // self._query_heads
         nbytes = sum(p.nbytes for layer in decoder.model.layers for p in layer.parameters())
         pack = nbytes <= MAX_PACKED_BYTES
-        self._layers = [self._fuse_layer(layer, pack) for layer in decoder.model.layers]
+        self._layers: list[_Layer] = []
+        for layer in decoder.model.layers:
+            self._layers.append(self._fuse_layer(layer, pack))
+            if self._embedding.device.type == "cuda":
+                # The freed matrices are too small for the next joined one: without this, a third
+                # of the weights stays reserved in pieces.
+                torch.cuda.empty_cache()
         positions = torch.arange(config.max_position_embeddings, device=self._embedding.device)
         cos, sin = decoder.model.rotary_emb(self._embedding, positions[None])
         half = self._width // 2

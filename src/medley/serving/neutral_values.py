@@ -91,7 +91,6 @@ CHAT: Mapping[str, Unserved] = {
     **_IGNORED,
 }
 IMAGES: Mapping[str, Unserved] = {
-    "response_format": Unserved("Images are returned as b64_json", (*OFF, "b64_json")),
     "quality": Unserved("Images have one quality", (*OFF, "auto", "standard")),
     "style": Unserved("Describe the style in the prompt", (*OFF, "vivid")),
     "background": Unserved("Images are opaque", (*OFF, "auto", "opaque")),

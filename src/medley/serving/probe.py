@@ -28,6 +28,8 @@ def probe(url: str, token: str | None) -> None:
             if models.status_code != 200:
                 raise UserError(f"{base}/v1/models: Status {models.status_code} ({models.text}).")
             for model in models.json()["data"]:
+                if model.get("root", model["id"]) != model["id"]:  # a name with a mode
+                    continue
                 body = {"model": model["id"], "max_tokens": 16, "mode": "text", "temperature": 0,
                         "messages": [{"role": "user", "content": "Hello"}]}  # fmt: skip
                 response = client.post("/v1/chat/completions", json=body)

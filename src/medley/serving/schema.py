@@ -32,6 +32,7 @@ from medley.serving.neutral_values import (
     drop_neutral_values,
 )
 
+ImagesAs = Literal["images", "markdown"]
 MAX_INT = 2**31 - 1
 MAX_SCALE = 100  # Larger scales may overflow the logits, which ends all running requests.
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -107,6 +108,16 @@ class GenerationFields(RequestFields):
     def num_choices(self) -> int:
         return self.n or 1
 
+    @property
+    def requested_mode(self) -> Mode | None:
+        """The mode that the request names; None for the default of the model or the server."""
+        return self.mode
+
+    @property
+    def asks_for_images(self) -> bool:
+        """Whether the request has options that make sense with images only."""
+        return self.min_images > 0 or bool(self.max_images)
+
     def to_options(
         self, mode: Mode, max_new_tokens: int, limits: Limits, **overrides: Any
     ) -> GenerationOptions:
@@ -164,9 +175,27 @@ class ChatRequest(GenerationFields):
     stop: StopStrings | None = None
     previews: Annotated[int, Field(ge=0, le=64)] = 0
     modalities: list[Literal["text", "image"]] | None = None
+    images_as: ImagesAs | None = None
 
-    def generation(self, limits: Limits) -> GenerationOptions:
-        """Generation options of the request. Raises RequestError for an invalid value."""
+    @property
+    def requested_mode(self) -> Mode | None:
+        """`mode`, or the mode of OpenRouter's `modalities`."""
+        outputs = {"text", "image"} & set(self.modalities or ())
+        if self.mode is not None or not outputs:
+            return self.mode
+        if len(outputs) == 2:
+            return "any"
+        return "text" if "text" in outputs else "image"
+
+    @property
+    def asks_for_images(self) -> bool:
+        return super().asks_for_images or self.previews > 0
+
+    def generation(self, limits: Limits, mode: Mode = "any") -> GenerationOptions:
+        """Generation options; `mode` is that of a request that names none.
+
+        Raises RequestError for an invalid value.
+        """
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         max_new_tokens = getattr(self, name) or limits.max_tokens
         if max_new_tokens > limits.max_tokens:
@@ -176,9 +205,6 @@ class ChatRequest(GenerationFields):
                 f"smaller {name} or none, or start the server with a larger --max_tokens.",
                 param=name,
             )
-        mode: Mode = "any"
-        if self.modalities is not None and len(modalities := set(self.modalities)) == 1:
-            mode = "text" if modalities == {"text"} else "image"
         sampling: dict[str, Any] = {}
         if self.temperature is not None and self.temperature >= MIN_TEMPERATURE:
             sampling["text_temperature"] = self.temperature
@@ -190,7 +216,7 @@ class ChatRequest(GenerationFields):
             sampling["text_top_p"] = self.top_p
         if self.top_k is not None:
             sampling["text_top_k"] = self._checked_top_k(self.top_k)
-        return self.to_options(self.mode or mode, max_new_tokens, limits, **sampling)
+        return self.to_options(self.requested_mode or mode, max_new_tokens, limits, **sampling)
 
     def _checked_top_k(self, top_k: int) -> int:
         """`top_k` is another name of `text_top_k`. Raises RequestError if they differ."""
@@ -214,18 +240,25 @@ class ImageRequest(GenerationFields):
 
     prompt: Annotated[str, Field(min_length=1)]
     model: str | None = None
-    size: Annotated[str, Field(max_length=32)] = "auto"
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = "auto"
+    response_format: Literal["b64_json", "url"] | None = None
 
-    def generation(self, limits: Limits, size: int) -> GenerationOptions:
-        """Generation options of one image; `size` is the model's image size.
+    def check_size(self, size: int, strict: bool = False) -> str | None:
+        """A note if the images have another size than requested; `size` is the model's only one.
 
-        Raises RequestError for an invalid value.
+        Raises RequestError instead of the note if `strict`.
         """
-        if self.size not in ("auto", f"{size}x{size}"):
+        if self.size in ("auto", f"{size}x{size}"):
+            return None
+        if strict:
             raise RequestError(
-                f"size: Unsupported (got {self.size!r}, expected {size}x{size} or auto).",
+                f"size: Unsupported (got {self.size}, expected {size}x{size} or auto).",
                 param="size",
             )
+        return f"size: {self.size} is not available. The images have {size}x{size} pixels."
+
+    def generation(self, limits: Limits) -> GenerationOptions:
+        """Generation options of one image. Raises RequestError for an invalid value."""
         if self.mode not in (None, "image"):
             raise RequestError(f"mode: Must be image (got {self.mode!r}).", param="mode")
         return self.to_options("image", limits.max_tokens, limits, min_images=1, max_images=1)

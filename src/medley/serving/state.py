@@ -15,9 +15,11 @@ from fastapi import Request
 from medley.errors import UserError
 from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.model import Model
+from medley.serving.generated_images import GeneratedImages
 from medley.serving.limits import Limits, QueueFullError, RequestError
 from medley.serving.metrics import Metrics
 from medley.serving.request_body import BodyMemory
+from medley.serving.request_defaults import RequestDefaults
 from medley.serving.response_stream import Chunk, ResponseStream
 from medley.serving.worker import EngineWorker
 
@@ -38,6 +40,7 @@ class ServerState:
         in_flight: API requests in progress
         on_shutdown: called before the server waits for open connections
         body_memory: limits the bytes of all request bodies
+        defaults: what a request means that leaves a field out
         decode_slots: limits the requests whose body is parsed, or images are decoded, at once
         instance: random id of the process, different after each start
     """
@@ -48,6 +51,7 @@ class ServerState:
         self.workers, self.limits, self.token = dict(workers), limits, token
         self.metrics = Metrics(self.workers)
         self.body_memory = BodyMemory(limits.received_bytes)
+        self.defaults = RequestDefaults()
         self.draining = False
         self.has_ui = False
         self.in_flight = 0
@@ -68,8 +72,9 @@ class ServerState:
         # The image tokenizer disables TF32 while it encodes. The setting belongs to the process:
         # of two concurrent threads, the first to end would enable it again for the other.
         torch.backends.cudnn.allow_tf32 = False
+        images = GeneratedImages()
         workers = {
-            name: EngineWorker(name, model, limits, max_num_seqs, chunk_size)
+            name: EngineWorker(name, model, limits, max_num_seqs, chunk_size, images)
             for name, model in models.items()
         }
         return cls(workers, limits, token)
@@ -110,6 +115,12 @@ class ServerState:
                     is_first = False
                 yield chunk
         self.metrics.request_seconds.labels(worker.name).observe(time.monotonic() - start)
+
+
+def get_state(request: Request) -> ServerState:
+    """The state of the server that handles a request."""
+    state: ServerState = request.app.state.medley
+    return state
 
 
 async def until_disconnect(
