@@ -28,10 +28,11 @@ from medley.serving.metrics import CONTENT_TYPE
 from medley.serving.request_body import LimitedBody, body_too_large, retry_headers
 from medley.serving.schema import ErrorBody
 from medley.serving.state import ServerState
+from medley.serving.unknown_urls import add_hints, shown_path
 from medley.version import __version__
 
 log = logging.getLogger("medley.serving")
-API_PREFIXES = ("/v1/", "/worker_", "/metrics", "/openapi.json")
+API_PREFIXES = ("/v1/", "/worker_", "/metrics", "/openapi.json", "/tokenize", "/detokenize")
 PUBLIC_PATHS = ("/health",)  # no token: load balancers request it
 UPLOAD_PATH = "/gradio_api/upload"
 MAX_UI_BODY = 4 << 20  # bytes of any other request of the web UI
@@ -63,6 +64,7 @@ def make_app(state: ServerState, allowed_origins: Collection[str] = ()) -> FastA
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
     # Other paths of the API and other methods: without this route they would reach the web UI.
     app.router.routes.append(Route("/v1/{path:path}", openai_api.router, include_in_schema=False))
+    add_hints(app)
     add_error_handlers(app)
     timeout = state.limits.request_timeout + TRANSFER_SECONDS
     app.add_middleware(RequestMiddleware, state=state, timeout=timeout)
@@ -154,7 +156,10 @@ class RequestMiddleware:
             # Health checks and the web UI's files are requested all the time.
             is_notable = status >= 400 or path.startswith(API_PREFIXES)
             level = logging.INFO if is_notable else logging.DEBUG
-            log.log(level, "%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
+            shown = shown_path(scope["path"]) if status == 404 else path
+            log.log(
+                level, "%s %s %s %d %.3f s", request_id, scope["method"], shown, status, seconds
+            )
 
     def _check(self, scope: Scope) -> RequestError | None:
         """The reason to reject a request before its body is read."""

@@ -15,6 +15,7 @@ from medley.generation.scheduler import ContextLengthError
 from medley.serving.limits import RequestError
 from medley.serving.request_body import retry_headers
 from medley.serving.state import error_body
+from medley.serving.unknown_urls import shown_path, unknown_url
 from medley.utils.files import escape_name
 
 log = logging.getLogger("medley.serving")
@@ -114,18 +115,16 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> RequestError:
-    path, cause = repr(request.url.path[:_SHOWN])[1:-1], error.__cause__
+    cause = error.__cause__
     if isinstance(cause, RequestError):  # of a body beyond a limit
         return cause
     if error.status_code == 404:
-        return RequestError(
-            f"{request.method} {path} is not served. GET /openapi.json lists what is, for example "
-            "POST /v1/chat/completions.",
-            404,
-        )
+        return unknown_url(request)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        return RequestError(f"{path} does not support {request.method}. Use {allowed}.", 405)
+        return RequestError(
+            f"{shown_path(request.url.path)} does not support {request.method}. Use {allowed}.", 405
+        )
     if error.status_code == 400 and isinstance(cause, Exception):  # FastAPI cannot parse the body.
         return _unreadable_body(cause)
     return RequestError(str(error.detail), error.status_code)

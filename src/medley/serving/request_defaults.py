@@ -35,7 +35,7 @@ class RequestDefaults:
         strict_image_size: whether an image size that the model cannot generate is rejected
     """
 
-    mode: Mode = "text"
+    mode: Mode = "any"
     images_as: ImagesAs = "images"
     values: Mapping[str, Any] = field(default_factory=dict)
     strict_image_size: bool = False
