@@ -5,29 +5,22 @@ The sizes of the published models are here and nowhere in the package.
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from medley.checkpoints.chameleon import write_model
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.data.vocabulary import Vocabulary
-from medley.images.preprocess import Preprocessing
 from medley.modeling.chameleon import ChameleonForConditionalGeneration
 from medley.modeling.dims import ModelDims
-from medley.vqgan.files import to_hugging_face_config, write_vqgan
+from medley.vqgan.files import to_hugging_face_config
 from medley.vqgan.model import VQGAN, VQGANConfig
 
 STD = 0.02  # of random weights
-_POOL = 1 << 24  # random numbers that large weights repeat, since drawing billions takes minutes
 _MIN_VOCABULARY = 9472  # the special tokens, all image tokens, and some text
 
 
@@ -85,6 +78,19 @@ def num_weights(dims: ModelDims) -> int:
     return dims.layers * layer + 2 * dims.vocabulary_size * dims.width
 
 
+def resized(size: ModelSize, layers: int | None, width: int | None) -> ModelSize:
+    """The same model with other numbers of layers and heads; the heads keep their width."""
+    dims = size.decoder
+    heads = dims.heads if width is None else max(1, width * dims.heads // dims.width)
+    grouped = dims.heads // dims.key_value_heads
+    decoder = replace(
+        dims, layers=layers or dims.layers, width=dims.width // dims.heads * heads, heads=heads,
+        key_value_heads=max(1, heads // grouped),
+        feed_forward=max(1, dims.feed_forward * heads // dims.heads // 128) * 128,
+    )  # fmt: skip
+    return replace(size, decoder=decoder)
+
+
 def tiny_vocabulary() -> Vocabulary:
     return open_checkpoint("tiny").text_tokenizer().vocabulary
 
@@ -139,68 +145,3 @@ def random_squares(count: int, side: int, seed: int = 0) -> Tensor:
     noise = torch.rand(count, 3, side, side, generator=generator)
     pixels = (0.8 * smooth + 0.2 * noise) * 255
     return pixels.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
-
-
-def random_tensors(dims: ModelDims, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A decoder's tensors under Hugging Face's names, one at a time, from one pool of numbers."""
-    pool = (torch.randn(_POOL, generator=torch.Generator().manual_seed(0)) * STD).to(dtype)
-    for number, (name, shape) in enumerate(decoder_shapes(dims).items()):
-        if "norm" in name:
-            yield name, torch.full(shape, float(name.endswith("weight")), dtype=dtype)
-            continue
-        count = torch.Size(shape).numel()
-        start = number * 7919 % _POOL
-        rolled = torch.cat([pool[start:], pool[:start]])
-        yield name, rolled.repeat(-(-count // _POOL))[:count].reshape(shape)
-
-
-def decoder_shapes(dims: ModelDims) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a decoder's tensors, without those of a VQGAN."""
-    small = replace(SIZES["tiny"], decoder=dims)
-    with torch.device("meta"):
-        state = ChameleonForConditionalGeneration(make_config(small)).state_dict()
-    return {name: tuple(t.shape) for name, t in state.items() if ".vqmodel." not in name}
-
-
-def make_text_tokenizer(size: int) -> dict[str, Any]:
-    """The content of a `text_tokenizer.json` with `size` ids: `tiny`'s, and longer merges.
-
-    The new tokens are pairs of its tokens that occur within words, so that texts use some of them.
-    """
-    parsed = copy.deepcopy(open_checkpoint("tiny").text_tokenizer().parsed)
-    vocab, merges = parsed["model"]["vocab"], parsed["model"]["merges"]
-    vocabulary = tiny_vocabulary()
-    pieces = [name for name, id_ in vocab.items() if id_ in vocabulary.text_tokens]
-    inner = [piece for piece in pieces if piece.isalpha() and piece.isascii()]
-    pairs = ((left, right) for right in inner for left in pieces if left.strip("Ġ").isalpha())
-    for left, right in pairs:
-        if len(vocab) >= size:
-            return parsed
-        if left + right not in vocab:
-            vocab[left + right] = len(vocab)
-            merges.append([left, right])
-    raise ValueError(f"{size} ids are more than pairs of tokens give ({len(vocab)})")
-
-
-def write_random_checkpoint(folder: Path, size: ModelSize, dtype: torch.dtype) -> None:
-    """Writes a random checkpoint in Chameleon's layout. At most one tensor is in memory."""
-    dims = size.decoder
-    passes = iter((True, False))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        if next(passes):  # the first pass needs shapes only
-            shapes = decoder_shapes(dims)
-            return ((n, torch.empty(s, dtype=dtype, device="meta")) for n, s in shapes.items())
-        return random_tensors(dims, dtype)
-
-    write_vqgan(folder / "tokenizer", make_vqgan(size.vqgan), Preprocessing())
-    parsed = make_text_tokenizer(dims.vocabulary_size)
-    (folder / "tokenizer" / "text_tokenizer.json").write_text(json.dumps(parsed), "utf-8")
-    write_model(folder / "models" / "random", dims, tensors)
-
-
-def release(*modules: nn.Module | None) -> None:
-    """Frees the weights of modules that something may still refer to."""
-    for module in modules:
-        if module is not None:
-            module.to("meta")

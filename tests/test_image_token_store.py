@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -150,8 +151,11 @@ def test_partition_is_written_after_its_last_batch(tmp_path: Path) -> None:
         ImageBatch(partition, False, ["0.png", "1.png"], ["", "1.png: broken"], images[0]),
         ImageBatch(partition, True, ["2.png"], [""], images[1]),
     ]
-    encode = lambda own: own.flatten(1)[:, :2].long()  # noqa: E731
-    for number, _ in enumerate(encode_partitions(batches, encode, tmp_path, 1)):
+
+    def start(images: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: images.flatten(1)[:, :2].long()
+
+    for number, _ in enumerate(encode_partitions(batches, start, tmp_path, 1)):
         assert bool(finished_partitions(tmp_path)) is False, number
     path = finished_partitions(tmp_path)[3]
     assert pq.read_table(path).to_pylist() == [

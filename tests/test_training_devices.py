@@ -122,7 +122,7 @@ def test_losses_are_checked_before_the_weights_change(training_data: Path, tmp_p
     first = dataset.document_names(2)[0]
     with pytest.raises(UserError, match=rf"loss is inf at step 1.*{first}"):
         trainer.callback_handler.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
-    trainer.check_losses()  # of the next step: there are none yet
+    trainer.check_losses()  # of the next step: that step has no loss yet
 
 
 def test_kernels_get_the_documents_of_the_batch_on_its_device(

@@ -156,9 +156,7 @@ def test_zero_on_two_ranks_equals_one_process_and_resumes_on_one_rank(
     assert "To keep the batch on 1 rank(s), pass --global_bs 4" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("trainable", "stage"), [("full", 2), ("full", 3), ("lora+image_head", 3)]
-)
+@pytest.mark.parametrize(("trainable", "stage"), [("full", 2), ("full", 3), ("lora+image_head", 3)])
 def test_a_trained_head_under_zero_on_two_ranks_equals_one_process(
     training_data: Path, tmp_path: Path, trainable: str, stage: int
 ) -> None:

@@ -3,12 +3,15 @@
 Questions are LLaVA's files: JSON Lines (question_id, image, text), or a JSON list as in LLaVA-Med's
 VQA data (id, image, conversations). `--format` reads any other dataset that `medley convert` reads.
 Answers are appended as they are ready; the same command resumes an interrupted run.
+With `--choices` nothing is generated: each answer is the most probable choice, with the
+probabilities of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,13 @@ from medley.evaluation.answer_shards import (
     run_on_devices,
     split_answers,
 )
-from medley.evaluation.answering import answer_once, answer_twice
+from medley.evaluation.answering import answer_once, answer_twice, score_choices
+from medley.evaluation.question_choices import CHOICE, choices_of, parse_choices
 from medley.evaluation.questions import Question
-from medley.generation import Mode
+from medley.generation import GenerationOptions, Mode
 from medley.inference.batch import save_images
+from medley.inference.choice_scoring import ChoiceScore, ScoringOptions, most_probable
+from medley.inference.model import Model
 from medley.inference.response import Response
 from medley.utils.cli_options import resolved
 from medley.utils.jsonl import append_jsonl
@@ -44,6 +50,8 @@ from medley.utils.run_identity import check_same_run, run_identity
 _NOT_IN_IDENTITY = (
     "output", "batch_size", "deterministic", "device", "devices", "num_chunks", "chunk_idx",
 )  # fmt: skip
+_CHOICE_OPTIONS = ("choices_template", "choices_per_token", "choices_prior", "choices_end")
+_GENERATION_OPTIONS = tuple(sorted({*GenerationOptions.__dataclass_fields__} - {"mode"}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,12 @@ class AnswerOptions(BatchOptions, QuestionOptions):
         devices: GPUs that each answer one chunk, such as 0-7 or 0,2; the answers are then merged
         answer_prompter: request a second, short answer and append it to the first one, as LLaVA
         model_id: name of the model in the answer file; by default the checkpoint's name
+        choices: answer by scoring these choices, such as yes,no; record for those of each
+            question's record (PMC-VQA, ScienceQA), letters for A, B, ... in their place
+        choices_template: text that is scored for a choice, with {choice} in it
+        choices_per_token: divide the log-likelihood of a choice by its number of tokens
+        choices_prior: subtract its log-likelihood after the question without its images
+        choices_end: score the end of the response after the choice as well
     """
 
     questions: Path
@@ -67,6 +81,11 @@ class AnswerOptions(BatchOptions, QuestionOptions):
     devices: str | None = None
     answer_prompter: bool = False
     model_id: str | None = None
+    choices: list[str] | None = None
+    choices_template: str = CHOICE
+    choices_per_token: bool = ScoringOptions.per_token
+    choices_prior: bool = ScoringOptions.prior_correction
+    choices_end: bool = ScoringOptions.with_end
     mode: Mode = "text"
 
     def __post_init__(self) -> None:
@@ -85,11 +104,40 @@ class AnswerOptions(BatchOptions, QuestionOptions):
             )
         if self.answer_prompter and self.mode != "text":
             raise UserError("--answer_prompter requires --mode text.")
+        self._check_choices()
         self.check_batch_size()
         self.generation()
 
+    def _check_choices(self) -> None:
+        if self.choices is None:
+            for name in self._differing(_CHOICE_OPTIONS):
+                raise UserError(f"--{name} requires --choices.")
+            return
+        parse_choices(self.choices)
+        if CHOICE not in self.choices_template:
+            raise UserError(
+                f"--choices_template {self.choices_template}: Expected {CHOICE} in the text."
+            )
+        if self.answer_prompter or self.mode != "text":
+            other = "--answer_prompter" if self.answer_prompter else f"--mode {self.mode}"
+            raise UserError(f"{other} generates a response, --choices does not. Remove one.")
+
+    def warn_of_ignored(self) -> None:
+        ignored = [] if self.choices is None else self._differing(_GENERATION_OPTIONS)
+        if ignored:
+            names = ", ".join(f"--{name}" for name in ignored)
+            print(f"--choices generates nothing: {names} without effect", file=sys.stderr)
+
+    def _differing(self, names: Sequence[str]) -> list[str]:
+        """The options that do not have their defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def identity(self) -> dict[str, Any]:
-        return run_identity(self, _NOT_IN_IDENTITY, questions=self.questions)
+        ignored: tuple[str, ...] = _NOT_IN_IDENTITY
+        ignored += ("choices", *_CHOICE_OPTIONS) if self.choices is None else _GENERATION_OPTIONS
+        identity = run_identity(self, ignored, questions=self.questions)
+        return identity | ({} if self.choices is None else {"choices": parse_choices(self.choices)})
 
 
 def answer(options: AnswerOptions) -> None:
@@ -97,6 +145,10 @@ def answer(options: AnswerOptions) -> None:
     if options.devices is not None and options.device != "cpu":
         check_devices(options.devices, devices)
     questions = options.questions_in(options.questions)
+    choices = None
+    if options.choices is not None:
+        choices = choices_of(questions, parse_choices(options.choices))
+    options.warn_of_ignored()
     if options.output.exists():
         recorded = read_manifest(options.output).get("options", {})
         check_same_run(recorded, options.identity(), options.output)
@@ -114,30 +166,55 @@ def answer(options: AnswerOptions) -> None:
         sort_answers(options.output, keys)
         return
     model = options.load(min(options.max_num_seqs, len(pending)))
-    name = options.model_id or model_name(options.ckpt)
-    answer_questions = answer_twice if options.answer_prompter else answer_once
-    answers = answer_questions(
-        model, [question.prompt for question in questions], pending, options.generation(model),
-        options.max_num_seqs,
-    )  # fmt: skip
     failed: list[str] = []
-    for number, response in tqdm(answers, desc="answering", unit=" answers", total=len(pending)):
-        if isinstance(response, Response):
-            folder = options.output.with_name(f"{options.output.stem}_images")
-            images = [
-                f"{folder.name}/{path.name}"
-                for path in save_images(folder, f"{number:06d}", response)
-            ]
-            row = format_answer(questions[number], response.text, name, images)
-            append_jsonl(options.output, row)
+    answers = _answers(options, model, questions, choices, pending)
+    for number, result in tqdm(answers, desc="answering", unit=" answers", total=len(pending)):
+        if isinstance(result, str):
+            failed.append(f"question {questions[number].identifier}: {result}")
         else:
-            failed.append(f"question {questions[number].identifier}: {response}")
+            append_jsonl(options.output, _row(options, questions[number], number, result))
     sort_answers(options.output, keys)
     print(f"{len(own) - len(failed)} answers in {options.output}")
     if failed:
         raise PartialFailure(
             f"{len(failed)} of {len(own)} questions were not answered. First error: {failed[0]}"
         )
+
+
+def _answers(
+    options: AnswerOptions,
+    model: Model,
+    questions: Sequence[Question],
+    choices: Sequence[Sequence[str] | UserError] | None,
+    pending: Sequence[int],
+) -> Iterator[tuple[int, Response | list[ChoiceScore] | str]]:
+    """Yields (number, answer or error message) for the questions whose numbers are `pending`."""
+    prompts = [question.prompt for question in questions]
+    if choices is not None:
+        scoring = ScoringOptions(
+            options.choices_per_token, options.choices_prior, options.choices_end
+        )
+        return score_choices(
+            model, prompts, pending, choices, options.choices_template, scoring,
+            options.max_num_seqs,
+        )  # fmt: skip
+    answer_questions = answer_twice if options.answer_prompter else answer_once
+    return answer_questions(
+        model, prompts, pending, options.generation(model), options.max_num_seqs
+    )
+
+
+def _row(
+    options: AnswerOptions, question: Question, number: int, answer: Response | list[ChoiceScore]
+) -> dict[str, Any]:
+    """The row of an answer. Writes its generated images beside the answer file."""
+    name = options.model_id or model_name(options.ckpt)
+    if isinstance(answer, list):
+        return format_answer(question, most_probable(answer).text, name, choices=answer)
+    folder = options.output.with_name(f"{options.output.stem}_images")
+    paths = save_images(folder, f"{number:06d}", answer)
+    images = [f"{folder.name}/{path.name}" for path in paths]
+    return format_answer(question, answer.text, name, images)
 
 
 def _answer_on_devices(

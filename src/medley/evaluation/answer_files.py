@@ -6,11 +6,13 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from medley.evaluation.questions import Question
 from medley.inference.batch import read_existing
+from medley.inference.choice_scoring import ChoiceScore
 from medley.utils.jsonl import write_jsonl
 
 Item = TypeVar("Item")
@@ -49,9 +51,17 @@ def model_name(ckpt: str) -> str:
 
 
 def format_answer(
-    question: Question, text: str, model_id: str, images: Sequence[str] = ()
+    question: Question,
+    text: str,
+    model_id: str,
+    images: Sequence[str] = (),
+    choices: Sequence[ChoiceScore] = (),
 ) -> dict[str, Any]:
-    """A row of LLaVA's answer file. Its metadata lists the files of generated images."""
+    """A row of LLaVA's answer file. Its metadata lists the files of generated images.
+
+    The row has `choices` if there are any.
+    """
+    scores = {"choices": [asdict(choice) for choice in choices]} if choices else {}
     return {
         "question_id": question.identifier,
         "prompt": question.raw_text,
@@ -59,6 +69,7 @@ def format_answer(
         "answer_id": secrets.token_urlsafe(16),
         "model_id": model_id,
         "metadata": {"images": list(images)} if images else {},
+        **scores,
     }
 
 

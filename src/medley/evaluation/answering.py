@@ -1,4 +1,4 @@
-"""Answers of a model to questions: one response each, or two as LLaVA's --answer-prompter."""
+"""Answers of a model to questions: a response, two as LLaVA's --answer-prompter, or a choice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from medley.data.document import Document, Turn
 from medley.errors import UserError
+from medley.evaluation.question_choices import CHOICE
 from medley.generation import GenerationOptions
 from medley.inference.batch import generate_all
+from medley.inference.choice_scoring import ChoiceScore, ScoringOptions, score_all
 from medley.inference.model import Model
 from medley.inference.response import Response
 
@@ -75,3 +77,31 @@ def answer_twice(
 
 def _append_turns(prompt: Document, response: str, question: Turn) -> Document:
     return Document((*prompt.turns, Turn("assistant", (response,)), question))
+
+
+def score_choices(
+    model: Model,
+    prompts: Sequence[Document],
+    pending: Sequence[int],
+    choices: Sequence[Sequence[str] | UserError],
+    template: str,
+    options: ScoringOptions,
+    batch_size: int,
+) -> Iterator[tuple[int, list[ChoiceScore] | str]]:
+    """Yields (number, scores of the choices or error message) for the numbers in `pending`.
+
+    `choices` are those of each prompt, or why it has none. The text that is scored is `template`
+    with the choice in place of {choice}.
+    """
+    scored = {n: own for n in pending if not isinstance(own := choices[n], UserError)}
+    yield from ((number, str(choices[number])) for number in pending if number not in scored)
+    requests = (
+        (number, prompts[number], [template.replace(CHOICE, choice) for choice in own])
+        for number, own in scored.items()
+    )
+    for number, result in score_all(model, requests, options, batch_size):
+        if isinstance(result, str):
+            yield number, result
+        else:
+            pairs = zip(scored[number], result, strict=True)
+            yield number, [replace(score, text=choice) for choice, score in pairs]

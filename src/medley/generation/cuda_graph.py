@@ -132,19 +132,21 @@ class GraphCache:
 
 
 class GraphedForward:
-    """One decode step of any sequences: tokens and positions -> states."""
+    """One decode step of any sequences: tokens and positions (R, T) -> states (R, T, D)."""
 
     def __init__(
         self, fused: FusedDecoder, cache: KeyValueCache, device: torch.device, slots: int,
-        length: int, pool: Any,
+        width: int, length: int, pool: Any,
     ) -> None:  # fmt: skip
         self._fused, self._cache, self._length = fused, cache, length
-        self._inputs = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(2, slots, width, dtype=torch.int64, device=device)
         self._states: Tensor | None = None
         self._run = CapturedStep(self._decode, device, pool)
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Token and position of each slot -> their states (R, D), valid until the next call."""
+    def __call__(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Tokens and positions of each slot -> their states (R, T, D), until the next call."""
         self._inputs.copy_(torch.tensor([tokens, positions]))
         self._run()
         assert self._states is not None
@@ -219,9 +221,9 @@ class GraphedImageSteps:
         slots = len(self._tokens)
         tokens, positions, owners = [0] * slots, [0] * slots, [0] * slots
         for number, sequence in enumerate(sequences):
-            assert sequence.next_token is not None
+            (token,) = sequence.pending
             for branch in sequence.branches:
-                tokens[branch.slot], positions[branch.slot] = sequence.next_token, branch.length
+                tokens[branch.slot], positions[branch.slot] = token, branch.length
                 owners[branch.slot] = number
         rows = [*sequences, *[sequences[-1]] * (len(self._cfg_slots) - len(sequences))]
         options = [row.request.options for row in rows]
@@ -250,7 +252,9 @@ class GraphedImageSteps:
 
     def _decode(self) -> None:
         """One step on the buffers."""
-        states = decode_at(self._fused, self._cache, self._tokens, self._positions, self._length)
+        states = decode_at(
+            self._fused, self._cache, self._tokens[:, None], self._positions[:, None], self._length
+        )[:, 0]
         logits = self._head(states).float()
         full, image_cond, uncond = logits[self._cfg_slots].unbind(1)
         guided = apply_cfg(full, image_cond, uncond, self._scale_text, self._scale_image)
@@ -268,7 +272,7 @@ class GraphedImageSteps:
 def decode_at(
     fused: FusedDecoder, cache: KeyValueCache, tokens: Tensor, positions: Tensor, length: int
 ) -> Tensor:
-    """One token of each of the first slots at positions (R,) below `length` -> states (R, D)."""
-    cache.set_write_positions(0, positions[:, None], length)
-    visible = torch.arange(length, device=positions.device) <= positions[:, None]
-    return fused(tokens, positions, visible[:, None, None], cache)
+    """Tokens of the first slots at positions (R, T) below `length` -> states (R, T, D)."""
+    cache.set_write_positions(0, positions, length)
+    visible = torch.arange(length, device=positions.device) <= positions[..., None]
+    return fused(tokens, positions, visible[:, None], cache)

@@ -7,6 +7,7 @@ ends with an error and the others continue.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -26,7 +27,9 @@ from medley.generation.sequence import (
     PrefillPart,
     Request,
     SequenceState,
+    Window,
 )
+from medley.generation.speculation import Speculation, Speculator
 
 MAX_NUM_SEQS = 32  # sequences that run at the same time, by default
 # Prompt tokens between two decode steps: enough to use the device well, and few enough that running
@@ -62,6 +65,7 @@ class Engine:
             vocabulary, codes_per_image, self.runner.max_seq_len, max_num_seqs, self.budget
         )
         self.sampler = Sampler(masks)
+        self.speculator = Speculator(codes_per_image, device.type == "cpu")
         self._prefill_passes = 0  # since the last decode step
 
     @property
@@ -91,6 +95,10 @@ class Engine:
         if chunk_size is None:
             chunk_size = CHUNK_SIZES.get(self.runner.device.type, ACCELERATOR_CHUNK_SIZE)
         self.scheduler.chunk_size = chunk_size
+
+    def set_speculation(self, setting: Speculation) -> None:
+        """How many codes of an image a pass draws at most; the output does not depend on it."""
+        self.speculator.set(setting)
 
     def keep_idle_cache(self) -> None:
         """Keeps memory for one guided sequence while no request runs, instead of freeing it."""
@@ -213,7 +221,7 @@ class Engine:
         self.scheduler.have_read(parts)
         for sequence, _ in first_tokens:
             self.scheduler.start(sequence)
-        self._append([sequence for sequence, _ in first_tokens], [t for _, t in first_tokens])
+        self._append([sequence for sequence, _ in first_tokens], [[t] for _, t in first_tokens])
         return True
 
     def _read(self, parts: Sequence[PrefillPart]) -> list[tuple[SequenceState, int]]:
@@ -223,9 +231,10 @@ class Engine:
         """
         try:
             sequences = self.runner.prefill(parts)
-            tokens = self.sampler(sequences, None, self.runner.logits)
+            windows = [Window(sequence, [], 1) for sequence in sequences]
+            tokens = self.sampler(windows, None, self.runner.logits)
             self.runner.advance_prefills(parts)
-            return list(zip(sequences, tokens, strict=True))
+            return [(s, own[0]) for s, own in zip(sequences, tokens, strict=True)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -252,25 +261,32 @@ class Engine:
 
     def _decode(self) -> None:
         running = list(self.scheduler.running)
-        if not self.scheduler.reading and (steps := self.runner.graph_steps(running)):
+        can_use_graph = not self.scheduler.reading and not self.speculator.is_on
+        if can_use_graph and (steps := self.runner.graph_steps(running)):
             tokens = self.runner.decode_images(running, steps, self.sampler.image_tokens)
-            for sequence, own in zip(running, tokens, strict=True):
-                for token in own:
-                    self.scheduler.append(sequence, token)
+            self._append(running, tokens)
             return
-        states = self.runner.decode(running)
-        tokens_of_step = self.sampler(running, states, self.runner.logits)
-        self.runner.advance(running)
-        self._append(running, tokens_of_step)
+        start = time.thread_time()  # other load does not count
+        windows = self.speculator.windows(running)
+        states = self.runner.decode(windows)
+        drawn = self.sampler(windows, states, self.runner.logits)
+        accepted = self.speculator.accept(windows, drawn, time.thread_time() - start)
+        self.runner.advance(windows, accepted)
+        self._append(running, accepted)
 
-    def _append(self, sequences: Sequence[SequenceState], tokens: Sequence[int]) -> None:
-        """Appends one token to each sequence; opens and closes guidance branches."""
+    def _append(self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]]) -> None:
+        """Appends new tokens to each sequence; opens and closes guidance branches.
+
+        The end-of-image token must follow the last code of an image: it needs no pass.
+        """
         beginning: list[SequenceState] = []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self.scheduler.append(sequence, token)
-            if token == self.vocabulary.begin_image and sequence.request.options.uses_cfg:
+        for sequence, own in zip(sequences, tokens, strict=True):
+            for token in own:
+                self.scheduler.append(sequence, token)
+            if own[-1] == self.vocabulary.begin_image and sequence.request.options.uses_cfg:
                 beginning.append(sequence)
-            elif token == self.vocabulary.end_image:
+            elif sequence.grammar.in_image and sequence.grammar.forced_token() is not None:
+                self.scheduler.append(sequence, self.vocabulary.end_image)
                 self.runner.close_cfg_branches(sequence)
         for sequence in beginning:
             if sequence.grammar.finish_reason is None:

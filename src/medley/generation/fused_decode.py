@@ -5,8 +5,8 @@ the rotations of query and key heads are one operation each. The modules' weight
 the fused weights, so that no weight is stored twice. The result equals that of transformers'
 modules up to rounding.
 
-Shapes: R branches, D model width, H query heads, G key-value heads, K head width, L longest
-length, F width of the feed-forward part.
+Shapes: R branches, T new tokens of each, D model width, H query heads, G key-value heads, K head
+width, L longest length, F width of the feed-forward part.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _fuse_weights(*modules: nn.Linear) -> Tensor:
 
 
 class FusedDecoder:
-    """One token of each branch -> normalized last hidden states (R, D)."""
+    """New tokens of each branch -> normalized last hidden states (R, T, D)."""
 
     def __init__(self, decoder: Decoder) -> None:
         config = decoder.config
@@ -102,33 +102,36 @@ class FusedDecoder:
     def __call__(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor:
-        """Tokens and positions int64 (R,), mask bool (R, 1, 1, L) or None if nothing is masked.
+        """Tokens and positions int64 (R, T), mask bool (R, 1, T, L), None if nothing is masked.
 
         Call `cache.set_write_positions` before.
         """
         if mask is not None:
             mask = additive_mask(mask, self._embedding.dtype)
-        states = F.embedding(tokens, self._embedding)
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        states = F.embedding(tokens.flatten(), self._embedding)  # (R T, D), as all below
+        rotations = positions.flatten()
+        cos, sin = self._cos[rotations][:, None], self._sin[rotations][:, None]
         for index, layer in enumerate(self._layers):
             if self._swin:
-                attended = self._attend(states, layer, index, cos, sin, mask, cache)
+                attended = self._attend(states, layer, index, cos, sin, mask, cache, len(tokens))
                 states = states + self._rms_norm(attended, layer.attention_norm)
                 fed = self._feed_forward(states, layer)
                 states = states + self._rms_norm(fed, layer.feed_forward_norm)
             else:
                 normed = self._rms_norm(states, layer.attention_norm)
-                states = states + self._attend(normed, layer, index, cos, sin, mask, cache)
+                states = states + self._attend(
+                    normed, layer, index, cos, sin, mask, cache, len(tokens)
+                )
                 normed = self._rms_norm(states, layer.feed_forward_norm)
                 states = states + self._feed_forward(normed, layer)
-        return self._rms_norm(states, self._norm)
+        return self._rms_norm(states, self._norm).view(*tokens.shape, -1)
 
     def _rms_norm(self, states: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(states, weight.shape, weight, self._eps)
 
     def _attend(
         self, states: Tensor, layer: _Layer, index: int, cos: Tensor, sin: Tensor,
-        mask: Tensor | None, cache: KeyValueCache,
+        mask: Tensor | None, cache: KeyValueCache, branches: int,
     ) -> Tensor:  # fmt: skip
         num_rotated = self._query_heads + self._key_heads
         heads = layer.query_key_value(states).view(-1, num_rotated + self._key_heads, self._width)
@@ -136,13 +139,15 @@ class FusedDecoder:
         rotated = F.layer_norm(rotated, (self._width,), None, None, _HEAD_NORM_EPS)
         rotated = torch.addcmul(layer.head_shift, rotated, layer.head_scale)
         rotated = torch.addcmul(rotated * cos, rotated.roll(self._width // 2, -1), sin)
-        query = rotated[:, : self._query_heads, None]
-        key, value = rotated[:, self._query_heads :, None], heads[:, num_rotated:, None]
+        by_branch = rotated.view(branches, -1, num_rotated, self._width).transpose(1, 2)
+        query, key = by_branch[:, : self._query_heads], by_branch[:, self._query_heads :]
+        value = heads.view(branches, -1, num_rotated + self._key_heads, self._width)
+        value = value[:, :, num_rotated:].transpose(1, 2)
         keys, values = cache.update(key, value, index)
         attended = F.scaled_dot_product_attention(
             query, keys, values, mask, enable_gqa=self._key_heads != self._query_heads
         )
-        return layer.output(attended.flatten(1))
+        return layer.output(attended.transpose(1, 2).reshape(len(states), -1))
 
     def _feed_forward(self, states: Tensor, layer: _Layer) -> Tensor:
         gate, up = layer.gate_up(states).chunk(2, -1)

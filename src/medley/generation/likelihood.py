@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from medley.errors import UserError
 from medley.generation.engine import Engine
@@ -38,36 +39,28 @@ class Continuations(NamedTuple):
         return len(self.prompt) + max(longest, min(MAX_CHOICE_TOKENS, sum(map(len, self.choices))))
 
 
-class PromptCache:
-    """Keys and values of prompts, as transformers' attention layers expect a cache.
+class PromptCache(DynamicCache):  # type: ignore[misc]  # transformers' classes are not typed
+    """Keys and values of prompts.
 
-    The first pass writes them. Later ones read them, and what these add is not kept.
+    The first pass writes them. Later ones read them, and what these add is not kept: a pass that
+    does not write needs a 4-D mask, with which transformers asks the cache for no lengths.
     """
 
-    is_compileable = False
-
     def __init__(self) -> None:
-        self.length = 0  # P, 0 until the prompts are read
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        super().__init__()
+        self.is_read = False  # whether the prompts are
+        self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
         """New keys and values (B, H, T, W) -> those of the prompt and the new ones."""
-        if not self.length:
-            self._layers[layer_idx] = keys, values
-            return keys, values
-        prompt_keys, prompt_values = self._layers[layer_idx]
-        return torch.cat([prompt_keys, keys], 2), torch.cat([prompt_values, values], 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def get_max_length(self) -> int | None:
-        return None
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.length + query_length, 0
+        if not self.is_read:
+            pair = super().update(key_states, value_states, layer_idx, *rest, **named)
+            self._prompts[layer_idx] = pair
+            return self._prompts[layer_idx]
+        keys, values = self._prompts[layer_idx]
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
 
 def log_likelihoods(
@@ -169,7 +162,7 @@ def _read_prompts(engine: Engine, cache: PromptCache, questions: Sequence[Contin
     )
     positions = torch.arange(longest, device=device).expand_as(ids)
     hidden = _run(engine, ids, positions, None, cache)
-    cache.length = longest
+    cache.is_read = True
     rows = torch.arange(len(questions), device=hidden.device)
     return hidden[rows, torch.tensor(lengths, device=hidden.device) - 1]
 
@@ -218,7 +211,7 @@ def _add_part(
     offsets = torch.tensor([[offset for _, offset, _ in row] for row in padded], device=device)
     ids = torch.tensor([[pair[0] for _, _, pair in row] for row in padded], device=device)
     lengths = torch.tensor([len(question.prompt) for question in questions], device=device)
-    mask = _mask(owner, lengths, cache.length)
+    mask = _mask(owner, lengths, int(lengths.max()))
     hidden = _run(engine, ids, lengths[:, None] + offsets, mask, cache)
     states = torch.cat([hidden[row, : len(own)] for row, own in enumerate(table)])
     targets = [[pair[1]] for row in table for _, _, pair in row]

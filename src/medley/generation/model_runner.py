@@ -34,6 +34,7 @@ from medley.generation.sequence import (
     Prefill,
     PrefillPart,
     SequenceState,
+    Window,
     image_context,
 )
 
@@ -213,51 +214,56 @@ class ModelRunner:
 
     # --- decode ---------------------------------------------------------------------------
 
-    def decode(self, sequences: Sequence[SequenceState]) -> Tensor:
-        """One pass over the branches of running sequences: states (R, D) by slot.
+    def decode(self, windows: Sequence[Window]) -> Tensor:
+        """One pass over the branches of running sequences: states (R, T, D) by slot.
 
         The branches grow only with `advance`, so that a failed step can be repeated. Slots of
-        prompts that are being read may lie between them: they write to their next position, which
-        the next part of the prompt overwrites.
+        prompts that are being read may lie between them. Padding is written to the next position
+        of a branch, which its next token overwrites.
         """
-        count = 1 + max(branch.slot for sequence in sequences for branch in sequence.branches)
+        count = 1 + max(branch.slot for window in windows for branch in window.sequence.branches)
+        width = max(len(window.tokens) for window in windows)
         if self.use_cuda_graph:
             count = size_class(count, self.cache.capacity[0])
-        tokens = [self.vocabulary.pad] * count
-        positions = [branch.length for branch in self._branches[:count]]
-        positions += [0] * (count - len(positions))  # slots that are not in use
-        for sequence in sequences:
-            assert sequence.next_token is not None
-            for branch in sequence.branches:
-                tokens[branch.slot] = sequence.next_token
+            width = size_class(width, self.max_seq_len)
+        tokens = [[self.vocabulary.pad] * width for _ in range(count)]
+        positions = [[branch.length] * width for branch in self._branches[:count]]
+        positions += [[0] * width] * (count - len(positions))  # slots that are not in use
+        for window in windows:
+            used = len(window.tokens)
+            for branch in window.sequence.branches:
+                tokens[branch.slot][:used] = window.tokens
+                end = branch.length + used
+                padding = [end] * (width - used)
+                positions[branch.slot] = [*range(branch.length, end), *padding]
         return self._decode(tokens, positions)
 
     @staticmethod
-    def advance(sequences: Sequence[SequenceState]) -> None:
-        """Counts the token that `decode` has written to each branch."""
-        for sequence in sequences:
-            for branch in sequence.branches:
-                branch.length += 1
+    def advance(windows: Sequence[Window], drawn: Sequence[Sequence[int]]) -> None:
+        """Counts the tokens that `decode` has written to each branch and that the draws confirm."""
+        for window, tokens in zip(windows, drawn, strict=True):
+            for branch in window.sequence.branches:
+                branch.length += window.num_pending + len(tokens) - 1
 
-    def _decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        length = max(positions) + 1
+    def _decode(self, tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
+        length = max(map(max, positions)) + 1
         if self.use_cuda_graph:
             return self._decode_by_graph(tokens, positions, length)
         ids = torch.tensor(tokens, device=self.device)
         position_ids = torch.tensor(positions, device=self.device)
-        self.cache.set_write_positions(0, position_ids[:, None], length)
+        self.cache.set_write_positions(0, position_ids, length)
         mask = None
-        if min(positions) + 1 < length:
-            visible = torch.arange(length, device=self.device)[None] <= position_ids[:, None]
-            mask = visible[:, None, None]
+        if min(map(min, positions)) + 1 < length:
+            visible = torch.arange(length, device=self.device) <= position_ids[..., None]
+            mask = visible[:, None]
         if self.fused is not None:
             return self.fused(ids, position_ids, mask, self.cache)
         if mask is None:  # without a mask the modules would apply a causal one of size 1
             mask = torch.ones(len(ids), 1, 1, length, dtype=torch.bool, device=self.device)
-        return self._run_modules(ids[:, None], position_ids[:, None], mask)[:, -1]
+        return self._run_modules(ids, position_ids, mask)
 
     def _decode_by_graph(
-        self, tokens: Sequence[int], positions: Sequence[int], length: int
+        self, tokens: list[list[int]], positions: list[list[int]], length: int
     ) -> Tensor:
         fused = self.fused
         assert fused is not None
@@ -265,8 +271,10 @@ class ModelRunner:
         length = length_class(length, self.cache.capacity[1])
         step = self._graphs.get(
             self.cache.allocations,
-            ("forward", len(tokens), length),
-            lambda pool: GraphedForward(fused, self.cache, self.device, len(tokens), length, pool),
+            ("forward", len(tokens), len(tokens[0]), length),
+            lambda pool: GraphedForward(
+                fused, self.cache, self.device, len(tokens), len(tokens[0]), length, pool
+            ),
         )
         try:
             return step(tokens, positions)

@@ -45,7 +45,7 @@ class PrefixCache:
         return sum(prefix.nbytes for prefix in self._prefixes)
 
     def evict_oldest(self) -> bool:
-        """Removes the least recently used prefix; False if there are none."""
+        """Removes the least recently used prefix; False if the cache is empty."""
         if not self._prefixes:
             return False
         del self._prefixes[0]

@@ -3,13 +3,14 @@
 Sequences in the text state and in the image state are sampled as two groups: the first group needs
 the logits of the entire vocabulary, the second only those of the image tokens, about an eighth.
 
-Shapes: B sequences of a group, R branches, D model width, V vocabulary.
+Shapes: B places of a group, R branches, T input tokens of each, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from medley.generation.sampling import (
     sample_candidates,
     sample_full_sort,
 )
-from medley.generation.sequence import SequenceState
+from medley.generation.sequence import SequenceState, Window
 
 Logits = Callable[[Tensor, slice], Tensor]  # states (B, D), part of the vocabulary -> (B, part)
 Number = TypeVar("Number", int, float)
@@ -40,35 +41,42 @@ class Sampler:
         self.image_tokens = slice(decodable.start, decodable.stop)
 
     def __call__(
-        self, sequences: Sequence[SequenceState], states: Tensor | None, logits: Logits
-    ) -> list[int]:
-        """States (R, D) by slot, None if all sequences are new -> one token for each sequence.
+        self, windows: Sequence[Window], states: Tensor | None, logits: Logits
+    ) -> list[list[int]]:
+        """States (R, T, D) by slot, None if all sequences are new -> the draws of each window.
 
-        Raises UserError if the logits of the allowed tokens are NaN or infinite.
+        A window of several draws lies within an image. Raises UserError if the logits of the
+        allowed tokens are NaN or infinite.
         """
-        tokens = [sequence.grammar.forced_token() for sequence in sequences]
+        places = [
+            _Place(window.sequence, window.num_pending - 1 + ahead, ahead)
+            for window in windows
+            for ahead in range(window.num_draws)
+        ]
+        tokens = [place.sequence.grammar.forced_token() for place in places]
         free = [i for i, token in enumerate(tokens) if token is None]
         drawn: list[tuple[list[int], _Draw]] = []
         for in_image in (False, True):
-            group = [i for i in free if sequences[i].grammar.in_image == in_image]
+            group = [i for i in free if places[i].sequence.grammar.in_image == in_image]
             if group:
                 draw = self._draw_image_tokens if in_image else self._draw_text_state
-                drawn.append((group, draw([sequences[i] for i in group], states, logits)))
+                drawn.append((group, draw([places[i] for i in group], states, logits)))
         for (group, _), sampled in zip(drawn, _read([draw for _, draw in drawn]), strict=True):
             for i, token in zip(group, sampled, strict=True):
                 tokens[i] = token
-        return [int(token) for token in tokens if token is not None]
+        chosen = iter([int(token) for token in tokens if token is not None])
+        return [list(islice(chosen, window.num_draws)) for window in windows]
 
     def _draw_text_state(
-        self, sequences: Sequence[SequenceState], states: Tensor | None, logits: Logits
+        self, places: Sequence[_Place], states: Tensor | None, logits: Logits
     ) -> _Draw:
+        sequences = [place.sequence for place in places]
         options = [sequence.request.options for sequence in sequences]
-        slots = [sequence.full.slot for sequence in sequences if sequence.logits is None]
         rows: Iterator[Tensor] = iter(())
-        if slots and states is not None:
-            rows = iter(
-                logits(states.index_select(0, _constant(slots, states.device)), slice(None))
-            )
+        old = [place for place in places if place.sequence.logits is None]
+        if old and states is not None:
+            indices = [place.state(place.sequence.full.slot, states) for place in old]
+            rows = iter(_logits_of(states, indices, slice(None), logits))
         table = torch.stack([next(rows) if s.logits is None else s.logits for s in sequences])
         if any(o.repetition_penalty != 1 for o in options):
             seen = torch.stack([sequence.seen_text for sequence in sequences])
@@ -76,23 +84,24 @@ class Sampler:
             table = penalize_repetition(table, seen, penalty)
         allowed = torch.stack([s.grammar.allowed_tokens(self.masks) for s in sequences])
         return _Draw.of(
-            sequences, table.masked_fill(~allowed, float("-inf")),
+            places, table.masked_fill(~allowed, float("-inf")),
             [o.text_greedy for o in options], [o.text_temperature for o in options],
             [o.text_top_k for o in options], [o.text_top_p for o in options],
         )  # fmt: skip
 
     def _draw_image_tokens(
-        self, sequences: Sequence[SequenceState], states: Tensor | None, logits: Logits
+        self, places: Sequence[_Place], states: Tensor | None, logits: Logits
     ) -> _Draw:
         assert states is not None  # a sequence in the image state has decoded its begin token
+        sequences = [place.sequence for place in places]
         options = [sequence.request.options for sequence in sequences]
-        slots = [slot for sequence in sequences for slot in sequence.cfg_slots]
-        distinct = sorted(set(slots))  # equal branches are computed once
-        device = states.device
-        computed = logits(states.index_select(0, _constant(distinct, device)), self.image_tokens)
+        indices = [place.state(s, states) for place in places for s in place.sequence.cfg_slots]
+        distinct = sorted(set(indices))  # equal branches are computed once
+        computed = _logits_of(states, distinct, self.image_tokens, logits)
         device = computed.device
-        by_branch = computed.index_select(0, _constant([distinct.index(s) for s in slots], device))
-        full, image_cond, uncond = by_branch.view(len(sequences), 3, -1).unbind(1)
+        number = {index: i for i, index in enumerate(distinct)}
+        by_branch = computed.index_select(0, _constant([number[i] for i in indices], device))
+        full, image_cond, uncond = by_branch.view(len(places), 3, -1).unbind(1)
         table = full
         if any(sequence.uncond is not None for sequence in sequences):
             guided = apply_cfg(
@@ -103,11 +112,29 @@ class Sampler:
             is_guided = [sequence.uncond is not None for sequence in sequences]
             table = torch.where(_constant(is_guided, device)[:, None], guided, full)
         return _Draw.of(
-            sequences, table,
+            places, table,
             [o.image_greedy for o in options], [o.image_temperature for o in options],
             [o.image_top_k for o in options], [o.image_top_p for o in options],
             self.image_tokens.start,
         )  # fmt: skip
+
+
+class _Place(NamedTuple):
+    """One token to draw: input token whose state it follows, and number of draws before it."""
+
+    sequence: SequenceState
+    column: int
+    ahead: int
+
+    def state(self, slot: int, states: Tensor) -> int:
+        """Index of the state (T, D) of a slot among all states (R T, D)."""
+        return slot * states.shape[1] + self.column
+
+
+def _logits_of(states: Tensor, indices: Sequence[int], part: slice, logits: Logits) -> Tensor:
+    """Logits (B, part) of some of the states (R, T, D)."""
+    flat = states.flatten(0, 1)
+    return logits(flat.index_select(0, _constant(indices, flat.device)), part)
 
 
 class _Draw(NamedTuple):
@@ -129,11 +156,11 @@ class _Draw(NamedTuple):
 
     @classmethod
     def of(
-        cls, sequences: Sequence[SequenceState], table: Tensor, greedy: Sequence[bool],
+        cls, places: Sequence[_Place], table: Tensor, greedy: Sequence[bool],
         temperature: Sequence[float], top_k: Sequence[int], top_p: Sequence[float],
         offset: int = 0,
     ) -> _Draw:  # fmt: skip
-        """From logits (B, V or a part of it) and the options of each sequence."""
+        """From logits (B, V or a part of it) and the options of each place."""
         is_finite = table.amax(-1).isfinite().all()
         if all(greedy):
             argmax = table.argmax(-1)
@@ -142,9 +169,9 @@ class _Draw(NamedTuple):
         if device.type == "mps":  # MPS does not support float64
             table, device = table.cpu(), torch.device("cpu")
         uniforms = philox_uniforms(
-            [sequence.request.options.seed for sequence in sequences],
-            [sequence.request.index for sequence in sequences],
-            [sequence.position for sequence in sequences],
+            [place.sequence.request.options.seed for place in places],
+            [place.sequence.request.index for place in places],
+            [place.sequence.position + place.ahead for place in places],
         ).to(device, non_blocking=True)
         scaled = table / _column(temperature, device)
         limits = (_column(top_k, device), _column(top_p, device))

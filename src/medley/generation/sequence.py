@@ -98,10 +98,11 @@ class PrefillPart(NamedTuple):
 
 @dataclass(eq=False)
 class SequenceState:
-    """A running request: its grammar, its CFG branches, and its next input token.
+    """A running request: its grammar and its CFG branches.
 
     `image_cond` (the images of the context only) and `uncond` (an empty context) exist only while
-    an image is generated with guidance.
+    an image is generated with guidance. `drafts` are guesses of the tokens behind `pending`; they
+    are not part of the output.
     """
 
     ticket: int
@@ -113,7 +114,7 @@ class SequenceState:
     logits: Tensor | None  # (V,): the prompt's last logits, until the first token is sampled
     image_cond: CFGBranch | None = None
     uncond: CFGBranch | None = None
-    next_token: int | None = None
+    drafts: list[int] = field(default_factory=list)
     output: GenerationOutput = field(default_factory=GenerationOutput)
 
     @property
@@ -136,6 +137,11 @@ class SequenceState:
         return [*self.request.prompt, *self.output.ids]
 
     @property
+    def pending(self) -> list[int]:
+        """New tokens that have no keys and values yet."""
+        return self.output.ids[self.full.length - len(self.request.prompt) :]
+
+    @property
     def position(self) -> int:
         """Position of the next token in the sequence."""
         return len(self.request.prompt) + len(self.output.ids)
@@ -143,10 +149,26 @@ class SequenceState:
     def append(self, token: int) -> None:
         """Adds a new token to the output."""
         self.output.ids.append(token)
-        self.next_token, self.logits = token, None
+        self.logits = None
         if token in self.grammar.vocabulary.text_tokens:
             self.seen_text[token] = True
         self.grammar.advance(token)
+
+
+class Window(NamedTuple):
+    """Input tokens of a sequence in one pass: those pending, then drafts of the tokens to draw."""
+
+    sequence: SequenceState
+    tokens: list[int]
+    num_draws: int  # tokens to draw: one more than drafts
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_draws + 1
+
+    @property
+    def drafts(self) -> list[int]:
+        return self.tokens[self.num_pending :]
 
 
 def image_context(ids: Sequence[int], begin_image: int, end_image: int) -> list[int]:

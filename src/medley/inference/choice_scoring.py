@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypedDict
 
-from medley.data.document import Document, ImagePart
+from medley.data.document import Document
 from medley.data.vocabulary import TextTokenizer
 from medley.errors import UserError
 from medley.generation.likelihood import Continuations, log_likelihoods
@@ -67,6 +67,29 @@ def most_probable(scores: Sequence[ChoiceScore]) -> ChoiceScore:
     return max(scores, key=lambda score: score.logprob)
 
 
+def score_prompts(
+    model: GeneratingModel,
+    prompts: Sequence[Prompt | Document],
+    choices: Sequence[Sequence[str]],
+    options: ScoringOptions,
+    batch_size: int,
+) -> list[list[ChoiceScore]]:
+    """The scores of each prompt's choices. Raises UserError for the first that cannot be scored."""
+    if len(prompts) != len(choices):
+        raise UserError(
+            f"Expected a list of choices for each of {len(prompts)} prompts (got {len(choices)})."
+        )
+    requests = list(zip(range(len(prompts)), prompts, choices, strict=True))
+    results = dict(score_all(model, requests, options, batch_size))
+    scores: list[list[ChoiceScore]] = []
+    for number in range(len(prompts)):
+        result = results[number]
+        if isinstance(result, str):
+            raise UserError(result)
+        scores.append(result)
+    return scores
+
+
 def score_all(
     model: GeneratingModel,
     requests: Iterable[ScoringRequest],
@@ -79,6 +102,8 @@ def score_all(
     the context or the memory) the second value is the reason. Equal prompts with equal choices are
     read once.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, expected 1 or more.")
     remaining = iter(requests)
     while window := list(islice(remaining, batch_size * _BATCHES_PER_ROUND)):
         yield from _score_window(model, window, options, batch_size)

@@ -24,10 +24,13 @@ def num_layers(decoder: Decoder) -> int:
 
 
 def check_layer(decoder: Decoder, layer: int | None) -> int:
-    """The number of the layer; the last one for None. Raises UserError for an unknown layer."""
+    """The number of the layer; the middle one for None. Raises UserError for an unknown layer.
+
+    Later layers predict the next token; in the middle, images are closest to the texts about them.
+    """
     count = num_layers(decoder)
     if layer is None:
-        return count
+        return (count + 1) // 2
     if not 0 <= layer <= count:
         raise UserError(
             f"layer is {layer}, expected 0 (the token embeddings) to {count} (the last layer, after "

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ from medley.generation import Engine, GenerationOptions, GenerationOutput, Mode,
 from medley.generation.decoder import Decoder
 from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.chat_session import ChatSession
+from medley.inference.choice_scoring import ChoiceScore, ScoringOptions, score_prompts
 from medley.inference.interface import Prompt
 from medley.inference.response import Response, StreamEvent, strip_terminators
 from medley.inference.stream_decoder import StreamDecoder
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from medley.generation.config import GenerationKeywords
+    from medley.inference.choice_scoring import ScoringKeywords
 
 
 class Model:
@@ -104,6 +106,29 @@ class Model:
         elif isinstance(part, Path):
             part = ImagePart(path=part)
         return self.tokenize_image(part) if isinstance(part, ImagePart) else part
+
+    def embed(
+        self, prompts: Sequence[str | Prompt | Document], layer: int | None = None
+    ) -> Tensor:
+        """Embeddings of texts, images and their mixtures, for retrieval: float32 (N, D), unit norm.
+
+        An embedding is the mean of the hidden states after `layer` layers (default: the middle
+        layer; 0 for the token embeddings) over all tokens but `<s>`. Raises UserError for an empty
+        prompt, an unknown layer, and a prompt that exceeds the model's context.
+        """
+        own = check_layer(self.engine_decoder, layer)
+        rows = [self.embed_ids(self.encode_prompt(prompt, raw_prompt=True), own) for prompt in prompts]
+        width: int = self.engine_decoder.config.hidden_size
+        return torch.stack(rows) if rows else torch.zeros(0, width)
+
+    def embed_ids(self, ids: Sequence[int], layer: int | None = None) -> Tensor:
+        """The embedding (D,) of token ids that begin with `<s>`; see `embed`."""
+        if len(ids) > self.engine.max_seq_len:
+            raise ContextLengthError(
+                f"An input has {len(ids)} tokens, but the model's context is "
+                f"{self.engine.max_seq_len} tokens."
+            )
+        return embed_sequence(self.engine_decoder, ids, layer)
 
     # --- generation -----------------------------------------------------------------------
 
@@ -200,6 +225,43 @@ class Model:
     def chat(self, mode: Mode = "any", **options: Unpack[GenerationKeywords]) -> ChatSession:
         """A conversation of several turns. Earlier turns are not prefilled again."""
         return ChatSession(self, GenerationOptions(mode=mode, **options))
+
+    # --- choices --------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompt: Prompt | Document,
+        choices: Sequence[str],
+        **options: Unpack[ScoringKeywords],
+    ) -> list[ChoiceScore]:
+        """The log-likelihood of each choice as the whole response to one prompt, in their order.
+
+        Options are the fields of `ScoringOptions`. Raises UserError for empty choices, for two with
+        the same tokens, and for a choice that does not fit into the context behind the prompt.
+        """
+        return score_prompts(self, [prompt], [choices], ScoringOptions(**options), 1)[0]
+
+    def score_batch(
+        self,
+        prompts: Sequence[Prompt | Document],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        batch_size: int = MAX_NUM_SEQS,
+        deterministic: bool = False,
+        **options: Unpack[ScoringKeywords],
+    ) -> list[list[ChoiceScore]]:
+        """`score` for several prompts; `choices` are the same for all, or a list for each.
+
+        A prompt is read once for all its choices. With `deterministic` one prompt is read at a
+        time, so that its scores do not depend on the others, not even by rounding.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected 1 or more.")
+        is_shared = not choices or any(isinstance(choice, str) for choice in choices)
+        own: Sequence[Any] = [choices] * len(prompts) if is_shared else choices
+        batch_size = 1 if deterministic else batch_size
+        return score_prompts(self, prompts, own, ScoringOptions(**options), batch_size)
+
+    # --- requests and responses -----------------------------------------------------------
 
     def _make_request(
         self, prompt: Prompt | Document, options: GenerationOptions, index: int, raw_prompt: bool
