@@ -240,7 +240,9 @@ def in_process(function: Callable[..., None], arguments: tuple[Any, ...], limit:
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(writer, function, arguments))
-    process.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+        process.start()
     writer.close()
     outcome = Outcome(error=f"Ended after its limit of {limit} seconds.")
     deadline = time.perf_counter() + limit

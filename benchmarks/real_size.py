@@ -146,6 +146,11 @@ def _loaded(work: Work) -> float:
     return PYTHON_BYTES + 1.1 * work.weight_bytes
 
 
+def _packed(work: Work) -> float:
+    """Matrices are packed one after another, once all of them are loaded."""
+    return _loaded(work) + 1e9
+
+
 def pth_to_bin(work: Work) -> list[list[Any]]:
     return [["-m", "conversion.pth_to_bin", "--input_dir", work.pth, "--output_dir", work.hf]]
 
@@ -251,8 +256,8 @@ STEPS = {
     "words": Step(words, _loaded, baseline=(34, 0, "")),
     # A checkpointed layer's activations are small beside the weights and the logits.
     "train": Step(train, lambda w: _loaded(w) + 2e9, baseline=(169, 17.7, "resident")),
-    "int8": Step(lambda w: words(w, "--quantize", "8bit"), lambda w: 1.5 * _loaded(w)),
-    "int4": Step(lambda w: words(w, "--quantize", "4bit"), lambda w: 1.3 * _loaded(w)),
+    "int8": Step(lambda w: words(w, "--quantize", "8bit"), _packed),
+    "int4": Step(lambda w: words(w, "--quantize", "4bit"), _packed),
     "answer": Step(
         answer,
         lambda w: 2 * PYTHON_BYTES + 1.1 * _few_layers(w),

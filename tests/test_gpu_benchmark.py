@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
+
+from medley.generation.kv_cache import bytes_per_token
+from medley.generation.model_runner import BRANCHES
+from medley.inference.memory import MemoryEstimate
 
 PROGRAM = ROOT / "benchmarks" / "gpu.py"
 SECTIONS = {"vqgan", "decode", "images", "lora", "faults", "kernels", "merge", "quantized"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "--device", "cpu", *arguments]
+    command = [sys.executable, str(PROGRAM), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -27,7 +34,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_all_sections_run_at_tiny_size() -> None:
-    done = run()
+    done = run("--device", "cpu")
     result = last_line(done)
     assert set(result["sections"]) == SECTIONS
     assert result["errors"] == result["failed"] == [], done.stdout
@@ -104,6 +111,34 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
     assert message in line
 
 
+def test_the_paper_figures_of_the_docs_follow_from_the_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import_program(monkeypatch)
+    import gpu_generation
+    import random_models
+
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    size = random_models.SIZES["7b"]
+    config, cuda = random_models.make_config(size), torch.device("cuda")
+    rows = {None: "bfloat16", "8bit": "`--quantize 8bit`", "4bit": "`--quantize 4bit`"}
+    per_token = bytes_per_token(config, torch.bfloat16)
+    guided = BRANCHES * config.max_position_embeddings * per_token
+    for kind, name in rows.items():
+        weights = MemoryEstimate.of(config, torch.bfloat16, kind, cuda).weights  # type: ignore[arg-type]
+        room = [int(0.9 * (card * 1e9 - weights - 0.8e9) // guided) for card in (24, 48, 80)]
+        assert f"| {name} | {weights / 1e9:.1f} GB | {room[0]} | {room[1]} | {room[2]} |" in text
+    assert f"= {per_token / 1e3:.0f} kB for each token" in text
+    assert f"{guided / 1e9:.2f} GB" in text
+    operations = gpu_generation.encoder_operations(size.vqgan)
+    assert f"takes {operations / 1e12:.3f} TFLOP" in text
+    assert f"at most {67e12 / operations:.0f} and {989e12 / operations:,.0f} images/s" in text
+    read = random_models.num_weights(size.decoder) - config.vocab_size * config.hidden_size
+    for bandwidth in (1.01, 0.86, 2.04, 3.35):
+        step = 2 * read / bandwidth / 1e12
+        assert f"| {bandwidth} TB/s | {1e3 * step:.1f} ms | {1024 * step:.1f} s |" in text
+
+
 def import_program(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, whose processes import this one: pytest has no CUDA to protect."""
     monkeypatch.syspath_prepend(str(PROGRAM.parent))
@@ -123,14 +158,10 @@ def fail(send: Any) -> None:
 
 
 def crash(send: Any) -> None:
-    import os
-
     send(1)
     os._exit(9)
 
 
 def hang(send: Any) -> None:
-    import time
-
     send(1)
     time.sleep(600)

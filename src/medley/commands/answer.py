@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medley.commands.model_options import BatchOptions, QuestionOptions
+from medley.commands.model_options import RUNTIME_OPTIONS, BatchOptions, QuestionOptions
 from medley.errors import PartialFailure, UserError
 from medley.evaluation.answer_files import (
     format_answer,
@@ -47,9 +47,7 @@ from medley.utils.jsonl import append_jsonl
 from medley.utils.manifest import read_manifest, write_manifest
 from medley.utils.run_identity import check_same_run, run_identity
 
-_NOT_IN_IDENTITY = (
-    "output", "batch_size", "deterministic", "device", "devices", "num_chunks", "chunk_idx",
-)  # fmt: skip
+_NOT_IN_IDENTITY = ("output", "devices", "num_chunks", "chunk_idx", *RUNTIME_OPTIONS)
 _CHOICE_OPTIONS = ("choices_template", "choices_per_token", "choices_prior", "choices_end")
 _GENERATION_OPTIONS = tuple(sorted({*GenerationOptions.__dataclass_fields__} - {"mode"}))
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from medley.commands.model_options import BatchOptions
+from medley.commands.model_options import RUNTIME_OPTIONS, BatchOptions
 from medley.data.document import ImagePart
 from medley.errors import PartialFailure, UserError
 from medley.inference.batch import (
@@ -34,7 +34,7 @@ from medley.utils.run_identity import check_same_run, run_identity
 
 RESPONSES, OPTIONS = "responses.jsonl", "options.json"
 _PRINTED_ROWS = 10
-_NOT_IN_IDENTITY = ("output", "html_report", "batch_size", "deterministic", "device")
+_NOT_IN_IDENTITY = ("output", "html_report", *RUNTIME_OPTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

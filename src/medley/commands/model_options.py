@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from medley.datasets.base import DatasetOptions
 from medley.datasets.registry import FormatName, make_config
@@ -12,6 +12,7 @@ from medley.errors import UserError
 from medley.evaluation.questions import Question, read_questions
 from medley.generation import GenerationOptions, Mode
 from medley.generation.engine import MAX_NUM_SEQS
+from medley.generation.speculation import check_speculation
 from medley.inference.devices import AUTO_MAP, resolve_device, resolve_dtype
 from medley.inference.loading import load_model, resolve
 from medley.inference.memory import (
@@ -24,6 +25,11 @@ from medley.inference.memory import (
 from medley.inference.model import Model
 from medley.modeling.quantization import Quantize
 from medley.utils.cli_options import Alias
+
+# How a model runs on a machine. These do not change the results of a run that is resumed.
+RUNTIME_OPTIONS = (
+    "batch_size", "deterministic", "device", "kv_cache_gb", "gpu_memory_utilization", "speculate",
+)  # fmt: skip
 
 
 def check_output(output: Path, *inputs: Path | None) -> None:
@@ -56,6 +62,8 @@ class ModelOptions:
         quantize: store the layers' matrices in 4 or 8 bits (bitsandbytes)
         kv_cache_gb: gigabytes for keys and values; default a share of the free memory
         gpu_memory_utilization: that share of the memory that is free after loading
+        speculate: image codes that one pass draws at most (the images stay the same); auto measures
+            what saves time, off draws one
         mode: any, text or image
         max_new_tokens: maximum length of a response
         seed: seed of the sampling
@@ -86,6 +94,7 @@ class ModelOptions:
     quantize: Quantize | None = None
     kv_cache_gb: float | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    speculate: Literal["auto", "off"] | int = "auto"
     mode: Mode = GenerationOptions.mode
     max_new_tokens: int = GenerationOptions.max_new_tokens
     seed: int = GenerationOptions.seed
@@ -127,6 +136,7 @@ class ModelOptions:
         Raises UserError if the weights exceed the free memory.
         """
         check_cache_limits(self.kv_cache_gb, self.gpu_memory_utilization)
+        check_speculation(self.speculate, has_images=self.mode != "text")
         checkpoint, adapter = resolve(self.ckpt, self.adapter, self.base)
         device = resolve_device("auto" if self.device == AUTO_MAP else self.device)
         dtype = resolve_dtype(self.dtype, device) or checkpoint.dtype()
@@ -138,6 +148,7 @@ class ModelOptions:
             estimate.check(free, device, smaller)
         model = load_model(checkpoint, self.device, self.dtype, adapter, self.vqgan, self.quantize)
         limit_caches([model], self.kv_cache_gb, self.gpu_memory_utilization)
+        model.engine.set_speculation(self.speculate)
         if self.mode != "text":
             model.image_tokenizer.require_decoder()
         return model
@@ -163,6 +174,17 @@ class BatchOptions(ModelOptions):
     @property
     def max_num_seqs(self) -> int:
         return 1 if self.deterministic else self.batch_size
+
+    def load(self, max_num_seqs: int = 1) -> Model:
+        if self.deterministic and self.speculate not in ("auto", "off"):
+            raise UserError(
+                f"--speculate {self.speculate} with --deterministic: A pass over several tokens "
+                "rounds differently than one over a single token. Leave out one of them."
+            )
+        model = super().load(max_num_seqs)
+        if self.deterministic:
+            model.engine.set_speculation("off")
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from medley.commands.model_options import ModelOptions
 from medley.errors import UserError
 from medley.generation.config import Mode
 from medley.generation.engine import MAX_NUM_SEQS
+from medley.generation.speculation import check_speculation
 from medley.inference.memory import (
     GPU_MEMORY_UTILIZATION,
     cache_summary,
@@ -58,6 +59,8 @@ class ServeOptions:
             long prompts do not hold up other requests; default 128 on a CPU, 512 on a GPU
         kv_cache_gb: gigabytes for keys and values of all models; default a share of the free memory
         gpu_memory_utilization: that share of the memory that is free after loading
+        speculate: image codes that one pass draws at most (the images stay the same); auto measures
+            what saves time, off draws one
         default_mode: mode of requests that do not ask for images: text, image or any
         images_as: form of images in responses, images (a field beside the text) or markdown
         defaults: defaults of requests, NAME=VALUE[,NAME=VALUE ...], for example
@@ -101,6 +104,7 @@ class ServeOptions:
     chunked_prefill_size: int | None = None
     kv_cache_gb: float | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    speculate: Literal["auto", "off"] | int = "auto"
     default_mode: Mode | None = None
     images_as: Literal["images", "markdown"] | None = None
     defaults: list[str] | None = None
@@ -154,6 +158,7 @@ class ServeOptions:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} must be positive (got {getattr(self, name)}).")
         check_cache_limits(self.kv_cache_gb, self.gpu_memory_utilization)
+        check_speculation(self.speculate, has_images=self.default_mode != "text")
         if self.chunked_prefill_size is not None and self.chunked_prefill_size < 1:
             raise UserError(
                 f"--chunked_prefill_size must be at least 1 (got {self.chunked_prefill_size})."
@@ -269,12 +274,16 @@ def load_state(options: ServeOptions) -> ServerState:
     from medley.serving.state import ServerState
 
     defaults = parse_defaults(
-        options.defaults or [], options.limits, options.default_mode, options.images_as,
+        options.defaults or [],
+        options.limits,
+        options.default_mode,
+        options.images_as,
         options.strict_image_size,
     )  # before the models are loaded
     models = load_models(options.models, options.load_checkpoint)
     limit_caches(list(models.values()), options.kv_cache_gb, options.gpu_memory_utilization)
     for name, model in models.items():
+        model.engine.set_speculation(options.speculate)
         print(f"{name}: {cache_summary(model)}", flush=True)
     state = ServerState.of_models(
         models, options.limits, options.token, options.max_num_seqs, options.chunked_prefill_size

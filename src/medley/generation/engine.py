@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -99,6 +100,16 @@ class Engine:
     def set_speculation(self, setting: Speculation) -> None:
         """How many codes of an image a pass draws at most; the output does not depend on it."""
         self.speculator.set(setting)
+
+    @contextmanager
+    def speculation(self, setting: Speculation) -> Iterator[None]:
+        """`set_speculation` for one block."""
+        before = self.speculator.setting
+        self.set_speculation(setting)
+        try:
+            yield
+        finally:
+            self.set_speculation(before)
 
     def keep_idle_cache(self) -> None:
         """Keeps memory for one guided sequence while no request runs, instead of freeing it."""

@@ -47,11 +47,7 @@ class Speculator:
 
     def set(self, setting: Speculation) -> None:
         """Raises UserError for a number below 1 or above the codes of an image."""
-        if isinstance(setting, int) and not 1 <= setting <= self.codes_per_image:
-            raise UserError(
-                f"--speculate {setting}: Out of range (expected 1 to {self.codes_per_image}, the "
-                "codes of an image, or auto or off)."
-            )
+        check_speculation(setting, self.codes_per_image)
         self.setting = setting
 
     @property
@@ -104,6 +100,21 @@ class Speculator:
         return accepted
 
 
+def check_speculation(
+    setting: Speculation, codes_per_image: int | None = None, has_images: bool = True
+) -> None:
+    """Raises UserError for a number that no image can use."""
+    if setting in ("auto", "off"):
+        return
+    if not has_images:
+        raise UserError(f"--speculate {setting}: Only images are speculated. Leave it out.")
+    if int(setting) < 1 or (codes_per_image is not None and int(setting) > codes_per_image):
+        limit = (
+            "or more" if codes_per_image is None else f"to {codes_per_image}, the codes of an image"
+        )
+        raise UserError(f"--speculate {setting}: Out of range (expected 1 {limit}, auto or off).")
+
+
 def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
     """The number of drafts before the first one that differs from the token of its place."""
     return next(
@@ -123,9 +134,9 @@ class _WindowPolicy:
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=_RECENT)
         )
-        # By number of drafts: passes that had so many, and those that accepted them all.
-        self._tried = [1.0] * _WIDTHS[-1]
-        self._accepted = [_PRIOR**count for count in range(_WIDTHS[-1])]
+        # By number of a draft: how often all before it were accepted, and how often it was too.
+        self._tried = [0.0] * _WIDTHS[-1]
+        self._accepted = [0.0] * _WIDTHS[-1]
 
     def choose(self, sequences: Sequence[SequenceState]) -> int:
         branches = sum(len(sequence.branches) for sequence in sequences)
@@ -144,8 +155,16 @@ class _WindowPolicy:
         return best
 
     def _expected(self, width: int) -> float:
-        """Expected tokens of a sequence in a pass of a width."""
-        return sum(a / t for a, t in zip(self._accepted[:width], self._tried, strict=False))
+        """Expected tokens of a sequence in a pass of a width.
+
+        Drafts that no pass has tried so far are accepted as often as all others.
+        """
+        mean = (_PRIOR + sum(self._accepted)) / (1 + sum(self._tried))
+        expected = share = 1.0
+        for number in range(1, width):
+            share *= (mean + self._accepted[number]) / (1 + self._tried[number])
+            expected += share
+        return expected
 
     def record(
         self, windows: Sequence[Window], accepted: Sequence[Sequence[int]], seconds: float
@@ -155,7 +174,7 @@ class _WindowPolicy:
         if width in _WIDTHS:
             self._seconds[branches, width].append(seconds)
         for window, tokens in zip(windows, accepted, strict=True):
-            for count in range(1, window.num_draws):
-                self._tried[count] = _DECAY * self._tried[count] + 1
-                self._accepted[count] *= _DECAY
-                self._accepted[count] += len(tokens) > count
+            for number in range(1, min(len(tokens) + 1, window.num_draws)):
+                self._tried[number] = _DECAY * self._tried[number] + 1
+                self._accepted[number] *= _DECAY
+                self._accepted[number] += len(tokens) > number

@@ -9,7 +9,7 @@ Shapes: N inputs, S positions of a sequence, D model width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def check_layer(decoder: Decoder, layer: int | None) -> int:
         return (count + 1) // 2
     if not 0 <= layer <= count:
         raise UserError(
-            f"layer is {layer}, expected 0 (the token embeddings) to {count} (the last layer, after "
-            "the final norm)"
+            f"layer is {layer}, expected 0 (the token embeddings) to {count} (the last layer, "
+            "after the final norm)"
         )
     return layer
 
@@ -64,10 +64,8 @@ def _hidden_states(decoder: Decoder, tokens: Tensor, layer: int) -> Tensor:
     if layer == num_layers(decoder):
         return stack(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
     with _stop_after(stack.layers[layer - 1]) as outputs:
-        try:
+        with suppress(_Stop):
             stack(input_ids=tokens, use_cache=False)
-        except _Stop:
-            pass
     return outputs[0]
 
 

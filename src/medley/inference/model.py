@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from medley.data.document import ContentPart, Document, ImagePart, ids_to_parts, parts_to_ids
 from medley.data.vocabulary import TextTokenizer, Vocabulary
@@ -18,8 +20,10 @@ from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, GenerationOutput, Mode, Request
 from medley.generation.decoder import Decoder
 from medley.generation.engine import MAX_NUM_SEQS
+from medley.generation.scheduler import ContextLengthError
 from medley.inference.chat_session import ChatSession
 from medley.inference.choice_scoring import ChoiceScore, ScoringOptions, score_prompts
+from medley.inference.embeddings import check_layer, embed_sequence
 from medley.inference.interface import Prompt
 from medley.inference.response import Response, StreamEvent, strip_terminators
 from medley.inference.stream_decoder import StreamDecoder
@@ -107,18 +111,17 @@ class Model:
             part = ImagePart(path=part)
         return self.tokenize_image(part) if isinstance(part, ImagePart) else part
 
-    def embed(
-        self, prompts: Sequence[str | Prompt | Document], layer: int | None = None
-    ) -> Tensor:
+    def embed(self, prompts: Sequence[str | Prompt | Document], layer: int | None = None) -> Tensor:
         """Embeddings of texts, images and their mixtures, for retrieval: float32 (N, D), unit norm.
 
         An embedding is the mean of the hidden states after `layer` layers (default: the middle
         layer; 0 for the token embeddings) over all tokens but `<s>`. Raises UserError for an empty
         prompt, an unknown layer, and a prompt that exceeds the model's context.
         """
-        own = check_layer(self.engine_decoder, layer)
-        rows = [self.embed_ids(self.encode_prompt(prompt, raw_prompt=True), own) for prompt in prompts]
-        width: int = self.engine_decoder.config.hidden_size
+        own = check_layer(self.engine.decoder, layer)
+        sequences = (self.encode_prompt(prompt, raw_prompt=True) for prompt in prompts)
+        rows = [self.embed_ids(ids, own) for ids in sequences]
+        width: int = self.engine.decoder.config.hidden_size
         return torch.stack(rows) if rows else torch.zeros(0, width)
 
     def embed_ids(self, ids: Sequence[int], layer: int | None = None) -> Tensor:
@@ -128,7 +131,7 @@ class Model:
                 f"An input has {len(ids)} tokens, but the model's context is "
                 f"{self.engine.max_seq_len} tokens."
             )
-        return embed_sequence(self.engine_decoder, ids, layer)
+        return embed_sequence(self.engine.decoder, ids, layer)
 
     # --- generation -----------------------------------------------------------------------
 
@@ -173,17 +176,21 @@ class Model:
         The random numbers of a response depend on its seed and its index: the position in
         `prompts`, or its number in `indices` (if a list is processed in parts). With
         `deterministic` one sequence runs at a time, so that its logits do not depend on the other
-        prompts at all; otherwise they are equal up to rounding.
+        prompts at all, and its images are not speculated; otherwise they are equal up to rounding.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more.")
-        batch_size = 1 if deterministic else batch_size
         own = range(len(prompts)) if indices is None else indices
         requests = [
             self._make_request(prompt, option, index, raw_prompt)
             for index, prompt, option in zip(own, prompts, options, strict=True)
         ]
-        return [self.to_response(output) for output in self.engine.generate(requests, batch_size)]
+        if not deterministic:
+            outputs = self.engine.generate(requests, batch_size)
+        else:
+            with self.engine.speculation("off"):
+                outputs = self.engine.generate(requests, batch_size=1)
+        return [self.to_response(output) for output in outputs]
 
     @renamed_keywords(complete="raw_prompt")
     def stream(

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from medley.data.document import Document
 from medley.generation import GenerationOptions, Request
-from medley.inference.interface import Prompt
 from medley.inference.response import StreamEvent
 from medley.serving.limits import RequestError
 from medley.serving.stop_strings import StopStringFilter
-from medley.serving.worker import EngineWorker, EventCallback, GenerationJob
+from medley.serving.worker import EngineWorker, EventCallback, GenerationJob, ModelInput
 
 EventQueue = asyncio.Queue[tuple[int, StreamEvent | Exception]]
 ResponsePart = str | Image.Image
@@ -53,14 +51,15 @@ class ResponseStream:
     def __init__(
         self,
         worker: EngineWorker,
-        prompt: Prompt | Document,
+        prompt: ModelInput,
         options: GenerationOptions,
         count: int = 1,
         stop_strings: Sequence[str] = (),
         preview_every: int = 0,
+        raw_prompt: bool = False,
     ) -> None:
-        self.worker, self.options = worker, options
-        self._prompt: Prompt | Document | None = prompt  # None once it was read: images are large
+        self.worker, self.options, self.raw_prompt = worker, options, raw_prompt
+        self._prompt: ModelInput | None = prompt  # None once it was read: images are large
         self.prompt_tokens = 0
         self._filters = [StopStringFilter(stop_strings) for _ in range(count)]
         self._events: EventQueue = asyncio.Queue()
@@ -112,7 +111,8 @@ class ResponseStream:
 
     async def _read_prompt(self) -> tuple[int, ...]:
         assert self._prompt is not None
-        reading = asyncio.wrap_future(self.worker.read_prompt(self._prompt, self.options))
+        future = self.worker.read_prompt(self._prompt, self.options, self.raw_prompt)
+        reading = asyncio.wrap_future(future)
         self._prompt = None
         try:
             return await asyncio.wait_for(reading, self._deadline - time.monotonic())

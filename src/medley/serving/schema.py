@@ -155,56 +155,24 @@ class StreamOptions(RequestFields):
     include_usage: bool = False
 
 
-class ChatRequest(GenerationFields):
-    """`POST /v1/chat/completions`.
+class SamplingFields(GenerationFields):
+    """Fields of a request whose response has text. `max_tokens_fields`: the first one wins."""
 
-    `previews` is the number of previews of each image while a streamed response generates it.
-    """
+    max_tokens_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)
 
-    unserved = CHAT
-
-    model: str
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
     temperature: Scale | None = None
     top_p: float | None = None
     top_k: Count | None = None
     stop: StopStrings | None = None
-    previews: Annotated[int, Field(ge=0, le=64)] = 0
-    modalities: list[Literal["text", "image"]] | None = None
     images_as: ImagesAs | None = None
-
-    @property
-    def requested_mode(self) -> Mode | None:
-        """`mode`, or the mode of OpenRouter's `modalities`."""
-        outputs = {"text", "image"} & set(self.modalities or ())
-        if self.mode is not None or not outputs:
-            return self.mode
-        if len(outputs) == 2:
-            return "any"
-        return "text" if "text" in outputs else "image"
-
-    @property
-    def asks_for_images(self) -> bool:
-        return super().asks_for_images or self.previews > 0
 
     def generation(self, limits: Limits, mode: Mode = "any") -> GenerationOptions:
         """Generation options; `mode` is that of a request that names none.
 
         Raises RequestError for an invalid value.
         """
-        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        max_new_tokens = getattr(self, name) or limits.max_tokens
-        if max_new_tokens > limits.max_tokens:
-            # As vLLM and OpenAI do. A silently shorter response would change an evaluation.
-            raise RequestError(
-                f"{name}: Too large (got {max_new_tokens}, limit {limits.max_tokens}). Send a "
-                f"smaller {name} or none, or start the server with a larger --max_tokens.",
-                param=name,
-            )
+        max_new_tokens = self._max_new_tokens(limits)
         sampling: dict[str, Any] = {}
         if self.temperature is not None and self.temperature >= MIN_TEMPERATURE:
             sampling["text_temperature"] = self.temperature
@@ -217,6 +185,20 @@ class ChatRequest(GenerationFields):
         if self.top_k is not None:
             sampling["text_top_k"] = self._checked_top_k(self.top_k)
         return self.to_options(self.requested_mode or mode, max_new_tokens, limits, **sampling)
+
+    def _max_new_tokens(self, limits: Limits) -> int:
+        given = {name: getattr(self, name) for name in self.max_tokens_fields}
+        for name, value in given.items():
+            if value is not None and value > limits.max_tokens:
+                # As vLLM and OpenAI do. A silently shorter response would change an evaluation.
+                raise RequestError(
+                    f"{name}: Too large (got {value}, limit {limits.max_tokens}). Send a smaller "
+                    f"{name} or none, or start the server with a larger --max_tokens.",
+                    param=name,
+                )
+            if value is not None:
+                return int(value)
+        return limits.max_tokens
 
     def _checked_top_k(self, top_k: int) -> int:
         """`top_k` is another name of `text_top_k`. Raises RequestError if they differ."""
@@ -231,6 +213,38 @@ class ChatRequest(GenerationFields):
     @property
     def stop_strings(self) -> list[str]:
         return [string for string in self.stop or [] if string]
+
+
+class ChatRequest(SamplingFields):
+    """`POST /v1/chat/completions`.
+
+    `previews` is the number of previews of each image while a streamed response generates it.
+    """
+
+    unserved = CHAT
+    max_tokens_fields = ("max_completion_tokens", "max_tokens")
+
+    model: str
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    stream_options: StreamOptions | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    previews: Annotated[int, Field(ge=0, le=64)] = 0
+    modalities: list[Literal["text", "image"]] | None = None
+
+    @property
+    def requested_mode(self) -> Mode | None:
+        """`mode`, or the mode of OpenRouter's `modalities`."""
+        outputs = {"text", "image"} & set(self.modalities or ())
+        if self.mode is not None or not outputs:
+            return self.mode
+        if len(outputs) == 2:
+            return "any"
+        return "text" if "text" in outputs else "image"
+
+    @property
+    def asks_for_images(self) -> bool:
+        return super().asks_for_images or self.previews > 0
 
 
 class ImageRequest(GenerationFields):

@@ -26,6 +26,7 @@ from medley.inference.interface import Prompt
 from medley.inference.model import Model
 from medley.inference.response import StreamEvent
 from medley.inference.stream_decoder import StreamDecoder
+from medley.serving.engine_calls import EngineCalls, Result
 from medley.serving.generated_images import GeneratedImages, content_hash
 from medley.serving.limits import Limits, QueueFullError, RequestError
 
@@ -34,6 +35,16 @@ EventCallback = Callable[[StreamEvent | Exception], None]
 MAX_RETRY_AFTER = 60  # seconds; clients give up if they are told to wait longer
 FAST_CHARACTERS = 32_768  # of a text that takes a few milliseconds to read
 MAX_FAILURES = 3  # consecutive failures after which the engine is reported as failing
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A prompt that is encoded already."""
+
+    ids: tuple[int, ...]
+
+
+ModelInput = Prompt | Document | TokenIds
 
 
 @dataclass(eq=False)
@@ -90,6 +101,7 @@ class EngineWorker:
         self._queue: deque[GenerationJob] = deque()
         self._running: list[GenerationJob] = []
         self._wake = threading.Condition()
+        self._calls = EngineCalls()
         self._stop_reason: Exception | None = None  # new requests fail with it
         self._failures = 0  # of the engine, since the last complete response
         self._mean_seconds = 1.0  # moving average of a job's running time
@@ -122,7 +134,7 @@ class EngineWorker:
 
     @property
     def waiting(self) -> int:
-        return self._reading + len(self._queue)
+        return self._reading + len(self._queue) + len(self._calls)
 
     @property
     def running(self) -> int:
@@ -155,18 +167,30 @@ class EngineWorker:
             self._reading -= count
 
     def read_prompt(
-        self, prompt: Prompt | Document, options: GenerationOptions
+        self, prompt: ModelInput, options: GenerationOptions | None, raw_prompt: bool = False
     ) -> Future[tuple[int, ...]]:
         """Starts to convert a prompt to token ids. Does not keep the prompt.
 
+        Without `options`, nothing is to be generated, and the ids may exceed the model's context.
         The future raises UserError for a prompt that the model cannot take.
         """
         reader = self._slow_reader if _is_slow_to_read(prompt) else self._fast_reader
         try:
-            return reader.submit(_read_prompt, self.model, prompt, options)
+            return reader.submit(_read_prompt, self.model, prompt, options, raw_prompt)
         except RuntimeError:  # the readers are shut down
             self.check_alive()
             raise
+
+    def call(self, function: Callable[[Model], Result]) -> Future[Result]:
+        """Runs a function of the model in the engine's thread, between two steps.
+
+        A function takes as long as one forward pass: running requests wait for it.
+        """
+        with self._wake:
+            self.check_alive()
+            future = self._calls.add(function)
+            self._wake.notify()
+        return future
 
     # --- jobs -----------------------------------------------------------------------------
 
@@ -207,7 +231,7 @@ class EngineWorker:
         try:
             while self._stop_reason is None:
                 with self._wake:
-                    while not (self._queue or self._running or self._stop_reason):
+                    while not (self._queue or self._running or self._calls or self._stop_reason):
                         self._wake.wait()
                 self._step()
             reason = self._stop_reason
@@ -218,11 +242,13 @@ class EngineWorker:
                 self._stop_reason = reason
                 unfinished = [*self._running, *self._queue]
                 self._queue.clear()
+                self._calls.fail(reason)
             for job in unfinished:
                 self._send_last(job, reason)
 
     def _step(self) -> None:
         """Removes ended jobs, starts waiting ones, and runs one step of the engine."""
+        self._calls.run_next(self.model)
         now, timeout = time.monotonic(), self.limits.request_timeout
         with self._wake:
             late = [job for job in (*self._running, *self._queue) if now > job.deadline]
@@ -319,22 +345,24 @@ class EngineWorker:
             self.model.engine.cancel(ticket)
 
 
-def _is_slow_to_read(prompt: Prompt | Document) -> bool:
+def _is_slow_to_read(prompt: ModelInput) -> bool:
     parts: Sequence[object] = []
     if isinstance(prompt, Document):
         parts = [part for turn in prompt.turns for part in turn.parts]
-    else:
+    elif not isinstance(prompt, TokenIds):
         parts = prompt
     texts = [part for part in parts if isinstance(part, str)]
     return len(texts) < len(parts) or sum(map(len, texts)) > FAST_CHARACTERS
 
 
 def _read_prompt(
-    model: Model, prompt: Prompt | Document, options: GenerationOptions
+    model: Model, prompt: ModelInput, options: GenerationOptions | None, raw_prompt: bool
 ) -> tuple[int, ...]:
     """Token ids of a prompt. Raises UserError for a prompt that the model cannot take."""
-    if options.mode != "text":
+    if options is not None and options.mode != "text":
         model.image_tokenizer.require_decoder()
-    ids = tuple(model.encode_prompt(prompt))
-    model.engine.check(Request(ids, options))
+    is_encoded = isinstance(prompt, TokenIds)
+    ids = prompt.ids if is_encoded else tuple(model.encode_prompt(prompt, raw_prompt))
+    if options is not None:
+        model.engine.check(Request(ids, options))
     return ids

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from medley.commands.model_options import BatchOptions
+from medley.commands.model_options import RUNTIME_OPTIONS, BatchOptions
 from medley.errors import UserError
 from medley.evaluation import medmax_suite as suite
 from medley.evaluation.judge import PROMPTS, JudgeOptions
@@ -26,7 +26,6 @@ _MAX_TOKENS = {"closed": 16, "mcq": 16, "open": 60, MIXED: 1024}  # of other tas
 _RESERVED = ("", ".", "..", "manifest", "answers", "replies", "images", "results", "logs")
 _PUBLISHED_TOKENS = 1  # MedMax's limit for closed and multiple-choice answers
 _PUBLISHED_PENALTY = 1.2
-_NOT_IDENTITY = {"batch_size", "deterministic", "device"}  # They do not change the answers.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class MedmaxOptions(BatchOptions, JudgeOptions):
 
     def identity(self) -> dict[str, Any]:
         """The options and data that the answers depend on."""
-        relevant = {field.name for field in fields(BatchOptions)} - _NOT_IDENTITY
+        relevant = {field.name for field in fields(BatchOptions)} - set(RUNTIME_OPTIONS)
         relevant |= {"image_folder", "prompt_processor", "compat"}
         ignored = {field.name for field in fields(self)} - relevant
         return run_identity(self, ignored, eval_data=self.eval_data)
