@@ -247,14 +247,15 @@ def test_text_and_images_by_graph_equal_single_steps(
         name = f"medley.generation.model_runner.{kind.__name__}"
         monkeypatch.setattr(name, record(kind))
     outputs = []
-    for use_cuda_graph in (False, True):
+    for use_cuda_graph, speculation in ((False, "off"), (True, "off"), (True, 8)):
         engine = Engine(
             decoder, model.vocabulary, model.engine.scheduler.codes_per_image, fuse=True
         )
+        engine.set_speculation(speculation)  # type: ignore[arg-type]
         engine.runner.use_cuda_graph = use_cuda_graph
         outputs.append([o.ids for o in engine.generate(requests, batch_size=3)])
         assert engine.runner.cache.num_slots == 0
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]
     assert set(made) == {GraphedForward, GraphedImageSteps}
     assert len(made) <= MAX_GRAPHS
 

@@ -157,6 +157,7 @@ def test_graphed_decode_gives_the_same_image_tokens_as_single_steps(
     outputs, steps = [], []
     for use_cuda_graph in (False, True):
         engine = make_engine(decoder, True, model)
+        engine.set_speculation("off")
         engine.runner.use_cuda_graph = use_cuda_graph
         decode_images = engine.runner.decode_images
 
