@@ -182,7 +182,7 @@ def test_entry_of_the_configuration_is_checked(turning: Path, tmp_path: Path) ->
         ({"exif_orientation": 1}, r"got 1, expected true or false"),
         ({"fit": "stretch"}, r"got 'stretch', expected crop or pad"),
         ({"fit": ["crop"]}, r"Invalid preprocessing\.fit"),
-        ({"rotate": True}, r"Unknown preprocessing\.rotate"), ([1], "expected a mapping"),
+        ({"rotate": True}, r"Unknown preprocessing field 'rotate'"), ([1], "expected a mapping"),
     ):  # fmt: skip
         file.write_text(yaml.safe_dump({**content, "preprocessing": entry}))
         with pytest.raises(UserError, match=message):
