@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,12 +30,17 @@ class StepFailed(Exception):
     """A command that failed or was ended; the message is the last line that it printed."""
 
 
-def measure(arguments: Sequence[Any], limit: float) -> Measurement:
+def measure(arguments: Sequence[Any], limit: float, threads: int | None = None) -> Measurement:
     """Runs Python with arguments in the repository, for `limit` seconds. Raises StepFailed."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, *map(str, arguments)]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
         peak = (0, 0)
         try:
             while process.poll() is None:

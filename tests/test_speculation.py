@@ -266,12 +266,15 @@ def test_the_joint_distribution_is_that_of_the_model() -> None:
 @pytest.mark.parametrize("setting", [0, -3, 65])
 def test_numbers_that_no_image_can_use_are_refused(setting: int) -> None:
     with pytest.raises(UserError, match=rf"--speculate {setting}: .*expected 1 to 64"):
-        Speculator(64, is_cpu=True).set(setting)
+        Speculator(64, can_measure=True).set(setting)
 
 
-def test_auto_is_for_cpus() -> None:
-    on_gpu = Speculator(64, is_cpu=False)
-    assert Speculator(64, is_cpu=True).is_on
+def test_auto_is_for_float32_on_cpus(model: Model) -> None:
+    assert model.engine.speculator.is_on
+    half = medley.load("tiny", device="cpu", dtype="bfloat16").engine
+    assert not half.speculator.is_on  # the same seed must give the same image
+    on_gpu = Speculator(64, can_measure=False)
+    assert Speculator(64, can_measure=True).is_on
     assert not on_gpu.is_on
     on_gpu.set(8)
     assert on_gpu.is_on

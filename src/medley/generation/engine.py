@@ -66,7 +66,8 @@ class Engine:
             vocabulary, codes_per_image, self.runner.max_seq_len, max_num_seqs, self.budget
         )
         self.sampler = Sampler(masks)
-        self.speculator = Speculator(codes_per_image, device.type == "cpu")
+        is_float32 = decoder.model.embed_tokens.weight.dtype == torch.float32
+        self.speculator = Speculator(codes_per_image, is_float32 and device.type == "cpu")
         self._prefill_passes = 0  # since the last decode step
 
     @property

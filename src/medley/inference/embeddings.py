@@ -60,12 +60,11 @@ def _hidden_states(decoder: Decoder, tokens: Tensor, layer: int) -> Tensor:
     """Token ids (1, S) -> hidden states (1, S, D) after `layer` layers."""
     stack: Any = decoder.model
     if layer == 0:
-        return decoder.model.embed_tokens(tokens)  # type: ignore[no-any-return]
+        return decoder.model.embed_tokens(tokens)
     if layer == num_layers(decoder):
-        return stack(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-    with _stop_after(stack.layers[layer - 1]) as outputs:
-        with suppress(_Stop):
-            stack(input_ids=tokens, use_cache=False)
+        return stack(input_ids=tokens, use_cache=False).last_hidden_state
+    with _stop_after(stack.layers[layer - 1]) as outputs, suppress(_Stop):
+        stack(input_ids=tokens, use_cache=False)
     return outputs[0]
 
 

@@ -361,8 +361,10 @@ def _read_prompt(
     """Token ids of a prompt. Raises UserError for a prompt that the model cannot take."""
     if options is not None and options.mode != "text":
         model.image_tokenizer.require_decoder()
-    is_encoded = isinstance(prompt, TokenIds)
-    ids = prompt.ids if is_encoded else tuple(model.encode_prompt(prompt, raw_prompt))
+    if isinstance(prompt, TokenIds):
+        ids = prompt.ids
+    else:
+        ids = tuple(model.encode_prompt(prompt, raw_prompt))
     if options is not None:
         model.engine.check(Request(ids, options))
     return ids
