@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -580,3 +581,29 @@ def test_flags_reach_the_engine() -> None:
     assert engine.budget.max_bytes is not None
     model = ModelOptions(ckpt="tiny", kv_cache_gb=0.25, device="cpu").load()
     assert model.engine.budget.max_bytes == 250_000_000
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_cache_that_could_not_grow_has_the_capacity_of_its_smallest_tensor(
+    model: Model, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Two layers have four tensors; the allocation of any one of them may fail."""
+    config = copy.copy(model.engine.decoder.config)
+    config.num_hidden_layers = 2
+    cache = kv_cache.KeyValueCache(config, torch.float32, torch.device("cpu"), 8)
+    assert [cache.add_slot(), cache.add_slot()] == [0, 1]
+    cache.reserve(10)
+    before, resize, calls = cache.capacity, kv_cache._resize, iter(range(8))
+
+    def resize_or_fail(*arguments: Any) -> torch.Tensor:
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("no memory")
+        return resize(*arguments)
+
+    monkeypatch.setattr(kv_cache, "_resize", resize_or_fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.reserve(before[1] + 1)
+    assert cache.capacity == before
+    cache.reserve(before[1] + 1)
+    assert cache.capacity[1] > before[1]
+    assert all(t.shape[2] == cache.capacity[1] for t in (*cache._keys, *cache._values))
