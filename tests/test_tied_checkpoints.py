@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import medley
-from medley.checkpoints.adapter import load_adapter, merged_tensors, verify_merge
+from medley.checkpoints.adapter import load_adapter, merge_difference, merged_tensors
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.checkpoints.conversion import write_chameleon, write_hugging_face
 from medley.errors import UserError
@@ -102,7 +102,7 @@ def test_an_adapter_of_the_layers_merges(tied: Path, tmp_path: Path) -> None:
     write_hugging_face(tmp_path / "merged", base, merged_tensors(base, adapter))
     merged = open_checkpoint(tmp_path / "merged")
     assert merged.config().tie_word_embeddings
-    difference = verify_merge(base, adapter, merged)
+    difference = merge_difference(base, adapter, merged)
     assert difference.largest <= difference.limit(base.dtype(), layers=2)
     assert_equal_to_stock(logits(tmp_path / "merged"), tmp_path / "merged")
 

@@ -199,7 +199,7 @@ def _merged(base: Checkpoint, updates: dict[str, Update]) -> Iterator[tuple[str,
         yield name, updates[name].apply(weight) if name in updates else weight
 
 
-def verify_merge(base: Checkpoint, adapter: Path, merged: Checkpoint) -> LogitDifference:
+def merge_difference(base: Checkpoint, adapter: Path, merged: Checkpoint) -> LogitDifference:
     """Float32 logits of base and adapter, compared with those of the merged model."""
     ids = random_ids(base)
     with torch.inference_mode():

@@ -24,13 +24,14 @@ CONFIG_FILE = "adapter_config.json"
 # Initial values that leave the base's weights unchanged.
 _INIT_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
-# Options that this module reads, and options that do not change what the saved tensors mean.
+# Options that a merge follows, or that choose which modules have saved tensors.
 _COVERED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
     "init_lora_weights", "trainable_token_indices", "use_bdlora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "target_parameters",
 }  # fmt: skip
+# Options that do not change what the saved tensors mean.
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size",
@@ -151,10 +152,10 @@ class AdapterConfig:
     def _refused(self, name: str, value: Any, merging: bool) -> UserError:
         reason = _REASONS.get(name, "this option is unknown here; does it come from a newer PEFT?")
         text = repr(value)
-        shown = text if len(text) < 80 else text[:76] + " ..."
+        got = text if len(text) < 80 else text[:76] + " ..."
         action = "merged" if merging else "applied"
         return UserError(
-            f"{self.path}: Unsupported {name} (got {shown}, expected {_DEFAULTS.get(name)!r}): "
+            f"{self.path}: Unsupported {name} (got {got}, expected {_DEFAULTS.get(name)!r}): "
             f"{reason}. Such an adapter cannot be {action}; train one without {name}."
         )
 
@@ -178,11 +179,11 @@ class AdapterConfig:
 
         Raises UserError if rank_pattern or alpha_pattern do not say which one was trained.
         """
-        expected = self._by_pattern("rank_pattern", self.rank_pattern, module, self.rank)
-        if rank != expected:
+        configured = self._by_pattern("rank_pattern", self.rank_pattern, module, self.rank)
+        if rank != configured:
             name = "rank_pattern" if self.rank_pattern else "r"
             raise UserError(
-                f"{self.path}: {name} does not fit the tensors of {module} (got {expected:g}, "
+                f"{self.path}: {name} does not fit the tensors of {module} (got {configured:g}, "
                 f"expected {rank}). PEFT saves overlapping patterns in another order than it "
                 "trained with; give each module a pattern of its own."
             )

@@ -178,7 +178,7 @@ def write_model(
         for number in range(dims.shards):
             name = "consolidated.pth" if dims.shards == 1 else f"consolidated.{number:02d}.pth"
             temporary = stack.enter_context(atomic_file(folder / name))
-            own = {key: tensors[number] for key, tensors in parts.items()}
+            own = {key: by_shard[number] for key, by_shard in parts.items()}
             files.append(TorchWriter(temporary, {**own, ROPE: frequencies}))
             stack.callback(files[-1].abandon)
         for name, tensor in tensors():

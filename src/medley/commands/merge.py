@@ -10,9 +10,9 @@ from pathlib import Path
 
 from medley.checkpoints.adapter import (
     find_adapter,
+    merge_difference,
     merged_tensors,
     resolve_base,
-    verify_merge,
     weights_file,
 )
 from medley.checkpoints.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def merge(options: MergeOptions) -> None:
         check_fingerprint(options.ckpt_path, base.fingerprint(), str(base.folder))
 
     def verify(merged: Checkpoint) -> None:
-        difference = verify_merge(base, adapter, merged)
+        difference = merge_difference(base, adapter, merged)
         print(f"largest logit difference: {difference.largest:.3g} (weights in {base.dtype()})")
         limit = difference.limit(base.dtype(), base.config().num_hidden_layers)
         if difference.largest > limit:

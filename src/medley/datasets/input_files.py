@@ -1,4 +1,4 @@
-"""The files of a dataset: published names by split, and tables as hubs and `datasets` lay them."""
+"""The files of a dataset: published names by split, and tables as hubs store them."""
 
 from __future__ import annotations
 

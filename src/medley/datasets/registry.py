@@ -1,4 +1,4 @@
-"""The supported dataset formats: one module each, with its reader and its writer."""
+"""The supported dataset formats: how each is read and, for most, written."""
 
 from dataclasses import fields
 from pathlib import Path

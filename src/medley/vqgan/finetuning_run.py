@@ -15,7 +15,7 @@ from medley.errors import UserError
 from medley.utils.run_identity import check_same_run
 from medley.vqgan.model import VQGAN
 
-NEW_FIELDS = {"lr", "vqgan"}  # of the identity, which Medley 0.1 did not record
+NEW_FIELDS = {"lr", "vqgan"}  # fields of the identity that Medley 0.1 did not record
 RESULT_FILES = {"vqgan.yaml", "vqgan.ckpt", "text_tokenizer.json"}  # in tokenizer/
 RECORDED_NAMES = {
     "pictures": "images", "names": "image_names_hash", "perceptual": "lpips_weights",  # alias

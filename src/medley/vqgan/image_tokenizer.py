@@ -35,7 +35,7 @@ from medley.vqgan.reference import ReferenceEncoder
 
 MAX_MAP_ELEMENTS = 2**31 - 1  # of one feature map: kernels index with 32 bits
 MAPS_IN_MEMORY = 6  # feature maps of the largest size at the same time, with a kernel's workspace
-MARGIN = 2  # images have up to twice the rounding error of the images that it is measured on
+MARGIN = 2  # an image's rounding error may be up to this many times the measured one
 _FINGERPRINTED = ("encoder.", "quant_conv.", "quantize.")
 
 
@@ -85,7 +85,7 @@ class ImageTokenizer:
         return open_image(path, frame, self.preprocessing.exif_orientation)
 
     def square(self, image: Image.Image) -> Image.Image:
-        """An RGB image -> the small square that is encoded. Both give the same image codes."""
+        """An RGB image -> the small square that is encoded; the square has the same image codes."""
         return resize_square(self._upright(image), self.size, self.preprocessing.fit)
 
     def pixels(self, image: Image.Image) -> Tensor:

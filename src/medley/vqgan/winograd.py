@@ -1,8 +1,8 @@
 """3 x 3 convolutions of channels-last feature maps on the CPU, by Winograd's algorithm.
 
 F(2 x 2, 3 x 3) (Lavin and Gray 2016, arXiv:1509.09308) computes 2 x 2 outputs from tiles of 4 x 4
-inputs by 16 matrix products and needs 2.25 times fewer multiplications. Compared with double
-precision it is more accurate than torch's direct convolution. On one thread it is faster
+inputs by 16 matrix products and needs 2.25 times fewer multiplications. Its error against double
+precision is smaller than that of torch's direct convolution. On one thread it is faster
 (docs/log.md), on several threads it is not. One process for each core is therefore fastest. In
 float64, torch's own convolution is slower and needs nine times the memory of its input.
 """
