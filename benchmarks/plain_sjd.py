@@ -106,7 +106,7 @@ class _SJDSpeculator(Speculator):
     """The engine's windows and first drafts, with SJD's rule of acceptance."""
 
     def __init__(self, engine: Engine, sampler: _SJDSampler, width: int) -> None:
-        super().__init__(engine.speculator.codes_per_image, is_cpu=True)
+        super().__init__(engine.speculator.codes_per_image, can_measure=True)
         self._sampler = sampler
         self.set(width)
 

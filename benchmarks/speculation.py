@@ -65,18 +65,25 @@ class Options:
     rounding_images: int = 64
     threads: int = 1
 
+    def check_batches(self) -> list[int]:
+        """The batches. Raises UserError for a number below 1."""
+        for name in ("images", "rounds", "rounding_images", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected 1 or more.")
+        batches = self.batches.split(",")
+        if not all(batch.strip().isdecimal() and int(batch) >= 1 for batch in batches):
+            raise UserError(
+                f"--batches is {self.batches!r}, expected numbers from 1 on with commas."
+            )
+        return [int(batch) for batch in batches]
+
 
 def main(argv: list[str] | None = None) -> int:
     return run_program("benchmarks/speculation.py", Options, work, argv)
 
 
 def work(options: Options) -> None:
-    try:
-        batches = [int(batch) for batch in options.batches.split(",")]
-    except ValueError:
-        batches = []
-    if not batches or min([*batches, options.images, options.rounds, options.rounding_images]) < 1:
-        raise UserError("--images, --batches, --rounds, --rounding_images: Expected 1 or more.")
+    batches = options.check_batches()
     torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
     model = load_model("float32")
@@ -173,10 +180,10 @@ def measure_case(
 ) -> dict[str, Any]:
     """Every setting, compared with `off` of the same batch and with `off` of one at a time."""
     engine = model.engine
-    engine.speculator = Speculator(engine.speculator.codes_per_image, is_cpu=True)
+    engine.speculator = Speculator(engine.speculator.codes_per_image, can_measure=True)
     requests = make_requests(model, options.images, is_guided, temperature, top_p)
     run(engine, requests[:batch], batch)  # warms up caches, and `auto` a little
-    engine.speculator = Speculator(engine.speculator.codes_per_image, is_cpu=True)
+    engine.speculator = Speculator(engine.speculator.codes_per_image, can_measure=True)
     runs: dict[Speculation, list[Run]] = {setting: [] for setting in SETTINGS}
     for _ in range(options.rounds):
         for setting in SETTINGS:

@@ -29,7 +29,9 @@ _WIDTHS = (1, 2, 4, 8, 16, 32)  # that `auto` measures
 _SAMPLES = 3  # passes of a width before its time counts
 _RECENT = 9  # passes whose median time counts
 _DECAY = 0.98  # of the weight of earlier passes in the share of accepted drafts
-_PRIOR = 0.5  # assumed share of drafts that are accepted, before any was seen
+# The first codes of an image have bad drafts: they must not decide alone.
+_PRIOR, _PRIOR_WEIGHT = 0.7, 20.0  # assumed share of accepted drafts, and how many drafts it counts
+_TRY_WIDER = 64  # passes after which one of the next width is measured again
 
 
 class Speculator:
@@ -134,6 +136,7 @@ class _WindowPolicy:
     """
 
     def __init__(self) -> None:
+        self._passes = 0
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=_RECENT)
         )
@@ -145,6 +148,7 @@ class _WindowPolicy:
         branches = sum(len(sequence.branches) for sequence in sequences)
         in_image = sum(sequence.grammar.in_image for sequence in sequences)
         best, best_rate = 1, 0.0
+        self._passes += 1
         for width in _WIDTHS:
             if width > 2 * best:
                 break
@@ -155,17 +159,20 @@ class _WindowPolicy:
             rate = tokens / statistics.median(seconds)
             if rate > best_rate:
                 best, best_rate = width, rate
-        return best
+        is_trial = self._passes % _TRY_WIDER == 0 and 2 * best in _WIDTHS
+        return 2 * best if is_trial else best
 
     def _expected(self, width: int) -> float:
         """Expected tokens of a sequence in a pass of a width.
 
         Drafts that no pass has tried so far are accepted as often as all others.
         """
-        mean = (_PRIOR + sum(self._accepted)) / (1 + sum(self._tried))
+        tried = _PRIOR_WEIGHT + sum(self._tried)
+        mean = (_PRIOR_WEIGHT * _PRIOR + sum(self._accepted)) / tried
         expected = share = 1.0
         for number in range(1, width):
-            share *= (mean + self._accepted[number]) / (1 + self._tried[number])
+            weight = _PRIOR_WEIGHT / 4
+            share *= (weight * mean + self._accepted[number]) / (weight + self._tried[number])
             expected += share
         return expected
 
