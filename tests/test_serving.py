@@ -59,8 +59,8 @@ def question(url: str, text: str = "Is there a cyst?") -> list[dict[str, Any]]:
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
-    (model,) = client.models.list().data
-    assert model.id == "tiny"
+    models = [model.id for model in client.models.list().data]
+    assert models == ["tiny", "tiny:any", "tiny:text", "tiny:image"]
     described = client.models.retrieve("tiny").model_dump()
     assert (described["image_size"], described["generates_images"]) == (64, True)
     with pytest.raises(openai.NotFoundError, match=r"Unknown model 'other' \(available: tiny\)"):
@@ -116,8 +116,15 @@ def test_images_are_generated_from_a_prompt(client: openai.OpenAI) -> None:
     assert second.data == first.data
     greedy = {"image_greedy": True}  # The library warns about it; a request must not fail.
     assert client.images.generate(model="tiny", prompt=PROMPT, extra_body=greedy).data
-    with pytest.raises(openai.BadRequestError, match="expected 64x64 or auto"):
-        client.images.generate(model="tiny", prompt=PROMPT, size="1024x1024")
+    large = client.images.generate(
+        model="tiny", prompt=PROMPT, size="1024x1024", response_format="url", extra_body={"seed": 7}
+    ).model_dump()
+    assert large["data"][0]["url"] == f"data:image/png;base64,{first.data[0].b64_json}"
+    assert large["size"] == "64x64"
+    assert large["note"].startswith("size: 1024x1024 is not available.")
+    for size in ("large", "0x0", "64x64x64", "64", "-1x64"):
+        with pytest.raises(openai.BadRequestError, match="size: "):
+            client.images.generate(model="tiny", prompt=PROMPT, size=size)  # type: ignore[call-overload]
 
 
 def test_generated_images_can_be_sent_back_in_a_conversation(
@@ -345,10 +352,10 @@ def test_engine_error_fails_running_requests_only(
     url = f"{running.url}/v1/chat/completions"
     with monkeypatch.context() as patched:
         patched.setattr(running.model.engine, "step", lambda: 1 / 0)
-        response = httpx.post(url, json=body)
+        response = httpx.post(url, json=body, timeout=60)
         assert response.status_code == 500
         assert "Internal server error (ZeroDivisionError)" in response.text
-    assert httpx.post(url, json=body).status_code == 200
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
     assert httpx.get(f"{running.url}/health").json()["status"] == "ok"
 
 

@@ -240,8 +240,13 @@ def test_json_may_have_parameters_and_a_byte_order_mark(
 @pytest.mark.parametrize(
     ("method", "path", "status", "code", "message"),
     [
-        ("POST", "/v1/responses", 404, "unknown_url", "POST /v1/responses is not served"),
-        ("GET", "/", 404, "unknown_url", "GET / is not served"),
+        ("POST", "/v1/moderations", 404, "unknown_url", "POST /v1/moderations is not served"),
+        ("POST", "/v1/audio/speech", 404, "unknown_url", "Served are GET /v1/models"),
+        ("GET", "/", 404, "unknown_url", "The base URL of the API is http"),
+        ("POST", "/chat/completions", 404, "unknown_url", "Use /v1/chat/completions (base URL"),
+        ("GET", "/models/tiny", 404, "unknown_url", "Use /v1/models/tiny"),
+        ("GET", "/v1/responses/resp_x", 404, "response_not_found", "No stored response 'resp_x'"),
+        ("DELETE", "/v1/responses/%00", 404, "response_not_found", "No stored response"),
         ("GET", "/a%00%ff\u00e9", 404, "unknown_url", "is not served"),
         ("GET", CHAT, 405, "method_not_supported", "does not support GET. Use POST"),
         ("DELETE", "/v1/models", 405, "method_not_supported", "Use GET"),
@@ -291,7 +296,7 @@ def test_the_client_of_openai_finds_code_and_field(running: RunningServer) -> No
         )
     assert (caught.value.code, caught.value.param) == ("invalid_value", "max_tokens")
     with pytest.raises(openai.NotFoundError) as missing:
-        client.responses.create(model="tiny", input="x")
+        client.moderations.create(input="x")
     assert missing.value.code == "unknown_url"
 
 

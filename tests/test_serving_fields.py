@@ -14,24 +14,33 @@ from openai.types.chat import (
     ChatCompletionUserMessageParam,
     completion_create_params,
 )
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.embedding_create_params import EmbeddingCreateParams
 from openai.types.image_generate_params import ImageGenerateParamsNonStreaming
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 import medley
 from medley.data.document import Document, ImagePart
 from medley.generation import GenerationOptions
+from medley.serving.completions_api import CompletionRequest
+from medley.serving.embeddings_api import EmbeddingRequest
 from medley.serving.limits import Limits, RequestError
 from medley.serving.messages import to_document
 from medley.serving.neutral_values import CHAT, IMAGES, MESSAGE, OFF, Unserved
-from medley.serving.schema import ChatRequest, ImageRequest
+from medley.serving.responses_schema import ResponseRequest
+from medley.serving.schema import ChatRequest, ImageRequest, RequestFields
 from medley.serving.untrusted_inputs import RequestReader
 from medley.utils.html import data_url
 
 CHAT_BODY = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 IMAGE_BODY = {"prompt": "x"}
-BODIES: list[tuple[type[ChatRequest] | type[ImageRequest], dict[str, Any]]] = [
+BODIES: list[tuple[type[RequestFields], dict[str, Any]]] = [
     (ChatRequest, CHAT_BODY), (ImageRequest, IMAGE_BODY),
+    (CompletionRequest, {"model": "tiny", "prompt": "x"}),
+    (EmbeddingRequest, {"model": "tiny", "input": "x"}),
+    (ResponseRequest, {"model": "tiny", "input": "x"}),
 ]  # fmt: skip
 NEUTRAL = [
     (kind, body, name, value)
@@ -60,7 +69,7 @@ def test_a_neutral_value_changes_nothing(
 
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_every_other_value_is_rejected_by_the_name_of_its_field(
-    kind: type[ChatRequest] | type[ImageRequest], body: dict[str, Any]
+    kind: type[RequestFields], body: dict[str, Any]
 ) -> None:
     for name, field in kind.unserved.items():
         # In Python 1 == True; in JSON they are different values.
@@ -89,7 +98,7 @@ def test_null_is_the_default_of_every_optional_field() -> None:
     for kind, body in BODIES:
         optional = [n for n, field in kind.model_fields.items() if not field.is_required()]
         nulls = dict.fromkeys(optional)
-        assert len(optional) > 10
+        assert len(optional) > 1
         assert kind.model_validate(body | nulls) == kind.model_validate(body)
 
 
@@ -98,10 +107,13 @@ def test_null_is_the_default_of_every_optional_field() -> None:
     [
         (completion_create_params.CompletionCreateParamsNonStreaming, ChatRequest),
         (ImageGenerateParamsNonStreaming, ImageRequest),
+        (CompletionCreateParamsNonStreaming, CompletionRequest),
+        (EmbeddingCreateParams, EmbeddingRequest),
+        (ResponseCreateParamsNonStreaming, ResponseRequest),
     ],
 )
 def test_every_field_of_the_openai_package_is_known(
-    parameters: type, kind: type[ChatRequest] | type[ImageRequest]
+    parameters: type, kind: type[RequestFields]
 ) -> None:
     """A new version of the package may add a field, whose neutral values belong into the table."""
     fields = get_type_hints(parameters).keys()
@@ -138,7 +150,7 @@ def _literals(hint: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "body"), BODIES)
 def test_the_schema_accepts_what_the_server_accepts(
-    kind: type[ChatRequest] | type[ImageRequest], body: dict[str, Any]
+    kind: type[RequestFields], body: dict[str, Any]
 ) -> None:
     validator = jsonschema_rs.validator_for(kind.model_json_schema())
     for name in (*kind.unserved, "new_field"):
@@ -234,7 +246,20 @@ def test_values_beyond_a_limit_are_rejected_by_the_field_that_was_sent(
 def test_an_image_request_without_a_size_has_the_size_of_the_model() -> None:
     for size in (None, "auto", "64x64"):
         request = ImageRequest.model_validate({"prompt": "x", "size": size})
-        assert request.generation(Limits(), 64).mode == "image"
+        assert request.generation(Limits(), 64, strict=True).mode == "image"
+        assert request.size_note(64) is None
+
+
+@pytest.mark.parametrize("size", ["1024x1024", "64x65", "1x1", "512x512"])
+def test_another_image_size_has_a_note_or_is_rejected(size: str) -> None:
+    request = ImageRequest.model_validate({"prompt": "x", "size": size})
+    assert request.generation(Limits(), 64).mode == "image"
+    note = request.size_note(64)
+    assert note is not None
+    assert size in note
+    assert "64x64" in note
+    with pytest.raises(RequestError, match="expected 64x64 or auto"):
+        request.generation(Limits(), 64, strict=True)
 
 
 # --- messages ---------------------------------------------------------------------------------

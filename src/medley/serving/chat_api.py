@@ -54,7 +54,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     preview_every = 0
     if body.previews and body.stream:
         codes = worker.model.image_tokenizer.codes_per_image
-        preview_every = max(1, codes // (body.previews + 1))
+        preview_every = -(-codes // (body.previews + 1))
     responses = ResponseStream(
         worker, document, options, body.num_choices, body.stop_strings, preview_every
     )

@@ -27,6 +27,7 @@ _CODES = {
     429: "rate_limit_exceeded", 499: "client_disconnected", 500: "internal_error",
     503: "service_unavailable",
 }  # fmt: skip
+_MISSING = {"model": "model_not_found", "response_id": "response_not_found"}
 
 
 class CodedError(RequestError):
@@ -44,8 +45,8 @@ def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
     detail["code"] = error.code if isinstance(error, CodedError) else _CODES.get(status)
     if isinstance(error, ContextLengthError):
         detail["code"] = "context_length_exceeded"
-    if status == 404 and detail["param"] == "model":
-        detail["code"] = "model_not_found"
+    if status == 404:
+        detail["code"] = _MISSING.get(detail["param"], "unknown_url")
     if status == 408:
         detail["type"] = "server_error"  # The request was valid.
     return status, body

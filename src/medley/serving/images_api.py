@@ -32,8 +32,7 @@ async def create_images(body: ImageRequest, request: Request) -> Response:
         )
     worker, body = model.worker, state.defaults.apply(body)
     size = worker.model.image_tokenizer.size
-    note = body.check_size(size, state.defaults.strict_image_size)
-    options = body.generation(state.limits)
+    options = body.generation(state.limits, size, state.defaults.strict_image_size)
     prompt = [RequestReader.of_worker(worker).text(body.prompt, "prompt")]
     responses = ResponseStream(worker, prompt, options, body.num_choices)
     async for _ in until_disconnect(request, state.instrument(worker, responses)):
@@ -53,6 +52,7 @@ async def create_images(body: ImageRequest, request: Request) -> Response:
             "total_tokens": prompt_tokens + generated,
         },
     }  # fmt: skip
+    note = body.size_note(size)
     return JSONResponse(result | ({"note": note} if note else {}))
 
 

@@ -14,26 +14,30 @@ from medley.serving.untrusted_inputs import RequestReader, repr_short
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image_url", "input_image")
+GENERATED_IMAGE = "generated_image"  # a part that names an image that this server has generated
 _SYSTEM_ROLES = ("system", "developer")
 _ROLES = ("user", "assistant", *_SYSTEM_ROLES)
 
 
-def to_document(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Document:
+def to_document(
+    messages: Sequence[dict[str, Any]], reader: RequestReader, names: Sequence[str] = ()
+) -> Document:
     """A conversation that ends with a user turn.
 
     System messages join the user turn beside them. Consecutive messages of one role become one
-    turn. Raises RequestError that names the invalid message.
+    turn. Raises RequestError with the name of the invalid message (default `messages[0]` etc.).
     """
     contents = [_content_of(message) for message in messages]
     reader.check_image_count(
         sum(map(_count_images, contents, [_is_response(message) for message in messages]))
     )
+    field = names[0].partition("[")[0] if names else "messages"
     turns: list[tuple[str, list[ContentPart]]] = []
     for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
-        where = f"messages[{number}]"
+        where = names[number] if names else f"messages[{number}]"
         role = message.get("role")
         _check_fields(message, where)
-        parts = _read_parts(content, f"{where}.content", reader, _is_response(message))
+        parts = read_parts(content, f"{where}.content", reader, _is_response(message))
         if not parts and role == "user":
             raise RequestError(
                 f"{where}.content: A user message needs text or an image (got "
@@ -54,13 +58,13 @@ def to_document(messages: Sequence[dict[str, Any]], reader: RequestReader) -> Do
         else:
             turns.append((turn, parts))
     if not turns or turns[-1][0] != "user":
-        raise RequestError("messages: The last message must be a user message.", param="messages")
+        raise RequestError(f"{field}: The last message must be a user message.", param=field)
     if turns[0][0] != "user":
-        raise RequestError("messages: The first message must be a user message.", param="messages")
+        raise RequestError(f"{field}: The first message must be a user message.", param=field)
     try:
         return Document(tuple(Turn(role, tuple(parts)) for role, parts in turns))
     except DocumentError as error:
-        raise RequestError(f"messages: {error}", param="messages") from error
+        raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _check_fields(message: dict[str, Any], where: str) -> None:
@@ -109,9 +113,10 @@ def _count_images(content: Any, has_markdown: bool) -> int:
     return count
 
 
-def _read_parts(
-    content: Any, where: str, reader: RequestReader, has_markdown: bool
+def read_parts(
+    content: Any, where: str, reader: RequestReader, has_markdown: bool = False
 ) -> list[ContentPart]:
+    """The texts and images of a content. With `has_markdown`, texts may have images."""
     if content is None or content == "":
         return []
     if isinstance(content, str):
@@ -131,6 +136,15 @@ def _read_parts(
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
             parts.append(reader.image_part(url, own))
+        elif kind == GENERATED_IMAGE:
+            image = reader.generated_image(str(part.get("id")))
+            if image is None:
+                raise RequestError(
+                    f"{own}: This server no longer has the image {repr_short(part.get('id'))}. "
+                    "Send its contents.",
+                    param=own,
+                )
+            parts.append(image)
         else:
             raise RequestError(
                 f"{own}: Unsupported type (got {repr_short(kind)}, expected an object of type text "

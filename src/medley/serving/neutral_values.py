@@ -105,6 +105,65 @@ IMAGES: Mapping[str, Unserved] = {
     "svg": Unserved("Images are PNG files"),
     **_IGNORED,
 }
+EMBEDDINGS: Mapping[str, Unserved] = {
+    "dimensions": Unserved("Embeddings have the width of the model"),
+    "encoding_type": Unserved("Use encoding_format"),
+    "truncate_prompt_tokens": Unserved("Inputs are not truncated"),
+    "input_type": Unserved("All inputs are equal"),
+    **_IGNORED,
+}
+# In the order of OpenAI's reference.
+COMPLETIONS: Mapping[str, Unserved] = {
+    "suffix": Unserved("Text is continued, not filled in"),
+    **{
+        name: CHAT[name]
+        for name in (
+            "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "min_p",
+            "min_tokens", "length_penalty", "prompt_logprobs", "skip_special_tokens",
+            "spaces_between_special_tokens", "priority", "response_format",
+        )
+    },
+    **_IGNORED,
+}  # fmt: skip
+# `include` asks for parts of a response that no response has.
+_INCLUDE = ["reasoning.encrypted_content"]
+_TEXT = {"format": {"type": "text"}}
+RESPONSES: Mapping[str, Unserved] = {
+    "background": Unserved("Responses are not generated in the background"),
+    "conversation": Unserved("Use previous_response_id"),
+    "include": Unserved("Responses have no other parts", (*OFF, _INCLUDE)),
+    "prompt": Unserved("There are no stored prompts"),
+    "reasoning": _REASONING,
+    "text": Unserved(
+        "Responses are plain text",
+        (*OFF, _TEXT, {"verbosity": "medium"}, {**_TEXT, "verbosity": "medium"}),
+    ),
+    "context_management": Unserved("Use truncation"),
+    "parallel_tool_calls": Unserved("The only tool is image_generation", (*OFF, True)),
+    "max_tool_calls": Unserved("The only tool is image_generation", ()),
+    "stream_options": Unserved("Ignored", ()),
+    "top_logprobs": _LOGPROBS,
+    "moderation": CHAT["moderation"],
+    "service_tier": CHAT["service_tier"],
+    "background_options": Unserved("Responses are not generated in the background"),
+    "access_programs": Unserved("There are no such programs"),
+    "image": Unserved("Use the tool image_generation"),
+    **{name: field for name, field in _IGNORED.items() if name != "metadata"},
+}
+# Fields of the tool image_generation; its model and the fidelity of inputs change nothing.
+IMAGE_TOOL: Mapping[str, Unserved] = {
+    "action": Unserved("Images are generated", (*OFF, "auto", "generate")),
+    "input_image_mask": Unserved("Images are not edited"),
+    "quality": Unserved("Images have one quality", (*OFF, "auto")),
+    "background": Unserved("Images are opaque", (*OFF, "auto", "opaque")),
+    "moderation": Unserved("Images are not moderated", (*OFF, "auto", "low")),
+    "output_format": Unserved("Images are PNG files", (*OFF, "png")),
+    "output_compression": Unserved("Images are PNG files", (None, 100)),
+    "complexity": Unserved("Images have one quality"),
+    "frame_count": Unserved("Images have one frame", (*OFF, 1)),
+    "frame_duration_ms": Unserved("Images have one frame"),
+    "svg": Unserved("Images are PNG files"),
+}
 # Fields of a message. Other unknown fields of messages are ignored: clients send their own.
 MESSAGE: Mapping[str, Unserved] = {
     "tool_calls": _TOOLS,

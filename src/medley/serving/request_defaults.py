@@ -47,8 +47,11 @@ class RequestDefaults:
         """A request with the defaults of the fields that it has left out."""
         sent = body.model_fields_set
         names = {other for pair in _SYNONYMS if sent & set(pair) for other in pair} | sent
+        fields = type(body).model_fields
         values = {name: value for name, value in self.values.items()
-                  if name in type(body).model_fields and name not in names}  # fmt: skip
+                  if name in fields and name not in names}  # fmt: skip
+        if "max_output_tokens" in fields and "max_output_tokens" not in sent:
+            values["max_output_tokens"] = self.values.get("max_tokens")
         return body.model_copy(update=values)
 
 

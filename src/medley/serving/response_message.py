@@ -11,7 +11,7 @@ from PIL import Image
 
 from medley.serving.error_responses import openai_error
 from medley.serving.image_text import to_markdown, to_note
-from medley.serving.response_stream import ResponsePart, ResponseStream
+from medley.serving.response_stream import ResponsePart, ResponseStream, join_texts
 from medley.serving.schema import ImagesAs
 from medley.utils.html import data_url
 
@@ -41,7 +41,7 @@ def to_message(parts: Sequence[ResponsePart], images_as: ImagesAs = "images") ->
     message: dict[str, Any] = {"role": "assistant", "content": to_text(parts, images_as)}
     has_images = any(isinstance(part, Image.Image) for part in parts)
     if has_images and images_as == "images":
-        content = [to_content_part(part) for part in parts]
+        content = [to_content_part(part) for part in join_texts(parts)]
         message["images"] = [part for part in content if part["type"] == "image_url"]
         message["parts"] = content
     return message

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
 
 from PIL import Image
 
@@ -15,8 +17,18 @@ from medley.serving.limits import RequestError
 from medley.serving.stop_strings import StopStringFilter
 from medley.serving.worker import EngineWorker, EventCallback, GenerationJob, ModelInput
 
+T = TypeVar("T")
 EventQueue = asyncio.Queue[tuple[int, StreamEvent | Exception]]
 ResponsePart = str | Image.Image
+
+
+def join_texts(parts: Sequence[str | T]) -> list[str | T]:
+    """Parts with one text for each run of texts: a stream has a piece for each token."""
+    joined: list[str | T] = []
+    for is_text, run in groupby(parts, lambda part: isinstance(part, str)):
+        own = list(run)
+        joined += ["".join(map(str, own))] if is_text else own
+    return joined
 
 
 def _callback(events: EventQueue, index: int) -> EventCallback:

@@ -257,22 +257,22 @@ class ImageRequest(GenerationFields):
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] = "auto"
     response_format: Literal["b64_json", "url"] | None = None
 
-    def check_size(self, size: int, strict: bool = False) -> str | None:
-        """A note if the images have another size than requested; `size` is the model's only one.
-
-        Raises RequestError instead of the note if `strict`.
-        """
+    def size_note(self, size: int) -> str | None:
+        """What the response says if its images have another size than requested."""
         if self.size in ("auto", f"{size}x{size}"):
             return None
-        if strict:
+        return f"size: {self.size} is not available. The images have {size}x{size} pixels."
+
+    def generation(self, limits: Limits, size: int, strict: bool = False) -> GenerationOptions:
+        """Generation options of one image; `size` is the model's image size.
+
+        Raises RequestError for an invalid value, and for another size if `strict`.
+        """
+        if strict and self.size_note(size) is not None:
             raise RequestError(
                 f"size: Unsupported (got {self.size}, expected {size}x{size} or auto).",
                 param="size",
             )
-        return f"size: {self.size} is not available. The images have {size}x{size} pixels."
-
-    def generation(self, limits: Limits) -> GenerationOptions:
-        """Generation options of one image. Raises RequestError for an invalid value."""
         if self.mode not in (None, "image"):
             raise RequestError(f"mode: Must be image (got {self.mode!r}).", param="mode")
         return self.to_options("image", limits.max_tokens, limits, min_images=1, max_images=1)

@@ -20,6 +20,7 @@ from medley.serving.limits import Limits, QueueFullError, RequestError
 from medley.serving.metrics import Metrics
 from medley.serving.request_body import BodyMemory
 from medley.serving.request_defaults import RequestDefaults
+from medley.serving.response_store import ResponseStore
 from medley.serving.response_stream import Chunk, ResponseStream
 from medley.serving.worker import EngineWorker
 
@@ -41,6 +42,7 @@ class ServerState:
         on_shutdown: called before the server waits for open connections
         body_memory: limits the bytes of all request bodies
         defaults: what a request means that leaves a field out
+        responses: stored responses of `/v1/responses`
         decode_slots: limits the requests whose body is parsed, or images are decoded, at once
         instance: random id of the process, different after each start
     """
@@ -52,6 +54,7 @@ class ServerState:
         self.metrics = Metrics(self.workers)
         self.body_memory = BodyMemory(limits.received_bytes)
         self.defaults = RequestDefaults()
+        self.responses = ResponseStore()
         self.draining = False
         self.has_ui = False
         self.in_flight = 0

@@ -62,11 +62,17 @@ class RequestReader:
         tokenizer, images = worker.model.image_tokenizer, worker.generated_images
         return cls(worker.limits, tokenizer, worker.max_characters, images)
 
-    def check_image_count(self, count: int) -> None:
+    def with_new_text(self) -> RequestReader:
+        """The reader of another text of the same request, which is a prompt of its own."""
+        own = RequestReader(self.limits, self.tokenizer, self.max_characters, self.generated_images)
+        own._deadline = self._deadline
+        return own
+
+    def check_image_count(self, count: int, param: str = "messages") -> None:
         """Raises RequestError for too many images, before the first one is decoded."""
         if count > self.limits.max_images:
             raise RequestError(
-                f"Too many images (got {count}, limit {self.limits.max_images}).", param="messages"
+                f"Too many images (got {count}, limit {self.limits.max_images}).", param=param
             )
 
     def text(self, text: str, where: str) -> str:
