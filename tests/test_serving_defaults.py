@@ -156,7 +156,7 @@ def test_a_server_for_text_clients() -> None:
         ([], {}), (["repetition_penalty=1"], {"repetition_penalty": 1}),
         (["repetition_penalty=1,temperature=0"], {"repetition_penalty": 1, "text_greedy": True}),
         (["temperature=0.5"], {"text_temperature": 0.5}),
-        (["text_top_p=1", "image_top_k=3, seed=3"], {"text_top_p": 1, "image_top_k": 3}),
+        (["top_p=1", "image_top_k=3, min_images=0"], {"text_top_p": 1, "image_top_k": 3}),
         (["max_tokens=7"], {"max_new_tokens": 7}), (["text_top_k=5"], {"text_top_k": 5}),
         (["text_greedy=true,"], {"text_greedy": True}), (["top_k=5"], {"text_top_k": 5}),
     ],

@@ -227,7 +227,7 @@ def test_a_response_as_markdown_is_the_same_response(
         for part in plain["parts"]
     ]
     assert split_images(message["content"]) == expected
-    stream = client.chat.completions.create(
+    stream: Any = client.chat.completions.create(
         model="tiny", messages=[QUESTION], seed=4, stream=True,  # type: ignore[list-item]
         extra_body={"mode": mode, "images_as": "markdown"},
     )  # fmt: skip
@@ -258,7 +258,7 @@ def test_an_image_alone_has_a_note_and_text_has_none(
     url = message["images"][0]["image_url"]["url"]
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
     assert message["content"] == to_note(image)
-    stream = client.chat.completions.create(
+    stream: Any = client.chat.completions.create(
         model="tiny:image", messages=[QUESTION], seed=4, stream=True,  # type: ignore[list-item]
     )  # fmt: skip
     assert "".join(c.choices[0].delta.content or "" for c in stream) == to_note(image)

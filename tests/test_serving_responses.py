@@ -117,8 +117,8 @@ def test_a_stream_has_the_events_of_openai(partial: int, client: openai.OpenAI) 
     )
     previews = [e for e in events if e.type == "response.image_generation_call.partial_image"]
     assert [event.partial_image_index for event in previews] == list(range(partial))
-    for event in previews:
-        Image.open(io.BytesIO(base64.b64decode(event.partial_image_b64))).load()
+    for preview in previews:
+        Image.open(io.BytesIO(base64.b64decode(preview.partial_image_b64))).load()
     assert final.output_text == expected.output_text
     deltas = "".join(e.delta for e in events if e.type == "response.output_text.delta")
     assert deltas == expected.output_text
@@ -361,7 +361,7 @@ def test_what_is_not_served_is_rejected_by_name(
 
 
 def test_items_of_one_response_are_one_message() -> None:
-    items = [
+    items: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
         {"type": "image_generation_call", "result": "aGk="},

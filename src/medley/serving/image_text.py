@@ -37,7 +37,7 @@ def to_markdown(image: Image.Image) -> str:
 
 
 def to_note(image: Image.Image) -> str:
-    """What stands for an image in a response without text: a blank line would be misleading."""
+    """A note in place of an image in a response without text, which would be a blank line."""
     return f"[image {content_hash(image)}]"
 
 

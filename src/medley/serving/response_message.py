@@ -30,7 +30,7 @@ def to_text(parts: Sequence[ResponsePart], images_as: ImagesAs) -> str:
 
 
 def note_of(parts: Sequence[ResponsePart]) -> str:
-    """What stands for the images of a response that has no text."""
+    """Notes in place of the images of a response that has no text."""
     if any(isinstance(part, str) and part for part in parts):
         return ""
     return "".join(to_note(part) for part in parts if isinstance(part, Image.Image))
