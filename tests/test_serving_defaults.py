@@ -237,6 +237,40 @@ def test_a_strict_server_rejects_other_image_sizes() -> None:
     assert response.json()["error"]["param"] == "size"
 
 
+def test_a_lenient_server_names_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    server = running_with(RequestDefaults(lenient=True))
+    odd = {"tools": [{"type": "function"}], "foo": 1, "max_tokens": 32768, "logit_bias": {"1": 2},
+           "stream_options": {"bar": 1}, "user": "x", "store": False}  # fmt: skip
+    bodies = (
+        (CHAT, BODY | {"mode": "text"}), ("/v1/completions", {"model": "tiny", "prompt": "x"}),
+        ("/v1/responses", {"model": "tiny", "input": "x"}),
+    )  # fmt: skip
+    try:
+        with caplog.at_level(logging.INFO, "medley.serving"):
+            plain = [httpx.post(server.url + p, json=b, timeout=60).json() for p, b in bodies]
+            assert not any("left_out" in response for response in plain)
+            response = httpx.post(server.url + CHAT, json=bodies[0][1] | odd, timeout=60)
+        assert response.status_code == 200, response.text
+        notes = response.json()["left_out"]
+        names = {note.partition(":")[0] for note in notes}
+        assert names == {"tools", "foo", "max_tokens", "logit_bias", "bar"}
+        assert "max_tokens: 32768 was cut to 400." in notes
+        assert any("left out" in record.getMessage() for record in caplog.records)
+        for path, body in bodies:
+            more = {"foo": 1, "max_output_tokens" if "responses" in path else "max_tokens": 32768}
+            found = httpx.post(server.url + path, json=body | more, timeout=60).json()["left_out"]
+            assert len(found) == 2
+        # What cannot be read is still rejected.
+        invalid: list[dict[str, Any]] = [
+            {"n": 99}, {"messages": []}, {"temperature": "hot"}, {"model": "other"},
+        ]  # fmt: skip
+        for fields in invalid:
+            response = httpx.post(server.url + CHAT, json=BODY | fields, timeout=60)
+            assert response.status_code in (400, 404)
+    finally:
+        server.stop()
+
+
 # --- system messages --------------------------------------------------------------------------
 
 

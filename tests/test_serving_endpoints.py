@@ -73,7 +73,7 @@ def test_prompts_of_every_kind_have_one_choice_each(
     ids = model.encode_prompt([PROMPT], raw_prompt=True)
     for prompt in (PROMPT, ids, ids[1:], [PROMPT], [ids], [PROMPT, PROMPT], [ids, ids[1:]]):
         completion = client.completions.create(
-            model="tiny", prompt=prompt, temperature=0, echo=True  # type: ignore[arg-type]
+            model="tiny", prompt=prompt, temperature=0, echo=True
         )  # fmt: skip
         texts = {choice.text for choice in completion.choices}
         assert len(texts) == 1

@@ -138,15 +138,15 @@ def test_a_note_names_the_image_by_its_content() -> None:
 def test_every_form_of_a_generated_image_has_its_codes(form: str) -> None:
     image = noise(3)
     part = {"type": "image_url", "image_url": {"url": data_url(image)}}
-    answer: dict[str, Any] = {
+    forms: dict[str, dict[str, Any]] = {
         "markdown": {"content": to_markdown(image)},
         "note": {"content": to_note(image)},
         "images": {"content": "", "images": [part]},
         "parts": {"content": "a", "parts": [part], "images": [part]},
         "content": {"content": [part]},
         "images and note": {"content": to_note(image), "images": [part]},
-    }[form]
-    parts = [p for p in parts_of(answer, reader(image)) if p]
+    }
+    parts = [p for p in parts_of(forms[form], reader(image)) if p]
     assert parts == [CODES]
 
 

@@ -106,7 +106,7 @@ def test_a_stream_has_the_events_of_openai(partial: int, client: openai.OpenAI) 
     with client.responses.stream(
         model="tiny", input=QUESTION, tools=[tool], extra_body=SEED
     ) as stream:
-        events = list(stream)
+        events: list[Any] = list(stream)
         final = stream.get_final_response()
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -65,6 +65,8 @@ class ServeOptions:
         images_as: form of images in responses, images (a field beside the text) or markdown
         defaults: defaults of requests, NAME=VALUE[,NAME=VALUE ...], for example
             repetition_penalty=1,temperature=0
+        lenient: leave out unknown fields and unsupported values of requests, and cut max_tokens to
+            the limit, instead of rejecting them; the response and the log name them
         strict_image_size: reject image sizes that the model cannot generate, instead of generating
             its own size
         max_queue: maximum number of waiting requests of a model
@@ -108,6 +110,7 @@ class ServeOptions:
     default_mode: Mode | None = None
     images_as: Literal["images", "markdown"] | None = None
     defaults: list[str] | None = None
+    lenient: bool = False
     strict_image_size: bool = False
     max_queue: int = Limits.max_queue
     request_timeout: float = Limits.request_timeout
@@ -288,5 +291,5 @@ def load_state(options: ServeOptions) -> ServerState:
     state = ServerState.of_models(
         models, options.limits, options.token, options.max_num_seqs, options.chunked_prefill_size
     )
-    state.defaults = defaults
+    state.defaults = replace(defaults, lenient=options.lenient)
     return state

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from medley.serving.image_text import to_markdown
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.messages import to_document
+from medley.serving.neutral_values import left_out
 from medley.serving.response_message import (
     encode_event,
     note_of,
@@ -59,7 +60,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         worker, document, options, body.num_choices, body.stop_strings, preview_every
     )
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
-            "model": model.name, "seed": options.seed}  # fmt: skip
+            "model": model.name, "seed": options.seed, **left_out()}  # fmt: skip
     images_as = body.images_as or state.defaults.images_as
     if body.stream:
         head["object"] = "chat.completion.chunk"

@@ -24,7 +24,7 @@ from medley.serving.chat_api import note_about
 from medley.serving.image_text import to_markdown
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import Limits, RequestError
-from medley.serving.neutral_values import COMPLETIONS
+from medley.serving.neutral_values import COMPLETIONS, left_out
 from medley.serving.response_message import (
     encode_event,
     note_of,
@@ -104,7 +104,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     completions = await _read_prompts(body, model.worker, options)
     free_body(request)
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
-            "created": int(time.time()), "model": model.name, "seed": options.seed}  # fmt: skip
+            "created": int(time.time()), "model": model.name, "seed": options.seed,
+            **left_out()}  # fmt: skip
     images_as = body.images_as or state.defaults.images_as
     if body.stream:
         events = _stream_events(state, body, completions, head, images_as)

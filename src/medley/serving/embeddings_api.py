@@ -1,7 +1,7 @@
 """`POST /v1/embeddings`: texts, images, and mixtures of both.
 
 An embedding is the mean of the decoder's hidden states at one layer (`Model.embed`). The response
-names the layer, so that nobody takes it for that of a model that was trained to embed.
+names the layer, because the model was not trained to embed.
 """
 
 from __future__ import annotations

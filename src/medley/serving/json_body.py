@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,8 +18,10 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from medley.serving.limits import Limits, RequestError
+from medley.serving.neutral_values import left_out, start_request
 from medley.serving.request_body import read_body, release_memory
 
+log = logging.getLogger("medley.serving")
 MAX_VALUES = 100_000  # values of a body: parsed in tens of milliseconds
 MAX_DEPTH = 64  # nested arrays and objects
 _CHUNK = 1 << 20  # bytes
@@ -85,13 +88,17 @@ def _measure(data: bytes | bytearray) -> tuple[int, int]:
 
 def _check_messages(value: Any, limits: Limits) -> None:
     """Raises RequestError if a request has too many messages or content parts."""
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list):
-        return
+    for field in ("messages", "input"):
+        rows = value.get(field) if isinstance(value, dict) else None
+        if isinstance(rows, list):
+            _check_counts([row for row in rows if isinstance(row, dict)], field, limits)
+
+
+def _check_counts(messages: list[dict[str, Any]], field: str, limits: Limits) -> None:
     parts = sum(
-        len(field)
-        for message in messages if isinstance(message, dict)
-        for field in message.values() if isinstance(field, list)
+        len(member)
+        for message in messages
+        for member in message.values() if isinstance(member, list)
     )  # fmt: skip
     for name, count, limit in (
         ("messages", len(messages), limits.max_messages),
@@ -99,7 +106,7 @@ def _check_messages(value: Any, limits: Limits) -> None:
     ):
         if count > limit:
             raise RequestError(
-                f"messages: Too many {name} (got {count}, limit {limit}).", param="messages"
+                f"{field}: Too many {name} (got {count}, limit {limit}).", param=field
             )
 
 
@@ -136,7 +143,11 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
+            start_request(request.app.state.medley.defaults.lenient)
+            response = await handler(JsonRequest(request.scope, request.receive))
+            if notes := left_out():
+                log.info("%s: left out: %s", request.url.path, "; ".join(notes["left_out"]))
+            return response
 
         return handle
 

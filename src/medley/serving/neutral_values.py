@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,30 @@ MESSAGE: Mapping[str, Unserved] = {
 }
 
 
+# In a lenient server: what of the current request was left out or cut. None: it is rejected.
+_left_out: ContextVar[list[str] | None] = ContextVar("left_out", default=None)
+
+
+def start_request(is_lenient: bool) -> None:
+    """Begins a request in the current context."""
+    _left_out.set([] if is_lenient else None)
+
+
+def leave_out(text: str) -> bool:
+    """Notes that something is left out. False if the server is not lenient: reject it."""
+    notes = _left_out.get()
+    if notes is None:
+        return False
+    notes.append(text)
+    return True
+
+
+def left_out() -> dict[str, list[str]]:
+    """The field of a response that names what was left out of its request."""
+    notes = _left_out.get()
+    return {"left_out": notes} if notes else {}
+
+
 def is_neutral(value: Any, neutral: Iterable[Any] = EMPTY) -> bool:
     """Whether a value is in `neutral`, not counting the members of an object that are off."""
     if isinstance(value, dict):
@@ -200,18 +225,21 @@ def complaint(value: Any, unserved: Unserved) -> str:
 def drop_neutral_values(
     data: dict[str, Any], unserved: Mapping[str, Unserved], served: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """The fields of a request that have an effect.
+    """The fields of a request that have an effect. A lenient server notes the others.
 
     `served` are the implemented fields, each with the values that mean its default. Raises
     pydantic's ValidationError for another value of a field that is not implemented.
     """
     for name, field in unserved.items():
         if field.neutral and not is_neutral(data.get(name), field.neutral):
-            raise _field_error(name, "unsupported_value", complaint(data[name], field))
+            text = complaint(data[name], field)
+            if not leave_out(f"{name}: {text}"):
+                raise _field_error(name, "unsupported_value", text)
     for name, value in data.items():
         if name not in unserved and name not in served and not is_neutral(value):
             text = "Unknown field. GET /openapi.json lists the fields of a request."
-            raise _field_error(name, "unknown_parameter", text)
+            if not leave_out(f"{escape_name(name[:_QUOTED])}: {text}"):
+                raise _field_error(name, "unknown_parameter", text)
     return {n: v for n, v in data.items() if n in served and not _is_in(v, served[n])}
 
 

@@ -32,6 +32,7 @@ class RequestDefaults:
         mode: mode of a request that does not ask for images
         images_as: the form of images in responses
         values: other fields by name
+        lenient: whether unknown fields and values are left out, and limits cut, instead of rejected
         strict_image_size: whether an image size that the model cannot generate is rejected
     """
 
@@ -39,6 +40,7 @@ class RequestDefaults:
     images_as: ImagesAs = "images"
     values: Mapping[str, Any] = field(default_factory=dict)
     strict_image_size: bool = False
+    lenient: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"mode": self.mode, "images_as": self.images_as, **self.values}

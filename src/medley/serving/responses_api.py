@@ -22,6 +22,7 @@ from medley.serving.error_responses import CodedError, openai_error
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.messages import to_document
+from medley.serving.neutral_values import left_out
 from medley.serving.response_builder import ResponseBuilder
 from medley.serving.response_items import to_messages
 from medley.serving.response_message import encode_event
@@ -181,7 +182,7 @@ def _head(
         "temperature": body.temperature, "top_p": body.top_p, "truncation": body.truncation,
         "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
         "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
-        "background": False, "usage": None, **({"note": note} if note else {}),
+        "background": False, "usage": None, **({"note": note} if note else {}), **left_out(),
     }  # fmt: skip
 
 

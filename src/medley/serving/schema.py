@@ -30,6 +30,7 @@ from medley.serving.neutral_values import (
     Unserved,
     add_to_schema,
     drop_neutral_values,
+    leave_out,
 )
 
 ImagesAs = Literal["images", "markdown"]
@@ -189,7 +190,10 @@ class SamplingFields(GenerationFields):
     def _max_new_tokens(self, limits: Limits) -> int:
         given = {name: getattr(self, name) for name in self.max_tokens_fields}
         for name, value in given.items():
-            if value is not None and value > limits.max_tokens:
+            is_large = value is not None and value > limits.max_tokens
+            if is_large and leave_out(f"{name}: {value} was cut to {limits.max_tokens}."):
+                return limits.max_tokens
+            if is_large:
                 # As vLLM and OpenAI do. A silently shorter response would change an evaluation.
                 raise RequestError(
                     f"{name}: Too large (got {value}, limit {limits.max_tokens}). Send a smaller "
