@@ -135,7 +135,7 @@ def test_the_web_ui_hides_no_error_of_the_api_and_is_closed_to_other_pages() -> 
     from medley.serving.ui.mount import mount_ui
 
     server = RunningServer(Limits(), configure=mount_ui, allowed_origins=[ORIGIN])
-    for method, path, status in (("POST", "/v1/responses", 404), ("GET", CHAT, 405)):
+    for method, path, status in (("POST", "/v1/moderations", 404), ("GET", CHAT, 405)):
         response = httpx.request(method, server.url + path, headers={"Origin": ORIGIN})
         assert response.status_code == status
         assert response.json()["error"]["code"] in ("unknown_url", "method_not_supported")
