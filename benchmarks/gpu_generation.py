@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
+from medley.generation.prefix_cache import shared_prefix_length
 from medley.inference.devices import resolve_device
 from medley.modeling.quantization import Quantize, quantize_layers
 from medley.trainer.preflight import measure_peak_flops
@@ -170,15 +171,12 @@ def decode_text(report: Report) -> None:
     for batch in (1, 8):
         seconds, tokens = time_steps(engine, batch, steps)
         report.add(f"step at batch {batch} without graphs", 1000 * seconds, "ms")
-        prefixes = [common_prefix(a, b) for a, b in zip(tokens, with_graph[batch][1], strict=True)]
+        prefixes = [
+            shared_prefix_length(a, b) for a, b in zip(tokens, with_graph[batch][1], strict=True)
+        ]
         # Other sizes round differently, and after one other token all following ones differ.
         same = statistics.median(prefixes)
         report.check(f"tokens without graphs at batch {batch} are equal", same >= WARM_UP, same)
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """Number of equal tokens at the beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -253,7 +251,7 @@ def generate_images(report: Report) -> None:
         found: list[GenerationOutput] = []
         seconds = timed(report.device, lambda: found.extend(engine.generate([one])))  # noqa: B023
         report.add(f"guided image with {draws} draws in a pass", seconds, "s")
-        equal = common_prefix(found[0].ids, first[0].ids)
+        equal = shared_prefix_length(found[0].ids, first[0].ids)
         report.add(f"codes equal to those without speculation, {draws} draws", equal)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -129,30 +131,42 @@ def test_steps_on_any_gpu_are_captured_once_and_replayed(cuda: FakeCuda, index: 
         cuda.launch(index, lambda: ran.append(len(ran)))
 
     device = torch.device("cuda", index)
-    captured = CapturedStep(step, device)
+    captured = CapturedStep(device)
     for _ in range(5):
-        captured()
+        captured(step)
     assert ran == [0, 1, 2, 3, 4]  # each call runs the kernel once
     assert devices == [index, index]  # eagerly, then for the capture
     assert cuda.current == 0
-    CapturedStep(step, device)()
+    CapturedStep(device)(step)
     assert len(cuda.made) == 1  # one stream, and so one cuBLAS workspace, for all graphs
 
 
 def test_a_capture_leaves_other_gpus_alone(cuda: FakeCuda) -> None:
     counts = [0, 0]
 
-    def make(index: int) -> CapturedStep:
-        def count() -> None:
-            counts[index] += 1
+    def count(index: int) -> None:
+        counts[index] += 1
 
-        return CapturedStep(lambda: cuda.launch(index, count), torch.device("cuda", index))
-
-    steps = [make(0), make(1)]
+    steps = [CapturedStep(torch.device("cuda", index)) for index in (0, 1)]
     for _ in range(4):
-        for captured in steps:
-            captured()
+        for index, captured in enumerate(steps):
+            captured(lambda i=index: cuda.launch(i, lambda: count(i)))  # type: ignore[misc]
     assert counts == [4, 4]
+
+
+def test_steps_are_freed_at_once(model: Model) -> None:
+    """The memory of a GPU's graph must not wait for the garbage collector."""
+    cache = model.engine.runner.cache
+    fused = model.engine.runner.fused
+    assert fused is not None
+    gc.disable()
+    try:
+        step = GraphedForward(fused, cache, torch.device("cpu"), 1, 1, 256, None)
+        dead = weakref.ref(step)
+        del step
+        assert dead() is None
+    finally:
+        gc.enable()
 
 
 # --- when there is a graph ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The engine: scheduler, model runner, prefix cache, sequences that join and leave."""
+"""The engine: scheduler, model runner, sequences that join and leave."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import make_scheduler
 from PIL import Image
 
 import medley
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.errors import UserError
 from medley.generation import Engine, GenerationOptions, Request
-from medley.generation.cache_budget import CacheBudget
 from medley.generation.fused_decode import FusedDecoder
-from medley.generation.kv_cache import CachedPrefix, KeyValueCache
+from medley.generation.kv_cache import KeyValueCache
 from medley.generation.model_runner import GRAPH_STEPS
-from medley.generation.prefix_cache import PrefixCache
 from medley.generation.scheduler import PREFILL_TOKENS, Scheduler
 from medley.generation.sequence import Prefill
 from medley.inference.model import Model
@@ -280,13 +279,6 @@ def test_deterministic_runs_one_sequence_at_a_time(
     assert set(sizes) == {1}
 
 
-def make_scheduler(model: Model, max_bytes: int | None = None, **limits: int) -> Scheduler:
-    """`max_bytes` with one byte per token."""
-    budget = CacheBudget(1, PrefixCache(1 << 30))
-    budget.max_bytes = max_bytes
-    return Scheduler(model.vocabulary, 64, **limits, budget=budget)
-
-
 def admit(scheduler: Scheduler) -> list[int]:
     """The tickets of newly admitted requests."""
     before = [prefill.admission.ticket for prefill in scheduler.reading]
@@ -327,59 +319,6 @@ def test_request_that_cannot_start_ends_without_a_sequence(model: Model) -> None
 def test_empty_prompt_is_rejected(model: Model) -> None:
     with pytest.raises(UserError, match="prompt is empty"):
         model.engine.submit(Request([], GenerationOptions()))
-
-
-# --- prefix cache -------------------------------------------------------------------------------
-
-
-def test_chat_prefills_only_the_new_turn_and_gives_the_same_output(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = Image.new("RGB", (64, 64), "gray")
-    session = model.chat(mode="text", max_new_tokens=20, **GREEDY)
-    prefilled: list[int] = []
-    prefill = model.engine.runner._prefill_contexts
-
-    def record(branches: Any, contexts: Any, starts: Any) -> Any:
-        prefilled.append(sum(len(c) - s for c, s in zip(contexts, starts, strict=True)))
-        return prefill(branches, contexts, starts)
-
-    monkeypatch.setattr(model.engine.runner, "_prefill_contexts", record)
-    responses, contexts = [], []
-    for turn in ((image, "Is there a cyst?"), ("Where is it?",), ("How large?",)):
-        contexts.append([*session.ids, *model.encode_prompt(list(turn))[1:]])
-        *_, last = session.send(*turn)
-        assert last.response is not None
-        responses.append(last.response.ids)
-    assert prefilled[0] == len(contexts[0])
-    assert all(count < 25 for count in prefilled[1:])
-    engine = make_engine(model.engine.decoder, False, model)
-    options = GenerationOptions(mode="text", max_new_tokens=20, **GREEDY)
-    assert responses == [engine.generate([Request(ids, options)])[0].ids for ids in contexts]
-
-
-def test_prefix_cache_evicts_the_oldest_and_replaces_shorter_prefixes() -> None:
-    def prefix(*ids: int) -> CachedPrefix:
-        return CachedPrefix(ids, (torch.zeros(2, 1, len(ids), 4),))
-
-    cache = PrefixCache(3 * prefix(*range(20)).nbytes)
-    for start in range(4):
-        cache.add(prefix(*range(start, start + 20)))
-    assert len(cache) == 3
-    assert cache.find([0, *range(1, 20)]) is None  # the oldest was evicted
-    found = cache.find([*range(3, 20), 99, 100])
-    assert found is not None
-    assert found[1] == 17
-    cache.add(prefix(*range(3, 24)))  # replaces the prefix that it begins with
-    assert len(cache) == 2  # and evicts one of the other two
-    assert cache.find([*range(2, 22), 99]) is not None
-
-
-def test_prefix_cache_has_room_for_one_full_context(model: Model) -> None:
-    engine = make_engine(model.engine.decoder, False, model)
-    config = model.engine.decoder.config
-    per_token = engine.runner.prefixes.max_bytes / engine.max_seq_len
-    assert per_token >= 2 * config.num_hidden_layers * config.hidden_size * 4
 
 
 # --- options --------------------------------------------------------------------------------------

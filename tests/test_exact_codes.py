@@ -179,8 +179,8 @@ def test_near_ties_are_settled_in_float64(
 
     monkeypatch.setattr(ReferenceEncoder, "codes", record)
     assert torch.equal(tokenizer.encode_pixels(pixels), expected)
-    assert settled
-    assert set(settled) == {1}
+    # One image at a time: the one with the tie, and with more rounding others too.
+    assert 1 <= len(settled) <= (1 if device_type == "cpu" else len(pixels))
 
 
 def test_the_limit_of_ties_follows_the_rounding_of_a_device(

@@ -159,9 +159,9 @@ def test_blocks_of_log_probabilities_join(
     model: medley.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = model.encode_prompt([PROMPT * 4], raw_prompt=True)
-    whole = token_logprobs(model.decoder, ids, 3)
+    whole = token_logprobs(model.engine, ids, 3)
     monkeypatch.setattr("medley.inference.token_logprobs._BLOCK", 2)
-    parts = token_logprobs(model.decoder, ids, 3)
+    parts = token_logprobs(model.engine, ids, 3)
     assert [row.token for row in whole] == [row.token for row in parts] == ids[1:]
     for first, second in zip(whole, parts, strict=True):
         assert first.logprob == pytest.approx(second.logprob, abs=1e-4)
@@ -191,6 +191,8 @@ def test_a_completion_may_have_images(client: openai.OpenAI) -> None:
         ({"logprobs": 1, "stream": True}, "logprobs", "stream"), ({"best_of": 2}, "best_of", "n"),
         ({"logprobs": 1, "stop": "a"}, "logprobs", "stop"), ({"n": 9}, "n", "limit 8"),
         ({"logprobs": 1, "mode": "any"}, "logprobs", "mode text"),
+        ({"logprobs": 1, "model": "tiny:image"}, "logprobs", "mode text (got image)"),
+        ({"max_tokens": 0, "echo": True, "n": 2}, "n", "Must be 1 with max_tokens 0 (got 2)"),
         ({"prompt": "x" * 99_000}, "prompt", "does not fit"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from medley.generation import Engine, GenerationOptions, Request
 from medley.generation.sampler import Sampler
 from medley.generation.sampling import apply_cfg, philox_uniforms, sample
 from medley.generation.sequence import Window
-from medley.generation.speculation import Speculator, _WindowPolicy, num_equal
+from medley.generation.speculation import Speculator, _WindowPolicy
 from medley.inference.model import Model
 
 PROMPTS = (
@@ -209,17 +209,28 @@ def test_a_stale_place_of_the_cache_is_noticed(
     assert image_of(model) != expected
 
 
-def test_a_draft_that_differs_ends_the_accepted_draws() -> None:
-    assert num_equal([], [4]) == 0
-    assert num_equal([4, 5, 6], [4, 5, 6, 7]) == 3
-    assert num_equal([4, 9, 6], [4, 5, 6, 7]) == 1
-    assert num_equal([9, 5, 6], [4, 5, 6, 7]) == 0
+@pytest.mark.parametrize(
+    ("drafts", "drawn", "accepted", "kept"),
+    [
+        ([], [4], [4], []),
+        ([4, 5, 6], [4, 5, 6, 7], [4, 5, 6, 7], []),
+        ([4, 9, 6], [4, 5, 6, 7], [4, 5], [6, 7]),
+        ([9, 5, 6], [4, 5, 6, 7], [4], [5, 6, 7]),
+    ],
+)
+def test_draws_are_accepted_up_to_the_first_that_differs_from_its_draft(
+    drafts: list[int], drawn: list[int], accepted: list[int], kept: list[int]
+) -> None:
+    row: Any = _Row()
+    window = Window(row, [1, *drafts], 1 + len(drafts))
+    assert Speculator(64, can_measure=False).accept([window], [drawn], 0.0) == [accepted]
+    assert row.drafts == kept
 
 
 # --- the distribution ----------------------------------------------------------------------------
 
 
-def test_the_joint_distribution_is_that_of_the_model() -> None:
+def test_the_fixed_point_of_equal_draws_has_the_joint_distribution_of_the_model() -> None:
     """A toy model of 3 tokens and 4 places, guided, with top-p: chi-square over all 81 images."""
     generator = torch.Generator().manual_seed(0)
     tables = torch.randn(2, 4, 4, 3, generator=generator)  # branch, place, last token or none
@@ -287,20 +298,21 @@ class _Row:
     """What the policy asks of a sequence."""
 
     branches = (0, 1)
+    drafts: Sequence[int] = ()
 
     class grammar:  # noqa: N801
         in_image = True
 
 
 @pytest.mark.parametrize(
-    ("seconds", "best"),
+    ("seconds", "is_full"),
     [
-        (lambda width: 1.0, 32),  # wider passes are free
-        (lambda width: 1.0 * width, 1),  # as in a full batch
-        (lambda width: 1.0 + 0.02 * width, None),
+        (lambda width: 1.0, False),  # wider passes are free
+        (lambda width: 1.0 * width, True),  # as in a full batch
+        (lambda width: 1.0 + 0.02 * width, False),
     ],
 )
-def test_the_width_follows_the_measured_time(seconds: Any, best: int | None) -> None:
+def test_the_width_follows_the_measured_time(seconds: Any, is_full: bool) -> None:
     policy, generator = _WindowPolicy(), random.Random(0)
     row: Any = _Row()
     for _ in range(300):
@@ -312,9 +324,24 @@ def test_the_width_follows_the_measured_time(seconds: Any, best: int | None) -> 
     rates = {w: (1 - 0.7**w) / 0.3 / seconds(w) for w in (1, 2, 4, 8, 16, 32)}
     chosen = policy.choose([row])
     assert rates[chosen] > 0.9 * max(rates.values())
-    if best == 1:
+    if is_full:
         assert chosen == 1
         assert {width for _, width in policy._seconds} == {1, 2}
+
+
+def test_text_passes_and_widths_beyond_an_image_are_not_measured(model: Model) -> None:
+    engine = model.engine
+    engine.speculator._policy = _WindowPolicy(engine.scheduler.codes_per_image)
+    text = GenerationOptions(mode="text", max_new_tokens=12)
+    outputs(engine, [Request(model.encode_prompt(PROMPTS[2]), text, 0)], "auto", 1)
+    assert not engine.speculator._policy._seconds
+    policy, row = _WindowPolicy(4), _Row()
+    rows: Any = [row]
+    for _ in range(40):
+        width = policy.choose(rows)
+        assert width <= 4
+        policy.record([Window(rows[0], [0] * width, width)], [[0] * width], 1.0)
+    assert policy.choose(rows) == 4
 
 
 def test_places_of_a_window_are_drawn_with_their_own_numbers(model: Model) -> None:

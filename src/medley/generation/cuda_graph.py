@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,12 @@ def can_use_graph(decoder: Decoder, device: torch.device) -> bool:
 
     Launching the kernels of a step takes a GPU longer than running them; a CPU has no launches.
     """
-    head = decoder.lm_head
-    is_plain = isinstance(head, nn.Linear) and not hasattr(head, "_hf_hook")
-    return device.type == "cuda" and is_plain
+    return device.type == "cuda" and is_plain_head(decoder.lm_head)
+
+
+def is_plain_head(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether no adapter wraps an output head, and accelerate does not keep it elsewhere."""
+    return isinstance(head, nn.Linear) and not hasattr(head, "_hf_hook")
 
 
 def size_class(size: int, limit: int) -> int:
@@ -72,26 +75,31 @@ def _capture_stream(device: torch.device) -> Any:
 class CapturedStep:
     """A step that reads and writes fixed buffers. Its control flow must not depend on values."""
 
-    def __init__(self, step: Callable[[], None], device: torch.device, pool: Any = None) -> None:
-        self._step, self._device, self._pool = step, device, pool
+    def __init__(self, device: torch.device, pool: Any = None) -> None:
+        self._device, self._pool = device, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Runs `step`, which is the same in every call.
+
+        It is not kept: a bound method would be a cycle, and the memory of a graph that is not used
+        any more would not be freed at once.
+        """
         if self._device.type != "cuda":
-            self._step()
+            step()
             return
         with torch.cuda.device(self._device):  # streams and graphs are those of the current device
             if self._graph is None:
-                self._graph = self._run_and_capture()
+                self._graph = self._run_and_capture(step)
             else:
                 self._graph.replay()
 
-    def _run_and_capture(self) -> torch.cuda.CUDAGraph:
+    def _run_and_capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """The first step runs eagerly, which warms up for the capture. The capture only records."""
         stream, current = _capture_stream(self._device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step()
+            step()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local lets the threads of other models use CUDA meanwhile.
@@ -99,7 +107,7 @@ class CapturedStep:
             graph, self._pool, stream=stream, capture_error_mode="thread_local"
         )
         with _CAPTURE_LOCK, capture:
-            self._step()
+            step()
         return graph
 
 
@@ -141,14 +149,14 @@ class GraphedForward:
         self._fused, self._cache, self._length = fused, cache, length
         self._inputs = torch.zeros(2, slots, width, dtype=torch.int64, device=device)
         self._states: Tensor | None = None
-        self._run = CapturedStep(self._decode, device, pool)
+        self._run = CapturedStep(device, pool)
 
     def __call__(
         self, tokens: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
     ) -> Tensor:
         """Tokens and positions of each slot -> their states (R, T, D), until the next call."""
         self._inputs.copy_(torch.tensor([tokens, positions]))
-        self._run()
+        self._run(self._decode)
         assert self._states is not None
         return self._states
 
@@ -191,7 +199,7 @@ class GraphedImageSteps:
         self._codes = zeros(max_steps, sequences)
         self._step = zeros(1)
         self._is_finite = zeros(1, dtype=torch.bool)
-        self._run = CapturedStep(self._decode, device, pool)
+        self._run = CapturedStep(device, pool)
 
     def __call__(self, sequences: Sequence[SequenceState], steps: int) -> list[list[int]]:
         """The next `steps` image tokens of every sequence.
@@ -200,7 +208,7 @@ class GraphedImageSteps:
         """
         self._fill(sequences, steps)
         for _ in range(steps):
-            self._run()
+            self._run(self._decode)
         # One read from the device.
         host = torch.cat([self._is_finite.long(), self._codes[:steps].flatten()]).tolist()
         if not host[0]:

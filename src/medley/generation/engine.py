@@ -262,29 +262,29 @@ class Engine:
         """A decode step. While memory runs out, the longest sequence ends and it is repeated."""
         while self.scheduler.running:
             try:
-                self._decode()
-                return
+                sequences, tokens = self._decode()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+            else:  # not repeated: the branches have grown
+                self._append(sequences, tokens)
+                return
             release_unused_memory(self.runner.device)
             longest = max(self.scheduler.running, key=lambda s: sum(b.length for b in s.branches))
             self._fail(longest, "it was generating")
 
-    def _decode(self) -> None:
+    def _decode(self) -> tuple[list[SequenceState], list[list[int]]]:
+        """The running sequences, and the next tokens of each."""
         running = list(self.scheduler.running)
-        can_use_graph = not self.scheduler.reading and not self.speculator.is_on
-        if can_use_graph and (steps := self.runner.graph_steps(running)):
-            tokens = self.runner.decode_images(running, steps, self.sampler.image_tokens)
-            self._append(running, tokens)
-            return
+        if not self.speculator.is_on and (steps := self.runner.graph_steps(running)):
+            return running, self.runner.decode_images(running, steps, self.sampler.image_tokens)
         start = time.thread_time()  # other load does not count
         windows = self.speculator.windows(running)
         states = self.runner.decode(windows)
         drawn = self.sampler(windows, states, self.runner.logits)
         accepted = self.speculator.accept(windows, drawn, time.thread_time() - start)
         self.runner.advance(windows, accepted)
-        self._append(running, accepted)
+        return running, accepted
 
     def _append(self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]]) -> None:
         """Appends new tokens to each sequence; opens and closes guidance branches.

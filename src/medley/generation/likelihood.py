@@ -103,8 +103,9 @@ def _with_memory(
     engine: Engine, questions: Sequence[Continuations], with_end: bool
 ) -> list[list[float] | str]:
     """A batch. While memory runs out, it is cut into halves; a single question fails."""
-    limit, needed = engine.budget.cache_bytes, questions[0].length * engine.budget.bytes_per_token
-    if len(questions) == 1 and limit is not None and needed > limit:
+    needed = questions[0].length * engine.budget.bytes_per_token
+    if len(questions) == 1 and not engine.budget.fits([], needed):  # evicts cached prefixes
+        limit = engine.budget.cache_bytes or 0
         return [
             _no_memory(engine, questions[0], f"{needed / 1e9:.3g} GB, {limit / 1e9:.3g} GB are")
         ]

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medley.generation.cuda_graph import (
     GraphCache,
     GraphedForward,
     GraphedImageSteps,
     can_use_graph,
+    is_plain_head,
     length_class,
     size_class,
 )
@@ -340,8 +341,7 @@ class ModelRunner:
     def logits(self, states: Tensor, part: slice) -> Tensor:
         """States (B, D) -> float32 logits of a part of the vocabulary."""
         head = self.decoder.lm_head
-        if not isinstance(head, nn.Linear) or hasattr(head, "_hf_hook"):
-            # An adapter wraps it, or accelerate keeps it on another device.
+        if not is_plain_head(head):
             logits: Tensor = head(states).float()
             return logits[:, part].to(self.device)
         return self.head(part)(states.to(head.weight.device)).float().to(self.device)

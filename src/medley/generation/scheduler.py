@@ -133,7 +133,9 @@ class Scheduler:
         while self.waiting and len(self.reading) + len(self.running) < self.max_num_seqs:
             ticket, request = self.waiting[0]
             demand = self._demand(request)
-            if (others := self.demands) and not self.budget.fits([*others, demand]):
+            others = self.demands
+            fits = self.budget.fits([*others, demand])  # evicts cached prefixes for them
+            if others and not fits:
                 return  # later ones wait as well, or a large request would never run
             self.waiting.popleft()
             grammar = self._make_grammar(request)

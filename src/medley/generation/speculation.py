@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from medley.errors import UserError
+from medley.generation.prefix_cache import shared_prefix_length
 from medley.generation.sequence import SequenceState, Window
 
 Speculation = Literal["auto", "off"] | int
@@ -47,7 +48,7 @@ class Speculator:
         self.codes_per_image, self._can_measure = codes_per_image, can_measure
         side = math.isqrt(codes_per_image)
         self._row = side if side * side == codes_per_image else 1
-        self._policy = _WindowPolicy()
+        self._policy = _WindowPolicy(codes_per_image)
         self.setting: Speculation = "auto"
 
     def set(self, setting: Speculation) -> None:
@@ -97,10 +98,11 @@ class Speculator:
         """
         accepted = []
         for window, tokens in zip(windows, drawn, strict=True):
-            count = 1 + num_equal(window.drafts, tokens)
+            count = 1 + shared_prefix_length(window.drafts, tokens)
             window.sequence.drafts = list(tokens[count:])
             accepted.append(list(tokens[:count]))
-        if self.setting == "auto" and self.is_on:
+        was_chosen = any(window.sequence.grammar.in_image for window in windows)
+        if self.setting == "auto" and self.is_on and was_chosen:
             self._policy.record(windows, accepted, seconds)
         return accepted
 
@@ -120,14 +122,6 @@ def check_speculation(
         raise UserError(f"--speculate {setting}: Out of range (expected 1 {limit}, auto or off).")
 
 
-def num_equal(drafts: Sequence[int], tokens: Sequence[int]) -> int:
-    """The number of drafts before the first one that differs from the token of its place."""
-    return next(
-        (i for i, (draft, token) in enumerate(zip(drafts, tokens, strict=False)) if draft != token),
-        len(drafts),
-    )
-
-
 class _WindowPolicy:
     """Finds the window width with the most tokens per second, for each number of branches.
 
@@ -135,7 +129,8 @@ class _WindowPolicy:
     from 1 up, as long as wider ones save time, so that a full batch hardly tries any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_width: int = _WIDTHS[-1]) -> None:
+        self._widths = [width for width in _WIDTHS if width <= max_width]
         self._passes = 0
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=_RECENT)
@@ -149,7 +144,7 @@ class _WindowPolicy:
         in_image = sum(sequence.grammar.in_image for sequence in sequences)
         best, best_rate = 1, 0.0
         self._passes += 1
-        for width in _WIDTHS:
+        for width in self._widths:
             if width > 2 * best:
                 break
             seconds = self._seconds[branches, width]
@@ -159,7 +154,7 @@ class _WindowPolicy:
             rate = tokens / statistics.median(seconds)
             if rate > best_rate:
                 best, best_rate = width, rate
-        is_trial = self._passes % _TRY_WIDER == 0 and 2 * best in _WIDTHS
+        is_trial = self._passes % _TRY_WIDER == 0 and 2 * best in self._widths
         return 2 * best if is_trial else best
 
     def _expected(self, width: int) -> float:
@@ -181,7 +176,7 @@ class _WindowPolicy:
     ) -> None:
         width = max(window.num_draws for window in windows)
         branches = sum(len(window.sequence.branches) for window in windows)
-        if width in _WIDTHS:
+        if width in self._widths:
             self._seconds[branches, width].append(seconds)
         for window, tokens in zip(windows, accepted, strict=True):
             for number in range(1, min(len(tokens) + 1, window.num_draws)):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from medley.errors import UserError
 from medley.generation.decoder import Decoder
+from medley.generation.model_runner import execution_device
+from medley.generation.sampling import NONFINITE_LOGITS
 
 
 def num_layers(decoder: Decoder) -> int:
@@ -44,15 +46,17 @@ def embed_sequence(decoder: Decoder, ids: Sequence[int], layer: int | None = Non
     """Token ids that begin with `<s>` -> a unit vector float32 (D,) on the CPU.
 
     It is the mean of the hidden states of all positions but `<s>`, whose state is large and the
-    same in every sequence. Raises UserError for a sequence of `<s>` alone.
+    same in every sequence. Raises UserError for a sequence of `<s>` alone, and for states that are
+    NaN or infinite.
     """
     if len(ids) < 2:
         raise UserError("An empty input has no embedding. Give a text or an image.")
     layer = check_layer(decoder, layer)
-    device = decoder.model.embed_tokens.weight.device
-    tokens = torch.tensor([list(ids)], device=device)
+    tokens = torch.tensor([list(ids)], device=execution_device(decoder))
     hidden = _hidden_states(decoder, tokens, layer)[0]
     mean = hidden[1:].float().mean(0)
+    if not bool(mean.isfinite().all()):
+        raise UserError(NONFINITE_LOGITS)
     return nn.functional.normalize(mean, dim=0).cpu()
 
 

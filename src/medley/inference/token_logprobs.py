@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from medley.errors import UserError
-from medley.generation.decoder import Decoder
+from medley.generation import Engine
+from medley.generation.sampling import NONFINITE_LOGITS
 
 _BLOCK = 256  # positions whose logits (V floats each) are computed at a time
 
@@ -29,23 +30,23 @@ class TokenLogprob:
 
 
 @torch.inference_mode()
-def token_logprobs(decoder: Decoder, ids: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+def token_logprobs(engine: Engine, ids: Sequence[int], top: int = 0) -> list[TokenLogprob]:
     """Token ids (S) -> the log probabilities of the tokens from the second one on (S - 1).
 
     Raises UserError if the model's logits are NaN or infinite.
     """
-    device = decoder.model.embed_tokens.weight.device
-    tokens = torch.tensor([list(ids)], device=device)
-    stack: Any = decoder.model
+    tokens = torch.tensor([list(ids)], device=engine.runner.device)
+    stack: Any = engine.decoder.model
     hidden = stack(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
     targets, rows = tokens[0, 1:], []
     for start in range(0, len(targets), _BLOCK):
         block = slice(start, start + _BLOCK)
-        logprobs = decoder.lm_head(hidden[block]).float().log_softmax(-1)
-        own = logprobs.gather(1, targets[block, None].to(logprobs.device))[:, 0].tolist()
+        logprobs = engine.runner.logits(hidden[block], slice(None)).log_softmax(-1)
+        own_values = logprobs.gather(1, targets[block, None].to(logprobs.device))[:, 0]
+        if not bool(own_values.isfinite().all()):
+            raise UserError(NONFINITE_LOGITS)
+        own = own_values.tolist()
         values, indices = (part.tolist() for part in logprobs.topk(top))
-        if not all(value == value for value in own):
-            raise UserError("The model's logits are NaN or infinite.")
         for token, value, index, best in zip(
             targets[block].tolist(), own, indices, values, strict=True
         ):

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from medley.generation import GenerationOptions
+from medley.generation.config import Mode
 from medley.inference.token_logprobs import TokenLogprob, token_logprobs
 from medley.serving.chat_api import note_about
 from medley.serving.image_text import to_markdown
@@ -26,21 +27,22 @@ from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import Limits, RequestError
 from medley.serving.neutral_values import COMPLETIONS, left_out
 from medley.serving.response_message import (
+    JSON_OR_EVENTS,
     encode_event,
+    event_response,
     note_of,
     to_content_part,
     to_message,
-    with_error_event,
 )
 from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import ImagesAs, SamplingFields, StreamOptions
-from medley.serving.served_names import RequestedModel, find_model
+from medley.serving.served_names import RequestedModel, choose_mode, find_model
 from medley.serving.state import ServerState, first_or_disconnect, get_state, until_disconnect
 from medley.serving.text_inputs import Prompts
 from medley.serving.token_text import check_ids, ids_to_text, token_text
 from medley.serving.tokens_api import read_ids
 from medley.serving.untrusted_inputs import RequestReader
-from medley.serving.worker import EngineWorker, ModelInput
+from medley.serving.worker import EngineWorker, ModelInput, TokenIds
 
 router = APIRouter(route_class=JsonRoute)
 DEFAULT_TOKENS = 16  # OpenAI's default
@@ -60,14 +62,19 @@ class CompletionRequest(SamplingFields):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    def check(self) -> None:
-        """Raises RequestError for fields that contradict each other."""
+    def check(self, mode: Mode) -> None:
+        """Raises RequestError for fields that contradict each other, or the chosen mode."""
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens: 0 needs echo.", param="max_tokens")
+        if self.max_tokens == 0 and self.num_choices > 1:
+            raise RequestError(
+                f"n: Must be 1 with max_tokens 0 (got {self.n}): all choices would be equal.",
+                param="n",
+            )
         if self.logprobs is not None and (self.stream or self.stop_strings):
             raise RequestError("logprobs: Unsupported with stream and with stop.", param="logprobs")
-        if self.logprobs is not None and self.requested_mode not in (None, "text"):
-            raise RequestError("logprobs: Only in mode text.", param="logprobs")
+        if self.logprobs is not None and mode != "text":
+            raise RequestError(f"logprobs: Only in mode text (got {mode}).", param="logprobs")
 
     def _max_new_tokens(self, limits: Limits) -> int:
         return max(1, super()._max_new_tokens(limits))
@@ -91,16 +98,14 @@ class Completion:
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-@router.post(
-    "/v1/completions", response_model=None, response_class=Response,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
-)  # fmt: skip
+@router.post("/v1/completions", **JSON_OR_EVENTS)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     state = get_state(request)
     model = find_model(state, body.model)
     body = state.defaults.apply(body)
-    body.check()
-    options = body.generation(state.limits, model.mode or "text")
+    mode = choose_mode(model, body, "text")
+    body.check(mode)
+    options = body.generation(state.limits, mode)
     completions = await _read_prompts(body, model.worker, options)
     free_body(request)
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
@@ -110,10 +115,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     if body.stream:
         events = _stream_events(state, body, completions, head, images_as)
         first = await first_or_disconnect(request, events)
-        return StreamingResponse(
-            with_error_event(first, events), media_type="text/event-stream",
-            headers={"Cache-Control": "no-store"},
-        )  # fmt: skip
+        return event_response(first, events)
     async for _ in until_disconnect(request, _run_all(state, completions)):
         pass
     choices = []
@@ -136,8 +138,10 @@ async def _read_prompts(
             own = [RequestReader.of_worker(worker).text(prompt, where)] if prompt else []
         else:
             own = check_ids(prompt, where, worker)
-        needs_ids = body.echo or body.logprobs is not None
-        ids = await read_ids(worker, own) if needs_ids else ()
+        ids: tuple[int, ...] = ()
+        if body.echo or body.logprobs is not None:
+            ids = await read_ids(worker, own)
+            own = TokenIds(ids)  # so that the response does not encode the prompt again
         echo = ids_to_text(ids, worker.model.text_tokenizer) if body.echo else ""
         responses = None
         if body.max_tokens:
@@ -206,7 +210,7 @@ async def _logprobs(
             f"{worker.model.engine.max_seq_len}).",
             param="prompt",
         )
-    future = worker.call(lambda model: token_logprobs(model.engine.decoder, ids, top))
+    future = worker.call(lambda model: token_logprobs(model.engine, ids, top))
     rows = await asyncio.wait_for(asyncio.wrap_future(future), worker.limits.request_timeout)
     first = 0 if body.echo else len(completion.prompt_ids) - 1
     return _to_json(rows[first:], worker, has_start=body.echo)
@@ -260,13 +264,17 @@ async def _stream_events(
 
     for number, completion in enumerate(completions):
         first, responses = number * body.num_choices, completion.responses
-        for index in range(body.num_choices if completion.echo else 0):
-            yield event(first + index, completion.echo)
         if responses is None:
+            yield event(first, completion.echo)
             yield event(first, "", "length")
             continue
+        echoes = range(first, first + body.num_choices if completion.echo else first)
         async with aclosing(state.instrument(responses.worker, responses)) as chunks:
             async for chunk in chunks:
+                # Not before the first chunk: a full queue still gives its status until then.
+                for index in echoes:
+                    yield event(index, completion.echo)
+                echoes = range(0)
                 new, index = chunk.event, first + chunk.index
                 if new.text:
                     yield event(index, new.text)

@@ -106,7 +106,7 @@ class MixedModalTrainer(Trainer):  # type: ignore[misc]
             self._raise_nonfinite(float(loss), indices, False)
         sums = self.decoder.loss_sums
         if sums is not None:
-            self._sums[kind] = self._sums[kind].to(sums.device) + sums
+            self._sums[kind] = self._sums[kind].to(sums.device, sums.dtype) + sums
         return result
 
     def check_losses(self) -> None:
