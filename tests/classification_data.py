@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from medley import cli
+from medley.data.document import Document
 
 SPLITS = ("train", "val", "test")
 
@@ -79,3 +84,32 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], encoding: str = "utf-8
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def run(source: str, path: Path, output: Path, *words: Any) -> int:
+    command = ["convert", "--from", source, "--input", path, "--output", output, *words]
+    return cli.main([str(word) for word in command])
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def converted(
+    source: str, path: Path, output: Path, *words: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Split -> rows of a conversion that succeeds."""
+    assert run(source, path, output, *words) == 0
+    return {file.stem: rows_of(file) for file in sorted(output.glob("*.jsonl"))}
+
+
+def texts(row: dict[str, Any]) -> tuple[str, str]:
+    question, answer = Document.from_json(row).turns
+    return "".join(p for p in question.parts if isinstance(p, str)), str(answer.parts[0])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error: one line, after the progress bars and the rejected records."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medley")]
+    assert len(lines) == 1
+    return lines[0]

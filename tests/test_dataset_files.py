@@ -13,6 +13,7 @@ import pytest
 from dataset_records import MESSAGES, TURNS, convert, png, role_texts, write_json
 
 from medley.datasets.base import ConversionConfig, RecordError
+from medley.datasets.input_files import SPLIT_NAMES, split_of
 from medley.datasets.readers import records_of
 from medley.datasets.registry import FORMATS, FormatName, make_config
 from medley.datasets.samples import read_record
@@ -27,6 +28,15 @@ def folder(tmp_path: Path) -> Path:
     for number in range(3):
         (tmp_path / f"p{number}.png").write_bytes(png(number))
     return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(SPLIT_NAMES))
+def test_splits_by_the_name_of_a_file_or_folder(name: str, tmp_path: Path) -> None:
+    split = SPLIT_NAMES[name]
+    for file in (f"{name}.csv", f"{name.upper()}-00000-of-00001.parquet", f"x_{name}/0.parquet"):
+        assert split_of(tmp_path / file, tmp_path) == split
+    assert split_of(tmp_path / f"x{name}.csv", tmp_path) == ""
+    assert split_of(tmp_path / f"{name}s.csv", tmp_path) == ""
 
 
 # --- embedded images --------------------------------------------------------------------------

@@ -80,7 +80,8 @@ def test_all_ways_into_the_model_see_the_upright_photograph(
     other = ImageTokenizer.from_checkpoint("tiny").encode([upright])[0].tolist()
     assert other == expected  # an upright image has the same codes in both
     reader = RequestReader(Limits(), tokenizer, 100)
-    encoded = base64.b64encode(path.read_bytes()).decode()
+    uploaded = reader.part_from_base64(base64.b64encode(path.read_bytes()).decode(), "x").image
+    assert uploaded is not None
     dataset = ImageDataset(tokenizer.size, tokenizer.preprocessing)
     _, squares = dataset.__getitems__([ImageSource(str(path), str(path))])
     (in_folder,) = folder_images(tmp_path, None)
@@ -91,7 +92,7 @@ def test_all_ways_into_the_model_see_the_upright_photograph(
         tokenizer.encode([tokenizer.open_image(path)])[0],
         tokenizer.encode([opened])[0],  # opened by the caller
         tokenizer.encode([in_folder.image])[0],
-        tokenizer.encode([reader.image_from_base64(encoded, "x")])[0],
+        tokenizer.encode([uploaded])[0],
         tokenizer.encode_bytes(squares)[0],
         tokenizer.encode_pixels(tokenizer.pixels(opened)[None])[0],
     ):

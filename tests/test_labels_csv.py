@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classification_data import write_csv, write_dicom, write_image
-from test_classification_formats import converted, refused, run, texts
+from classification_data import converted, refused, run, texts, write_csv, write_dicom, write_image
 
 from medley.datasets.base import ConversionConfig
+from medley.datasets.input_files import SPLIT_NAMES
 from medley.evaluation.questions import read_questions
 
 SOURCE = "labels_csv"
@@ -166,6 +166,44 @@ def test_one_column_of_a_finding_and_a_split_column(tmp_path: Path) -> None:
     splits = converted(SOURCE, path, tmp_path / "out", *flags)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 1, "val": 1, "test": 2}
     assert texts(splits["test"][0]) == ("Does this image show pneumonia?", "yes")
+
+
+@pytest.mark.parametrize(
+    "classes", [("none", "mild"), ("NA", "EU"), ("None", "na"), ("null", "n/a", "none")]
+)
+def test_a_class_may_be_named_none(classes: tuple[str, ...], tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "own.csv", make_rows(tmp_path, [*classes, *classes]))
+    found = converted(SOURCE, path, tmp_path / "out")["all"]
+    assert [row["label"] for row in found] == [*classes, *classes]
+    assert found[0]["choices"] == sorted(classes)
+    rows = make_rows(tmp_path, [*classes, "", "nan", "NaN"])
+    flags = ("--on_error", "skip")
+    result = converted(SOURCE, write_csv(path, rows), tmp_path / "b", *flags)
+    assert [row["label"] for row in result["all"]] == list(classes)
+    assert len(result["bad"]) == 3
+
+
+def test_none_is_blank_in_a_column_of_findings(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path, ["1", "0", "none", "NA"])
+    path = write_csv(tmp_path / "own.csv", rows)
+    found = converted(SOURCE, path, tmp_path / "out", "--blank", "ignore")["all"]
+    assert [row["label"] for row in found] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    "names", [("training", "testing"), ("Train", "dev"), ("train", "validation", "TESTING")]
+)
+def test_files_with_the_names_of_splits(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        rows = make_rows(tmp_path / name, ["x", "y"])
+        rows = [{**row, "image": f"{name}/{row['image']}"} for row in rows]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    splits = converted(SOURCE, tmp_path, tmp_path / "out")
+    expected = {SPLIT_NAMES[name.lower()]: name for name in names}
+    assert {split: rows[0]["id"] for split, rows in splits.items()} == {
+        split: f"{name}/0.png" for split, name in expected.items()
+    }
+    assert all(len(rows) == 2 for rows in splits.values())
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])

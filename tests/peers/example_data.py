@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sources import parts_folder
 
 from medley.checkpoints.checkpoint import open_checkpoint
 from medley.cli import main
@@ -19,8 +20,8 @@ from medley.data.document import Document, Turn
 from medley.evaluation.science_qa import parse_letter
 
 DATA = Path(os.environ["MEDLEY_PEERS"])
-FACTORY = DATA / "LLaMA-Factory" / "data"
-TABLES = DATA / "LLaVA" / "llava" / "eval" / "table"
+FACTORY = parts_folder("LLaMA-Factory", DATA) / "data"
+TABLES = parts_folder("LLaVA", DATA) / "llava" / "eval" / "table"
 LETTERS = "ABCDE"
 
 
@@ -115,7 +116,7 @@ def text_of(turn: Turn) -> str:
 
 
 def test_anole_lines_keep_their_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = DATA / "anole" / "facilitating_image_generation" / "dataset_raw.jsonl"
+    path = parts_folder("anole", DATA) / "facilitating_image_generation" / "dataset_raw.jsonl"
     documents, bad = convert("documents", path, tmp_path / "x.jsonl", capsys)
     assert not bad
     rows = read_rows(path)
@@ -127,7 +128,7 @@ def test_anole_lines_keep_their_image(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_chameleon_prompts_keep_words_and_places_of_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = DATA / "chameleon" / "data" / "prompts_for_human_evaluations.jsonl"
+    path = parts_folder("chameleon", DATA) / "data" / "prompts_for_human_evaluations.jsonl"
     documents, bad = convert("documents", path, tmp_path / "x.jsonl", capsys)
     assert not bad
     tokenizer = open_checkpoint("tiny").text_tokenizer()

@@ -123,8 +123,8 @@ def _short(test: str) -> str:
     return test.partition("::")[2].replace(f"-{HUB_NAME}", "")
 
 
-def compare(name: str, folder: Path, found: Outcomes, recorded: Outcomes) -> tuple[set[str], int]:
-    """The tests that are worse than recorded, and the number of better ones. Prints both."""
+def compare(name: str, folder: Path, found: Outcomes, recorded: Outcomes) -> set[str]:
+    """The tests that are worse than recorded. Prints them and the better ones."""
     worse = {
         test for test, outcome in found.items() if outcome == "failed" != recorded.get(test)
     }  # fmt: skip
@@ -142,7 +142,7 @@ def compare(name: str, folder: Path, found: Outcomes, recorded: Outcomes) -> tup
     for label, tests in (("worse", sorted(worse)), ("better", better)):
         for test in tests:
             print(f"  {label}: {test} ({recorded.get(test, 'new')} -> {found.get(test, 'absent')})")
-    return worse, len(better)
+    return worse
 
 
 def main() -> int:
@@ -178,7 +178,7 @@ def main() -> int:
             if known["versions"] != versions:
                 print(f"  recorded with {known['versions']}")
             recorded = {t: o for o in ("passed", "failed", "skipped") for t in known.get(o, [])}
-            worse, _ = compare(name, folder, found, recorded)
+            worse = compare(name, folder, found, recorded)
             status = max(status, 1) if worse else status
     if options.record:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")

@@ -88,22 +88,33 @@ def fetch_wheel(package: str, build: Path) -> Path:
     return target
 
 
+def parts_folder(name: str, build: Path) -> Path:
+    """The folder of a repository's parts, of its tag or commit."""
+    return build / f"{name}-{REPOSITORIES[name].ref}"
+
+
 def fetch_parts(name: str, build: Path, local: Path | None) -> tuple[Path, str]:
-    """The parts of a repository in a folder, and the commit that they are of."""
-    repository = REPOSITORIES[name]
-    target, record = build / name, build / f"{name}.commit"
-    if record.is_file() and target.is_dir():
-        return target, record.read_text()
-    shutil.rmtree(target, ignore_errors=True)
+    """The parts of a repository in a folder, and the commit that they are of.
+
+    Parts from GitHub are fetched once. Those of a local repository are of its HEAD, every time.
+    """
+    repository, target = REPOSITORIES[name], parts_folder(name, build)
+    record = build / f"{target.name}.commit"
     git, ref = local and local / name, "HEAD"
-    if git is None or not git.exists():
+    is_local = git is not None and git.exists()
+    if not is_local and record.is_file() and target.is_dir():
+        return target, record.read_text()
+    record.unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    if git is None or not is_local:
         git, ref = build / f"{name}.git", "FETCH_HEAD"
         _fetch(git, repository)
     data = _run("git", "-C", str(git), "archive", ref, *repository.paths)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         archive.extractall(target, filter="data")
     commit = _run("git", "-C", str(git), "rev-parse", "--short=10", ref).decode().strip()
-    record.write_text(commit)
+    if not is_local:
+        record.write_text(commit)
     return target, commit
 
 

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
 from medley.images.folders import describe_skipped
+from medley.images.formats import Frames
 from medley.images.image_source import ImageSource
 from medley.images.preprocess import Preprocessing, uint8_to_pixels
-from medley.images.sources import Frames, ImageList, Partition
+from medley.images.sources import ImageList, Partition
 from medley.inference.devices import local_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.distributed import from_main_rank, is_main_rank, process_group, rank, world_size

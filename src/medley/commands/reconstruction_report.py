@@ -18,7 +18,8 @@ from tqdm import tqdm
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, image_batches
 from medley.images.folders import describe_skipped
-from medley.images.sources import Frames, ImageList, Partition
+from medley.images.formats import Frames
+from medley.images.sources import ImageList, Partition
 from medley.inference.devices import resolve_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.extras import require_extra

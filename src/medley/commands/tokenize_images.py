@@ -32,8 +32,9 @@ from medley.data.image_tokenization import encode_partitions
 from medley.errors import PartialFailure, UserError
 from medley.images.dataloader import ImageDataset, default_num_workers, image_batches
 from medley.images.folders import describe_skipped
+from medley.images.formats import Frames
 from medley.images.preprocess import Fit, Preprocessing
-from medley.images.sources import Frames, ImageList, ListDigest, Partition
+from medley.images.sources import ImageList, ListDigest, Partition
 from medley.inference.devices import describe_device, local_device
 from medley.utils.cli_options import Alias, resolved
 from medley.utils.distributed import (

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from medley.data.document import Document, ImagePart
 from medley.errors import UserError
+from medley.images.formats import Frames
 from medley.utils.image_names import image_name_hint as image_name_hint
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
@@ -83,7 +84,7 @@ class DatasetOptions:
     uncertain: Literal["ignore", "negative", "positive", "class"] = "ignore"
     blank: Literal["negative", "ignore"] = "negative"
     encoding: str = "utf-8"
-    frames: Literal["first", "middle", "all"] | None = None
+    frames: Frames | None = None
     question_templates: Path | None = None
 
 

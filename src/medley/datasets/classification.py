@@ -118,8 +118,8 @@ def _ask(
     return template.fill("question", label, choices), answer, choices
 
 
-def check_classes(where: str, classes: Sequence[str]) -> None:
-    """Raises UserError for fewer than two classes."""
+def check_classes(where: str, classes: Sequence[str], fix: str = "") -> None:
+    """Raises UserError, which ends with `fix`, for fewer than two classes."""
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
-        raise UserError(f"{where}: Too few classes (got {found}, expected 2 or more).")
+        raise UserError(f"{where}: Too few classes (got {found}, expected 2 or more).{fix}")

@@ -22,15 +22,13 @@ from medley.datasets.classification import (
     POSITIVE,
     LabeledImage,
     LabelSet,
+    check_classes,
     read,
 )
+from medley.datasets.input_files import SPLIT_NAMES
 from medley.datasets.labeled_files import frame_names, is_image_file
 from medley.errors import UserError
 
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-    "dev": "val", "test": "test", "testing": "test",
-}  # fmt: skip
 _IGNORED = ("__MACOSX",)
 
 
@@ -44,7 +42,8 @@ def records(config: ConversionConfig) -> Iterator[RawRecord]:
         found = ", ".join(filter(None, folders)) or "no split folders"
         raise UserError(f"--split {config.split}: {root} has no such split (got {found}).")
     files = {split: _class_files(folder) for split, folder in folders.items()}
-    classes = _check_classes(root, {split: list(own) for split, own in files.items()})
+    classes = tuple(sorted({name for own in files.values() for name in own}))  # as torchvision
+    check_classes(str(root), classes, " Make one folder of images for each class.")
     yield from _check_examples(root, classes, files)
     labels = LabelSet(root.resolve().name, "image_folder", "one_label", classes)
     skipped: Counter[str] = Counter()
@@ -89,7 +88,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     others = []
     for folder in _subfolders(root):
-        name = SPLIT_FOLDERS.get(folder.name.lower())
+        name = SPLIT_NAMES.get(folder.name.lower())
         if name is None:
             others.append(folder.name)
         elif folders.setdefault(name, folder) is not folder:
@@ -126,18 +125,6 @@ def _walk(folder: Path, ancestors: tuple[str, ...]) -> Iterator[Path]:
             yield from _walk(path, (*ancestors, real))
         else:
             yield path
-
-
-def _check_classes(root: Path, classes: dict[str, list[str]]) -> tuple[str, ...]:
-    """The classes, in torchvision's order. Raises UserError for one class."""
-    found = tuple(sorted({name for names in classes.values() for name in names}))
-    if len(found) < 2:
-        got = f"only {found[0]!r}" if found else "none"
-        raise UserError(
-            f"{root}: Too few class folders (got {got}, expected 2 or more folders of images, one "
-            "for each class)."
-        )
-    return found
 
 
 def _check_examples(

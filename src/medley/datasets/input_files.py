@@ -14,11 +14,11 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 ROW_ID = (
     "medley_row"  # identifies a record of a table without an id; its "id" is made of file and row
 )
-_SPLIT_NAMES = {
-    "train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
-    "test": "test",
+SPLIT_NAMES = {  # as files, folders and columns call the splits, in lower case
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
 }  # fmt: skip
-_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(_SPLIT_NAMES)})(?=[-_.]|$)")
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLIT_NAMES)})(?=[-_.]|$)")
 
 
 def table_files(path: Path) -> list[Path]:
@@ -54,7 +54,7 @@ def split_of(file: Path, root: Path) -> str:
     """The split that a file's name or the name of its folder states, or an empty string."""
     for name in (file.stem, *reversed(file.relative_to(root).parts[:-1] if root.is_dir() else ())):
         if found := _SPLIT_IN_NAME.findall(name.lower()):
-            return _SPLIT_NAMES[found[-1]]
+            return SPLIT_NAMES[found[-1]]
     return ""
 
 

@@ -31,7 +31,8 @@ _VALUES = {
     "0": NEGATIVE, "0.0": NEGATIVE, "false": NEGATIVE, "no": NEGATIVE, "negative": NEGATIVE,
     "-1": UNCERTAIN, "-1.0": UNCERTAIN, "uncertain": UNCERTAIN,
 }  # fmt: skip
-_BLANKS = ("", "nan", "na", "n/a", "null", "none")
+_BLANK_CLASSES = ("", "nan")  # a class may be named `none` or `NA`
+_BLANKS = (*_BLANK_CLASSES, "na", "n/a", "null", "none")
 _FINDING_VALUES = ("1", "1.0", "0", "0.0", "-1", "-1.0")
 _PATIENT_FOLDER = re.compile(r"(?:^|/)(patient\d+)(?=/)", re.IGNORECASE)
 
@@ -106,15 +107,15 @@ def detect_kind(columns: Columns, values: Iterable[str]) -> Kind:
     values = set(values)
     if any(SEPARATOR in value for value in values) or _find(columns.labels, _LABEL_NAMES[:1]):
         return "list"
-    return "findings" if values <= set(_FINDING_VALUES) else "classes"
+    return "findings" if values and values <= set(_FINDING_VALUES) else "classes"
 
 
 def text_of(row: dict[str, Any], column: str) -> str:
     return "" if row[column] is None else str(row[column]).strip()
 
 
-def is_blank(text: str) -> bool:
-    return text.lower() in _BLANKS
+def is_blank(text: str, kind: Kind = "findings") -> bool:
+    return text.lower() in (_BLANK_CLASSES if kind == "classes" else _BLANKS)
 
 
 def is_positive(text: str) -> bool:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from medley.datasets.base import RecordError
 from medley.errors import UserError
 from medley.images import medical
-from medley.images.formats import has_image_suffix
+from medley.images.formats import Frames, has_image_suffix
 from medley.utils.unicode_names import existing_name
 
-Frames = Literal["first", "middle", "all"] | None
 _PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")  # one frame, no patient
 
 
-def frame_names(path: str, frames: Frames) -> tuple[list[str], str | None]:
+def frame_names(path: str, frames: Frames | None) -> tuple[list[str], str | None]:
     """The names of the selected frames of an image file, `path#3`, and its PatientID.
 
     A file with a single frame keeps its name. A missing or broken file does so as well; it is
@@ -41,14 +39,12 @@ def frame_names(path: str, frames: Frames) -> tuple[list[str], str | None]:
 
 def _read_header(name: str) -> tuple[int, str | None]:
     """Number of frames, and PatientID."""
-    with open(name, "rb") as data:
-        kind = medical.detect_format(data, name)
-        if kind is not None:
-            count = medical.count_frames(data, kind)
-            return count, medical.read_patient_id(data) if kind == "dicom" else None
-        from medley.images.preprocess import count_frames  # imports torch: one second
+    from medley.images.preprocess import count_frames  # imports torch: one second
 
-        return count_frames(data, name), None
+    with open(name, "rb") as data:
+        is_dicom = medical.detect_format(data, name) == "dicom"
+        count = count_frames(data, name)
+        return count, medical.read_patient_id(data) if is_dicom else None
 
 
 def is_image_file(path: Path) -> bool:

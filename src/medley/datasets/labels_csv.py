@@ -31,8 +31,7 @@ from medley.datasets.classification import (
     check_classes,
     read,
 )
-from medley.datasets.image_folder import SPLIT_FOLDERS
-from medley.datasets.input_files import split_of
+from medley.datasets.input_files import SPLIT_NAMES, split_of
 from medley.datasets.label_columns import (
     Columns,
     Kind,
@@ -82,12 +81,12 @@ class _Table:
         """Raises RecordError for an unknown split."""
         if self.columns.split is not None:
             value = text_of(row, self.columns.split)
-            if value.lower() not in SPLIT_FOLDERS:
+            if value.lower() not in SPLIT_NAMES:
                 raise RecordError(
                     f"{self.columns.split!r} is not a split (got {value!r}, expected train, val "
                     "or test)."
                 )
-            return SPLIT_FOLDERS[value.lower()]
+            return SPLIT_NAMES[value.lower()]
         if self.listed:
             name = text_of(row, self.columns.image).rpartition("/")[2]
             if name not in self.listed:
@@ -111,10 +110,10 @@ class _Survey:
         for name in columns.labels:
             own[name][text_of(row, name)] += 1
 
-    def distinct(self) -> list[str]:
+    def distinct(self, kind: Kind = "findings") -> list[str]:
         """The values of all label columns that are not blank."""
         found = {v for own in self.values.values() for counter in own.values() for v in counter}
-        return sorted((value for value in found if not is_blank(value)), key=_natural)
+        return sorted((value for value in found if not is_blank(value, kind)), key=_natural)
 
 
 def _natural(text: str) -> tuple[int, float, str]:
@@ -194,7 +193,7 @@ def _read_labels(
         own = [] if is_blank(text) else split_list(text)
         note = [Remark("blank labels read as negative (--blank negative)")] * is_blank(text)
         return {name: POSITIVE if name in own else NEGATIVE for name in classes}, note
-    if is_blank(text):
+    if is_blank(text, kind):
         raise RecordError(f"The label in {column!r} is blank.")
     if text not in classes:
         return {}, [Remark("images of other classes left out (--classes)")]
@@ -209,7 +208,7 @@ def _find_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".tsv"))
-    by_split = [file for file in files if file.stem.lower() in SPLIT_FOLDERS]
+    by_split = [file for file in files if file.stem.lower() in SPLIT_NAMES]
     nih = [file for file in files if file.name.lower().startswith("data_entry")]
     chosen = by_split or nih or files
     if not chosen or (len(chosen) > 1 and not by_split):
@@ -309,9 +308,9 @@ def _classes(
     elif kind == "list":
         found = sorted({name for value in survey.distinct() for name in split_list(value)})
     else:
-        found = survey.distinct()
+        found = survey.distinct(kind)
     where = f"{config.path}: {', '.join(columns.labels[:1])}"
-    if not survey.distinct():
+    if not survey.distinct(kind):
         raise UserError(f"{where}: No image has a label.")
     if unknown := [name for name in config.classes or [] if name not in found]:
         raise UserError(

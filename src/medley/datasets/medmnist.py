@@ -58,7 +58,10 @@ def published_sets() -> dict[str, PublishedSet]:
 
 
 def _installed_sets() -> dict[str, PublishedSet]:
-    """The table of the `medmnist` package, parsed but not run: its import needs torchvision."""
+    """The table of the `medmnist` package, parsed but not run: its import needs torchvision.
+
+    Sets with a task that is unknown here are left out.
+    """
     spec = importlib.util.find_spec("medmnist")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     files = [file for folder in folders if (file := Path(folder) / "info.py").is_file()]
@@ -71,8 +74,10 @@ def _installed_sets() -> dict[str, PublishedSet]:
         for name, own in _string_items(statement.value):
             values = dict(_string_items(own)) if isinstance(own, ast.Dict) else {}
             if {"task", "label"} <= values.keys() and not name.endswith("3d"):
+                kind = _KINDS.get(ast.literal_eval(values["task"]))
+                if kind is None:
+                    continue
                 labels = ast.literal_eval(values["label"])
-                kind = _KINDS[ast.literal_eval(values["task"])]
                 classes = tuple(labels[str(index)] for index in range(len(labels)))
                 sets[name] = PublishedSet(kind, classes)
     return sets

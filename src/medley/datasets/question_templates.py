@@ -11,9 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from medley.errors import UserError
+from medley.utils.config_files import read_yaml_object
 
 Kind = Literal["one_label", "ordinal", "each_label"]
 TEXTS: dict[Kind, tuple[str, ...]] = {
@@ -81,13 +80,8 @@ def _read_template(path: Path | None, modified: int, kind: Kind, dataset: str) -
 def _read_file(path: Path | None) -> tuple[str, dict[str, Any]]:
     source = path or resources.files("medley") / "datasets" / "questions" / "classification.yaml"
     where = str(path or "classification.yaml")
-    try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: File not found.") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: The file is not YAML ({reason}).") from error
+    with resources.as_file(source) as file:
+        content = read_yaml_object(file)
     _check_keys(where, content, (*TEXTS, *_KEYS))
     content = {**dict.fromkeys((*TEXTS, *_KEYS)), **content}
     content = {name: value or {} for name, value in content.items()}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from PIL import Image, UnidentifiedImageError
 
 from medley.errors import UserError
 
+Frames = Literal["first", "middle", "all"]  # to read of a file with several
 # Formats that Pillow decodes itself. Not included are formats that start another program (EPS,
 # WMF), that open a second image of any format (IPTC), or that Pillow only identifies (HDF5, ...).
 ALLOWED_FORMATS = (

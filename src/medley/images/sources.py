@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 from medley.errors import UserError
 from medley.images.embedded import embedded_images, is_embedded, table_batches
 from medley.images.folders import TAR_COLUMNS, Sample, describe_skipped, folder_images, is_tar
-from medley.images.formats import has_image_suffix
+from medley.images.formats import Frames, has_image_suffix
 from medley.images.image_source import ImageSource
 
 MAX_FIELD_LENGTH = 1 << 24  # characters of one CSV field
@@ -32,9 +31,6 @@ MAX_COLUMN_BYTES = 2 << 30  # of the other columns of one partition
 TABLE_SUFFIXES = (".parquet", ".arrow")
 _DELIMITERS = (",", ";", "\t")
 _CHUNK = 4096  # rows of a list that are read together
-
-
-Frames = Literal["first", "middle", "all"]
 
 
 @dataclass(frozen=True)
