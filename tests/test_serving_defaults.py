@@ -104,6 +104,24 @@ def test_contradictions_and_unknown_names_are_rejected(
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": QUESTION}), ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "mode"), [("text", "image"), ("text", "any"), ("image", "text")])
+def test_every_endpoint_rejects_a_mode_that_contradicts_the_name(
+    path: str, body: dict[str, Any], name: str, mode: str, running: RunningServer
+) -> None:
+    contradiction = {"model": f"tiny:{name}", "mode": mode}
+    response = httpx.post(running.url + path, json=body | contradiction, timeout=60)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "mode"
+    assert f"got mode {mode} and model tiny:{name}" in response.json()["error"]["message"]
+
+
 def test_models_are_listed_with_their_abilities(running: RunningServer) -> None:
     rows = {row["id"]: row for row in httpx.get(f"{running.url}/v1/models").json()["data"]}
     names = ["tiny", "a:text"]
@@ -244,6 +262,10 @@ def test_a_lenient_server_names_what_it_leaves_out(caplog: pytest.LogCaptureFixt
     bodies = (
         (CHAT, BODY | {"mode": "text"}), ("/v1/completions", {"model": "tiny", "prompt": "x"}),
         ("/v1/responses", {"model": "tiny", "input": "x"}),
+        ("/v1/images/generations", {"model": "tiny", "prompt": "x"}),
+        ("/v1/embeddings", {"model": "tiny", "input": "x"}),
+        ("/tokenize", {"model": "tiny", "prompt": "x"}),
+        ("/detokenize", {"model": "tiny", "tokens": [5]}),
     )  # fmt: skip
     try:
         with caplog.at_level(logging.INFO, "medley.serving"):

@@ -171,7 +171,8 @@ def test_uploaded_images_have_the_codes_of_the_library(image_format: str) -> Non
     image = Phantom("MR", "head", seed=2).image(150).resize((190, 150))
     data = encode(image, image_format)
     reader = RequestReader(Limits(), tokenizer, 10)
-    square = reader.image_from_base64(base64.b64encode(data).decode(), "x")
+    square = reader.part_from_base64(base64.b64encode(data).decode(), "x").image
+    assert square is not None
     assert square.size == (tokenizer.size, tokenizer.size)
     with Image.open(io.BytesIO(data)) as opened:
         expected = tokenizer.encode([opened.convert("RGB")])
@@ -227,11 +228,13 @@ def test_images_are_fetched_only_from_allowed_hosts_without_redirects_to_others(
         responses["/to-same"] = (302, {"Location": "/a.png"}, b"")
         reader = RequestReader(Limits(image_hosts=frozenset([host])), tokenizer, 10)
         for path in ("a.png", "to-same"):
-            assert reader.image_from_url(f"http://{host}/{path}", "x").size == (64, 64)
+            square = reader.part_from_url(f"http://{host}/{path}", "x").image
+            assert square is not None
+            assert square.size == (64, 64)
         with pytest.raises(RequestError, match="not allowed"):
-            reader.image_from_url(f"http://{host}/to-other", "x")
+            reader.part_from_url(f"http://{host}/to-other", "x")
         with pytest.raises(RequestError, match="only from the hosts"):
-            reader.image_from_url(f"http://{other}/a.png", "x")
+            reader.part_from_url(f"http://{other}/a.png", "x")
     assert is_allowed_host("http://Example.org/x", ["example.ORG"])
     assert not is_allowed_host("http://example.org:8080/x", ["example.org"])
     assert not is_allowed_host("http://me@example.org/x", ["example.org"])

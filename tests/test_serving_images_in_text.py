@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import io
+import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +17,11 @@ import openai
 import pytest
 from PIL import Image
 from running_server import RunningServer
+from test_ui import SETTING_VALUES
 
 import medley
 from medley.data.document import ImagePart
+from medley.serving.error_responses import CodedError
 from medley.serving.generated_images import GeneratedImages, content_hash
 from medley.serving.image_text import (
     ImageReference,
@@ -28,6 +33,9 @@ from medley.serving.image_text import (
 )
 from medley.serving.limits import Limits, RequestError
 from medley.serving.messages import to_document
+from medley.serving.ui.conversation import Conversation
+from medley.serving.ui.generate import generate_response
+from medley.serving.ui.image_store import ImageStore
 from medley.serving.untrusted_inputs import RequestReader
 from medley.utils.html import data_url
 
@@ -86,7 +94,7 @@ def test_markdown_splits_into_the_same_parts(texts: tuple[str, str]) -> None:
     text = texts[0] + to_markdown(image) + to_markdown(image) + texts[1]
     reference = ImageReference(url=data_url(image))
     expected = [*filter(None, texts[:1]), reference, reference, *filter(None, texts[1:])]
-    assert split_images(text) == expected
+    assert list(split_images(text)) == expected
     assert count_markdown_images(text) == 2
 
 
@@ -96,7 +104,7 @@ def test_markdown_splits_into_the_same_parts(texts: tuple[str, str]) -> None:
 )
 def test_markdown_of_other_programs_is_read(form: str) -> None:
     url = data_url(noise(0))
-    assert split_images(f"x{form.format(url)}y") == ["x", ImageReference(url=url), "y"]
+    assert list(split_images(f"x{form.format(url)}y")) == ["x", ImageReference(url=url), "y"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_markdown_of_other_programs_is_read(form: str) -> None:
     ],
 )  # fmt: skip
 def test_other_texts_stay_texts(text: str) -> None:
-    assert split_images(text) == ([text] if text else [])
+    assert list(split_images(text)) == ([text] if text else [])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def test_other_texts_stay_texts(text: str) -> None:
 def test_hostile_texts_are_split_at_once(piece: str) -> None:
     """With quadratic time, the test would not end."""
     text = piece * 200_000
-    assert split_images(text) == [text]
+    assert list(split_images(text)) == [text]
 
 
 def test_a_note_names_the_image_by_its_content() -> None:
@@ -188,6 +196,48 @@ def test_images_in_text_count_and_are_named_in_errors() -> None:
         parts_of({"content": broken}, reader())
 
 
+@pytest.mark.parametrize("form", ["notes", "texts", "generated images"])
+def test_image_codes_are_charged_like_text_and_stored_once(form: str) -> None:
+    """A note of 41 characters becomes many codes, and a request may have it a million times."""
+
+    def content(count: int) -> Any:
+        note = to_note(noise(3))
+        if form == "notes":
+            return note * count
+        generated = {"type": "generated_image", "id": content_hash(noise(3))}
+        return [{"type": "text", "text": note} if form == "texts" else generated] * count
+
+    count = 1000 // len(CODES)  # of the images that fit the reader's context
+    known = parts_of({"content": content(count)}, reader(noise(3)))
+    assert known == [CODES] * count
+    assert len(set(map(id, known))) == 1
+    for other in (count + 1, 1000):
+        with pytest.raises(CodedError, match=r"messages\[1\].*does not fit the model") as caught:
+            parts_of({"content": content(other)}, reader(noise(3)))
+        assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_million_notes_take_no_memory() -> None:
+    text, own = to_note(noise(3)) * 100_000, reader(noise(3))
+    image_tokenizer()
+    tracemalloc.start()
+    try:
+        assert count_markdown_images(text) == 0
+        with pytest.raises(CodedError, match="does not fit"):
+            parts_of({"content": text}, own)
+        assert tracemalloc.get_traced_memory()[1] < len(text) // 4
+    finally:
+        tracemalloc.stop()
+
+
+def test_text_and_image_codes_share_one_limit() -> None:
+    content = to_note(noise(3))
+    fits = "x" * (1000 - 2 - len(CODES))  # The two questions have one character each.
+    assert parts_of({"content": fits + content}, reader(noise(3))) == [fits, CODES]
+    with pytest.raises(CodedError, match="does not fit"):
+        parts_of({"content": f"x{fits}{content}"}, reader(noise(3)))
+
+
 def test_the_store_is_bounded_and_drops_the_least_recently_used() -> None:
     store = GeneratedImages(max_bytes=5000)
     for number in range(1000):
@@ -226,7 +276,7 @@ def test_a_response_as_markdown_is_the_same_response(
         part["text"] if part["type"] == "text" else ImageReference(url=part["image_url"]["url"])
         for part in plain["parts"]
     ]
-    assert split_images(message["content"]) == expected
+    assert list(split_images(message["content"])) == expected
     stream: Any = client.chat.completions.create(
         model="tiny", messages=[QUESTION], seed=4, stream=True,  # type: ignore[list-item]
         extra_body={"mode": mode, "images_as": "markdown"},
@@ -249,6 +299,41 @@ def test_what_is_sent_back_has_the_tokens_that_were_generated(
     assert list(session.send(QUESTION["content"]))
     assert any(token in model.vocabulary.image_codes for token in session.ids)
     assert tokens == [*session.ids, *model.encode_prompt(QUESTION["content"])[1:]]
+
+
+@pytest.mark.parametrize("path", ["llava", "ui"])
+def test_other_interfaces_find_the_codes_of_generated_images(
+    path: str, running: RunningServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image, other = noise(11), noise(12)
+    running.worker.remember_image(image, CODES)
+    prompts: list[Any] = []
+    read_prompt = running.worker.read_prompt
+
+    def record(prompt: Any, *rest: Any) -> Any:
+        prompts.append(prompt)
+        return read_prompt(prompt, *rest)
+
+    monkeypatch.setattr(running.worker, "read_prompt", record)
+    if path == "llava":
+        images = [data_url(i).partition(",")[2] for i in (image, other)]
+        body = {"model": "tiny", "prompt": "<image><image>", "images": images, "max_new_tokens": 1}
+        response = httpx.post(f"{running.url}/worker_generate_stream", json=body, timeout=60)
+        assert b'"error_code": 1' not in response.content
+    else:
+        store = ImageStore(tmp_path / "store")
+        stored = [store.add_generated(i) for i in (image, other)]
+        conversation = Conversation().with_user_message(stored)
+
+        async def respond() -> list[Conversation]:
+            settings = {**SETTING_VALUES, "max_new_tokens": 1, "mode": "text"}
+            updates = generate_response(running.state, store, "tiny", conversation, settings)
+            return [update async for update in updates]
+
+        assert asyncio.run(respond())[-1].messages[-1].status == ""
+    first, second = prompts[0].turns[0].parts
+    assert (first.codes, first.image) == (CODES, None)
+    assert (second.codes, second.image) == (None, other)
 
 
 def test_an_image_alone_has_a_note_and_text_has_none(

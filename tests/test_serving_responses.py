@@ -345,7 +345,7 @@ def test_a_response_larger_than_the_store_is_dropped() -> None:
         ({"max_output_tokens": 9999}, "max_output_tokens", "limit 400"),
         ({"previous_response_id": "resp_0"}, "previous_response_id", "No such response"),
         ({"reasoning": {"effort": "high"}}, "reasoning", "no separate reasoning"),
-        ({"model": "tiny:text", "tools": [TOOL]}, "model", "Contradicts mode any"),
+        ({"model": "tiny:text", "tools": [TOOL]}, "mode", "got mode any and model tiny:text"),
         ({"truncation": "some"}, "truncation", "auto"),
     ],
 )  # fmt: skip

@@ -15,38 +15,39 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from medley.serving.image_text import to_markdown
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.messages import to_document
 from medley.serving.neutral_values import left_out
 from medley.serving.response_message import (
+    JSON_OR_EVENTS,
     encode_event,
+    event_response,
     note_of,
     to_content_part,
     to_message,
     usage_of,
-    with_error_event,
 )
 from medley.serving.response_stream import Chunk, ResponseStream
 from medley.serving.schema import ChatRequest, ImagesAs
-from medley.serving.served_names import choose_mode, find_model
+from medley.serving.served_names import choose_mode, default_mode, find_model
 from medley.serving.state import ServerState, first_or_disconnect, get_state, until_disconnect
 from medley.serving.untrusted_inputs import RequestReader
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post(
-    "/v1/chat/completions", response_model=None, response_class=Response,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
-)  # fmt: skip
+@router.post("/v1/chat/completions", **JSON_OR_EVENTS)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     state = get_state(request)
     model = find_model(state, body.model)
     worker, body = model.worker, state.defaults.apply(body)
-    options = body.generation(state.limits, choose_mode(state, model, body))
+    default = default_mode(state, worker)
+    if default == "text" and body.asks_for_images:
+        default = "any"
+    options = body.generation(state.limits, choose_mode(model, body, default))
     reader = RequestReader.of_worker(worker)
     async with state.decode_slots:  # Decoding images in this thread would block all requests.
         document = await asyncio.to_thread(to_document, body.messages, reader)
@@ -67,10 +68,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         events = _stream_events(state, body, responses, head, images_as)
         # A rejected request fails here, while the response can still have an error status.
         first = await first_or_disconnect(request, events)
-        return StreamingResponse(
-            with_error_event(first, events), media_type="text/event-stream",
-            headers={"Cache-Control": "no-store"},
-        )  # fmt: skip
+        return event_response(first, events)
     ends: dict[int, dict[str, Any]] = {}
     async for chunk in until_disconnect(request, state.instrument(worker, responses)):
         if chunk.finish_reason:

@@ -21,7 +21,7 @@ from medley.inference.model import Model
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.messages import read_parts
-from medley.serving.neutral_values import EMBEDDINGS
+from medley.serving.neutral_values import EMBEDDINGS, left_out
 from medley.serving.schema import RequestFields
 from medley.serving.served_names import find_model
 from medley.serving.state import get_state, until_disconnect
@@ -73,7 +73,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> dict[st
         "object": "list", "data": data, "model": model.name,
         "method": {"pooling": "mean", "layer": layer, "normalized": True,
                    "hidden_layers": decoder.config.num_hidden_layers},
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, **left_out(),
     }  # fmt: skip
 
 

@@ -11,15 +11,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from medley.errors import UserError
 from medley.generation.scheduler import ContextLengthError
-from medley.serving.limits import RequestError
+from medley.serving.limits import QueueFullError, RequestError
 from medley.serving.request_body import retry_headers
-from medley.serving.state import error_body
 from medley.serving.unknown_urls import shown_path, unknown_url
 from medley.utils.files import escape_name
 
 log = logging.getLogger("medley.serving")
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's client would repeat a request that timed out.
+MAX_MESSAGE = 1000  # characters of an error message; some messages quote the request
 _SHOWN = 80  # characters of a path or a header that a message quotes
 _CODES = {
     400: "invalid_value", 401: "invalid_api_key", 403: "permission_denied", 404: "unknown_url",
@@ -39,17 +40,32 @@ class CodedError(RequestError):
 
 
 def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and JSON body of an error, with a code."""
-    status, body = error_body(error)
-    detail = body["error"]
-    detail["code"] = error.code if isinstance(error, CodedError) else _CODES.get(status)
+    """HTTP status and JSON body of an error."""
+    status, param, kind = 500, None, "server_error"
+    message = f"Internal server error ({type(error).__name__})."
+    if isinstance(error, RequestError):
+        status, param, message = error.status, error.param, str(error)
+    elif isinstance(error, UserError):
+        status, message = 400, str(error)
+    if isinstance(error, QueueFullError):
+        kind = "rate_limit_error"
+    elif status < 500 and status != 408:  # A request that timed out was valid.
+        kind = "invalid_request_error"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
+    code = error.code if isinstance(error, CodedError) else _CODES.get(status)
     if isinstance(error, ContextLengthError):
-        detail["code"] = "context_length_exceeded"
+        code = "context_length_exceeded"
     if status == 404:
-        detail["code"] = _MISSING.get(detail["param"], "unknown_url")
-    if status == 408:
-        detail["type"] = "server_error"  # The request was valid.
-    return status, body
+        code = _MISSING.get(param or "", "unknown_url")
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def logged_error(error: Exception, what: str) -> tuple[int, dict[str, Any]]:
+    """`openai_error`. An internal error is logged with its traceback; `what` has failed."""
+    if not isinstance(error, UserError):
+        log.error("%s", what, exc_info=error)
+    return openai_error(error)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -62,9 +78,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    status, body = openai_error(error)
-    if status >= 500 and not isinstance(error, RequestError):
-        log.error("%s %s", request.method, request.url.path, exc_info=error)
+    status, body = logged_error(error, f"{request.method} {request.url.path}")
     headers = retry_headers(error) | (NO_RETRY if status == 408 else {})
     return JSONResponse(body, status, headers)
 

@@ -7,6 +7,7 @@ with the next request. A note names the image by its content, so that the server
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -41,13 +42,12 @@ def to_note(image: Image.Image) -> str:
     return f"[image {content_hash(image)}]"
 
 
-def split_images(text: str) -> list[str | ImageReference]:
-    """The texts and the images of a text in their order, without empty texts.
+def split_images(text: str) -> Iterator[str | ImageReference]:
+    """Yields the texts and the images of a text in their order, without empty texts.
 
     A Markdown image with another address than a base64 data URL stays part of the text. The time
-    is linear in the length of the text.
+    is linear in the length of the text. The parts are not stored: a text may have a million.
     """
-    parts: list[str | ImageReference] = []
     end = 0
     for match in _ADDRESS.finditer(text):
         start = match.start()
@@ -58,9 +58,12 @@ def split_images(text: str) -> list[str | ImageReference]:
             if start < 0 or not _BASE64_URL.fullmatch(match["url"]):
                 continue
             reference = ImageReference(url=match["url"])
-        parts += [text[end:start]] * (start > end) + [reference]
+        if start > end:
+            yield text[end:start]
+        yield reference
         end = match.end()
-    return [*parts, text[end:]] if end < len(text) else parts
+    if end < len(text):
+        yield text[end:]
 
 
 def count_markdown_images(text: str) -> int:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from medley.serving.json_body import JsonRoute
 from medley.serving.limits import RequestError
+from medley.serving.neutral_values import left_out
 from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import ImageRequest
 from medley.serving.served_names import find_model
@@ -53,7 +54,7 @@ async def create_images(body: ImageRequest, request: Request) -> Response:
         },
     }  # fmt: skip
     note = body.size_note(size)
-    return JSONResponse(result | ({"note": note} if note else {}))
+    return JSONResponse({**result, **({"note": note} if note else {}), **left_out()})
 
 
 def _to_json(image: Image.Image, response_format: str | None) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -19,18 +18,18 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from medley.data.document import ContentPart, Document, ImagePart, Turn
+from medley.data.document import ContentPart, Document, Turn
 from medley.data.vocabulary import IMAGE
 from medley.errors import UserError
 from medley.generation import GenerationOptions
+from medley.serving.error_responses import logged_error
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import MAX_SCALE, StopString, random_seed
-from medley.serving.state import ServerState, error_body
+from medley.serving.state import ServerState
 from medley.serving.untrusted_inputs import RequestReader
 
-log = logging.getLogger("medley.serving")
 router = APIRouter(route_class=JsonRoute)
 MAX_NEW_TOKENS = 1024  # LLaVA's limit
 GREEDY_TEMPERATURE = 0.001  # LLaVA decodes greedily up to this temperature.
@@ -79,7 +78,7 @@ class GenerateRequest(BaseModel):
         reader.text(self.prompt, "prompt")
         parts: list[ContentPart] = [texts[0]] if texts[0] else []
         for number, (data, text) in enumerate(zip(images, texts[1:], strict=True)):
-            parts.append(ImagePart(image=reader.image_from_base64(data, f"images[{number}]")))
+            parts.append(reader.part_from_base64(data, f"images[{number}]"))
             if text:
                 parts.append(text)
         return Document((Turn("user", tuple(parts)),))
@@ -140,8 +139,8 @@ async def _generate(state: ServerState, request: Request) -> AsyncIterator[bytes
     except ValueError as error:
         yield encode_message(f"Invalid request: {_describe(error)}.", WORKER_ERROR)
     except Exception as error:
-        log.exception("a response to a LLaVA client failed")
-        yield encode_message(error_body(error)[1]["error"]["message"], WORKER_ERROR)
+        detail = logged_error(error, "a response to a LLaVA client failed")[1]["error"]
+        yield encode_message(detail["message"], WORKER_ERROR)
 
 
 def _describe(error: ValueError) -> str:

@@ -135,9 +135,9 @@ def read_parts(
         elif kind in _IMAGE_TYPES:
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, dict) else url
-            parts.append(reader.image_part(url, own))
+            parts.append(reader.part_from_url(url, own))
         elif kind == GENERATED_IMAGE:
-            image = reader.generated_image(str(part.get("id")))
+            image = reader.generated_image(str(part.get("id")), own)
             if image is None:
                 raise RequestError(
                     f"{own}: This server no longer has the image {repr_short(part.get('id'))}. "
@@ -163,8 +163,8 @@ def _read_text(
         if isinstance(part, str):
             parts.append(reader.text(part, where))
         elif part.url:
-            parts.append(reader.image_part(part.url, where))
+            parts.append(reader.part_from_url(part.url, where))
         else:  # The server may have dropped the image; the note is then all there is.
-            image = reader.generated_image(part.content_hash)
+            image = reader.generated_image(part.content_hash, where)
             parts.append(image or reader.text(part.note, where))
     return parts

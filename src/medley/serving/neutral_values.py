@@ -140,7 +140,6 @@ RESPONSES: Mapping[str, Unserved] = {
         (*OFF, _TEXT, {"verbosity": "medium"}, {**_TEXT, "verbosity": "medium"}),
     ),
     "context_management": Unserved("Use truncation"),
-    "parallel_tool_calls": Unserved("The only tool is image_generation", (*OFF, True)),
     "max_tool_calls": Unserved("The only tool is image_generation", ()),
     "stream_options": Unserved("Ignored", ()),
     "top_logprobs": _LOGPROBS,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from fastapi import Response
+from fastapi.responses import StreamingResponse
 from PIL import Image
 
-from medley.serving.error_responses import openai_error
+from medley.serving.error_responses import logged_error
 from medley.serving.image_text import to_markdown, to_note
 from medley.serving.response_stream import ResponsePart, ResponseStream, join_texts
 from medley.serving.schema import ImagesAs
@@ -55,18 +57,48 @@ def usage_of(responses: ResponseStream) -> dict[str, int]:
     }  # fmt: skip
 
 
+# Arguments of a route that responds with JSON or with a stream of events.
+JSON_OR_EVENTS: dict[str, Any] = {
+    "response_model": None,
+    "response_class": Response,
+    "responses": {200: {"content": {"application/json": {}, "text/event-stream": {}}}},
+}
+
+
 def encode_event(value: dict[str, Any], name: str | None = None) -> str:
     """One server-sent event."""
     # ASCII: some clients treat U+2028 as the end of a line.
     return f"event: {name}\n" * (name is not None) + f"data: {json.dumps(value)}\n\n"
 
 
-async def with_error_event(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    """The events; if one fails, an error event ends the stream."""
+def error_event(body: dict[str, Any]) -> Iterable[str]:
+    """The event that ends a stream in which an error with this body was raised."""
+    return [encode_event(body)]
+
+
+def event_response(
+    first: str,
+    rest: AsyncGenerator[str, None],
+    last_events: Callable[[dict[str, Any]], Iterable[str]] = error_event,
+) -> StreamingResponse:
+    """A stream of events; if one fails, `last_events` of the error's body end it."""
+    return StreamingResponse(
+        _to_the_end(first, rest, last_events), media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )  # fmt: skip
+
+
+async def _to_the_end(
+    first: str,
+    rest: AsyncGenerator[str, None],
+    last_events: Callable[[dict[str, Any]], Iterable[str]],
+) -> AsyncIterator[str]:
     async with aclosing(rest):
         try:
             yield first
             async for event in rest:
                 yield event
         except Exception as error:
-            yield encode_event(openai_error(error)[1])
+            _, body = logged_error(error, "a streamed response failed")
+            for event in last_events(body):
+                yield event

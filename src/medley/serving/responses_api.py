@@ -9,27 +9,29 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from medley.data.document import ContentPart, ImagePart, parts_to_ids
 from medley.inference.response import strip_terminators
-from medley.serving.error_responses import CodedError, openai_error
+from medley.serving.error_responses import CodedError
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.limits import RequestError
 from medley.serving.messages import to_document
 from medley.serving.neutral_values import left_out
 from medley.serving.response_builder import ResponseBuilder
 from medley.serving.response_items import to_messages
-from medley.serving.response_message import encode_event
+from medley.serving.response_message import JSON_OR_EVENTS, encode_event, event_response
 from medley.serving.response_store import StoredResponse, owner_of
 from medley.serving.response_stream import Chunk, ResponseStream, join_texts
 from medley.serving.responses_schema import ResponseRequest
-from medley.serving.served_names import RequestedModel, find_model
+from medley.serving.served_names import RequestedModel, choose_mode, find_model
 from medley.serving.state import ServerState, first_or_disconnect, get_state, until_disconnect
 from medley.serving.tokens_api import read_ids
 from medley.serving.untrusted_inputs import RequestReader
@@ -57,28 +59,24 @@ class Conversation:
 
     def truncate(self, limit: int, end_turn: int) -> None:
         """Leaves out the oldest turns, two at a time, until the prompt has `limit` tokens."""
-        dropped = 0
-        while len(self.ids) + len(self.instructions) > limit:
-            ends = [i for i, token in enumerate(self.ids) if token == end_turn]
-            if len(ends) < 3:  # The last turn of the user is all there is.
-                break
-            self.ids = (self.ids[0], *self.ids[ends[1] + 1 :])
-            dropped += 2
-        if dropped:
-            self.note = f"truncation: The {dropped} oldest turns were left out."
+        excess = len(self.ids) + len(self.instructions) - limit
+        if excess <= 0:
+            return
+        ends = [i for i, token in enumerate(self.ids) if token == end_turn]
+        cuts = ends[1:-1:2]  # The last turn of the user stays.
+        if cuts:
+            count = min(bisect_left(cuts, excess) + 1, len(cuts))  # A cut at i drops i tokens.
+            self.ids = (self.ids[0], *self.ids[cuts[count - 1] + 1 :])
+            self.note = f"truncation: The {2 * count} oldest turns were left out."
 
 
-@router.post(
-    "/v1/responses", response_model=None, response_class=Response,
-    responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}},
-)  # fmt: skip
+@router.post("/v1/responses", **JSON_OR_EVENTS)
 async def create_response(body: ResponseRequest, request: Request) -> Response:
     state = get_state(request)
     model = find_model(state, body.model)
     worker, body = model.worker, state.defaults.apply(body)
     body.check()
-    check_mode(model, body)
-    options = body.generation(state.limits, model.mode or "text")
+    options = body.generation(state.limits, choose_mode(model, body, "text"))
     owner = owner_of(request)
     conversation = await _read_conversation(state, body, worker, owner)
     body.input = ""
@@ -100,24 +98,11 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     if body.stream:
         events = _stream_events(run)
         first = await first_or_disconnect(request, events)
-        return StreamingResponse(
-            _with_failure(first, events, builder), media_type="text/event-stream",
-            headers={"Cache-Control": "no-store"},
-        )  # fmt: skip
+        return event_response(first, events, partial(_failure_events, builder))
     last: dict[str, Any] = {}
     async for event in until_disconnect(request, run.events()):
         last = event
     return JSONResponse(last["response"])
-
-
-def check_mode(model: RequestedModel, body: ResponseRequest) -> None:
-    """Raises RequestError if the mode of the request contradicts the model's name."""
-    requested = body.requested_mode
-    if requested is not None and model.mode not in (None, "any", requested):
-        raise RequestError(
-            f"model: Contradicts mode {requested} (got {model.name}). Use {model.worker.name}.",
-            param="model",
-        )
 
 
 async def _read_conversation(
@@ -177,7 +162,7 @@ def _head(
         "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
         "model": model.name, "seed": seed, "error": None, "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
-        "metadata": body.metadata or {}, "parallel_tool_calls": True,
+        "metadata": body.metadata or {}, "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id, "store": body.store,
         "temperature": body.temperature, "top_p": body.top_p, "truncation": body.truncation,
         "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
@@ -257,7 +242,8 @@ class _Run:
 def _usage(responses: ResponseStream) -> dict[str, Any]:
     prompt, generated = responses.prompt_tokens, responses.generated_tokens
     return {
-        "input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0},
+        # Clients read members of the details; the number of cached tokens is not known.
+        "input_tokens": prompt, "input_tokens_details": {},
         "output_tokens": generated, "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + generated,
     }  # fmt: skip
@@ -269,19 +255,9 @@ async def _stream_events(run: _Run) -> AsyncGenerator[str, None]:
             yield encode_event(event, event["type"])
 
 
-async def _with_failure(
-    first: str, rest: AsyncGenerator[str, None], builder: ResponseBuilder
-) -> AsyncGenerator[str, None]:
-    """The events; if one fails, `error` and `response.failed` end the stream."""
-    async with aclosing(rest):
-        try:
-            yield first
-            async for event in rest:
-                yield event
-        except Exception as error:
-            detail = openai_error(error)[1]["error"]
-            for last in builder.fail(detail):
-                yield encode_event(last, last["type"])
+def _failure_events(builder: ResponseBuilder, body: dict[str, Any]) -> Iterable[str]:
+    """`error` and `response.failed`, which end the stream."""
+    return [encode_event(last, last["type"]) for last in builder.fail(body["error"])]
 
 
 # --- stored responses -------------------------------------------------------------------------

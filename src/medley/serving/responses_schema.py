@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -16,6 +17,7 @@ from medley.serving.untrusted_inputs import repr_short
 
 IMAGE_GENERATION = "image_generation"
 MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
+MAX_TOOL_CHARACTERS = 4096  # The response, which may be stored, repeats the tools.
 Items = Annotated[list[dict[str, Any]], Field(min_length=1)]
 _CHOICES = ("auto", "none", "required")
 
@@ -53,7 +55,11 @@ ToolChoice = Annotated[
         json_schema_input_type=Literal["auto", "none", "required"] | dict[str, Any],
     ),
 ]
-Metadata = Annotated[dict[str, Any], Field(max_length=16)]
+# OpenAI's limits. The response, which may be stored, repeats the metadata.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 class ResponseRequest(SamplingFields):
@@ -75,6 +81,7 @@ class ResponseRequest(SamplingFields):
     truncation: Literal["auto", "disabled"] = "disabled"
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: ToolChoice = None
+    parallel_tool_calls: bool = True
     metadata: Metadata | None = None
 
     def check(self) -> None:
@@ -83,6 +90,13 @@ class ResponseRequest(SamplingFields):
             raise RequestError("n: A response has one choice. Send several requests.", param="n")
         for number, tool in enumerate(self.tools or []):
             _check_tool(tool, f"tools[{number}]")
+        for name, value in (("tools", self.tools), ("tool_choice", self.tool_choice)):
+            if (size := len(json.dumps(value))) > MAX_TOOL_CHARACTERS:
+                raise RequestError(
+                    f"{name}: Too large (got {size} characters of JSON, limit "
+                    f"{MAX_TOOL_CHARACTERS}).",
+                    param=name,
+                )
         if self.tool_choice not in (None, "auto", "none") and not self.tools:
             raise RequestError("tool_choice: Needs the tool image_generation.", param="tool_choice")
 

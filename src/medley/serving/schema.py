@@ -114,11 +114,6 @@ class GenerationFields(RequestFields):
         """The mode that the request names; None for the default of the model or the server."""
         return self.mode
 
-    @property
-    def asks_for_images(self) -> bool:
-        """Whether the request has options that make sense with images only."""
-        return self.min_images > 0 or bool(self.max_images)
-
     def to_options(
         self, mode: Mode, max_new_tokens: int, limits: Limits, **overrides: Any
     ) -> GenerationOptions:
@@ -248,7 +243,8 @@ class ChatRequest(SamplingFields):
 
     @property
     def asks_for_images(self) -> bool:
-        return super().asks_for_images or self.previews > 0
+        """Whether the request has options that make sense with images only."""
+        return self.min_images > 0 or bool(self.max_images) or self.previews > 0
 
 
 class ImageRequest(GenerationFields):

@@ -35,22 +35,19 @@ def find_model(state: ServerState, name: str | None) -> RequestedModel:
     return RequestedModel(worker, worker.name)
 
 
-def choose_mode(state: ServerState, model: RequestedModel, body: GenerationFields) -> Mode:
-    """The mode of a request: its own, that of the model's name, or the default of the server.
+def choose_mode(model: RequestedModel, body: GenerationFields, default: Mode) -> Mode:
+    """The mode of a request: its own, that of the model's name, or the default of the endpoint.
 
     Raises RequestError if the request contradicts the model's name.
     """
     requested = body.requested_mode
-    if requested is not None:
-        if model.mode not in (None, "any", requested):
-            raise RequestError(
-                f"mode: Contradicts the model (got mode {requested} and model {model.name}). Use "
-                f"model {model.worker.name}.",
-                param="mode",
-            )
-        return requested
-    default = model.mode or default_mode(state, model.worker)
-    return "any" if body.asks_for_images and model.mode is None and default == "text" else default
+    if requested is not None and model.mode not in (None, "any", requested):
+        raise RequestError(
+            f"mode: Contradicts the model (got mode {requested} and model {model.name}). Use "
+            f"model {model.worker.name}.",
+            param="mode",
+        )
+    return requested or model.mode or default
 
 
 def default_mode(state: ServerState, worker: EngineWorker) -> Mode:

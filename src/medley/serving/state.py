@@ -1,4 +1,4 @@
-"""State shared by all requests of a server: models, limits and metrics; and error bodies."""
+"""State shared by all requests of a server: models, limits and metrics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 import torch
 from fastapi import Request
 
-from medley.errors import UserError
 from medley.generation.engine import MAX_NUM_SEQS
 from medley.inference.model import Model
 from medley.serving.generated_images import GeneratedImages
-from medley.serving.limits import Limits, QueueFullError, RequestError
+from medley.serving.limits import Limits, RequestError
 from medley.serving.metrics import Metrics
 from medley.serving.request_body import BodyMemory
 from medley.serving.request_defaults import RequestDefaults
@@ -27,7 +26,6 @@ from medley.serving.worker import EngineWorker
 Item = TypeVar("Item")
 _END: Any = object()
 DECODE_SLOTS = 4  # Requests that are decoded at once; each may need gigabytes.
-MAX_MESSAGE = 1000  # Characters of an error message; some messages quote the request.
 
 
 class ServerState:
@@ -180,18 +178,3 @@ async def _wait_for_disconnect(request: Request) -> None:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             return
-
-
-def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and JSON body of an error, in OpenAI's format."""
-    status, param, kind = 500, None, "server_error"
-    message = f"Internal server error ({type(error).__name__})."
-    if isinstance(error, RequestError):
-        status, param, message = error.status, error.param, str(error)
-    elif isinstance(error, UserError):
-        status, message = 400, str(error)
-    if status < 500:
-        kind = "rate_limit_error" if isinstance(error, QueueFullError) else "invalid_request_error"
-    if len(message) > MAX_MESSAGE:
-        message = f"{message[:MAX_MESSAGE]}…"
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}

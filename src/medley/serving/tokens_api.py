@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from medley.serving.json_body import JsonRoute, free_body
 from medley.serving.messages import to_document
+from medley.serving.neutral_values import left_out
 from medley.serving.schema import RequestFields
 from medley.serving.served_names import find_model
 from medley.serving.state import get_state
@@ -65,16 +66,17 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     strings = [raw.id_to_token(token) for token in shown] if body.return_token_strs else None
     return {
         "count": len(shown), "max_model_len": worker.model.engine.max_seq_len,
-        "tokens": list(shown), "token_strs": strings,
+        "tokens": list(shown), "token_strs": strings, **left_out(),
     }  # fmt: skip
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
     """The text of token ids, with `<image>` for each image."""
     worker = find_model(get_state(request), body.model).worker
     prompt = check_ids(body.tokens, "tokens", worker)
-    return {"prompt": await asyncio.to_thread(ids_to_text, prompt.ids, worker.model.text_tokenizer)}
+    text = await asyncio.to_thread(ids_to_text, prompt.ids, worker.model.text_tokenizer)
+    return {"prompt": text, **left_out()}
 
 
 async def read_ids(

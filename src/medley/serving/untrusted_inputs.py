@@ -54,6 +54,7 @@ class RequestReader:
         self.limits, self.tokenizer, self.max_characters = limits, tokenizer, max_characters
         self.generated_images = generated_images
         self._characters_left = max_characters
+        self._codes: dict[str, tuple[int, ...]] = {}  # of generated images, by content hash
         self._deadline = time.monotonic() + limits.request_timeout
 
     @classmethod
@@ -81,14 +82,7 @@ class RequestReader:
         Raises RequestError if it cannot be encoded, or if the request's text cannot fit the
         model's context.
         """
-        self._characters_left -= len(text)
-        if self._characters_left < 0:
-            raise CodedError(
-                f"{where}: The text does not fit the model's context (limit "
-                f"{self.max_characters} characters).",
-                "context_length_exceeded",
-                where,
-            )
+        self._charge(len(text), where)
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -97,28 +91,56 @@ class RequestReader:
             ) from error
         return text
 
-    def image_from_url(self, url: object, where: str) -> Image.Image:
-        """The image of a data URL, or of an http URL of an allowed host. Raises RequestError."""
-        return self.image_from_bytes(self._fetch(url, where), where)
+    def _charge(self, count: int, where: str) -> None:
+        """Counts characters, or image codes: a token each, and a token has a character at least."""
+        self._characters_left -= count
+        if self._characters_left < 0:
+            raise CodedError(
+                f"{where}: The prompt does not fit the model's context (limit "
+                f"{self.max_characters} characters and image codes).",
+                "context_length_exceeded",
+                where,
+            )
 
-    def image_part(self, url: object, where: str) -> ImagePart:
-        """`image_from_url` as a content part.
+    def part_from_url(self, url: object, where: str) -> ImagePart:
+        """The image of a data URL, or of an http URL of an allowed host. Raises RequestError."""
+        return self.part_from_bytes(self._fetch(url, where), where)
+
+    def part_from_base64(self, text: str, where: str) -> ImagePart:
+        """The image of a base64 string. Raises RequestError."""
+        return self.part_from_bytes(_decode(decode_base64, text, where), where)
+
+    def part_from_bytes(self, data: bytes, where: str, name: str = "image") -> ImagePart:
+        """The image of a file's contents, called `name` in errors. Raises RequestError.
 
         An image that this server has generated has its original image codes.
         """
-        image = self._open(self._fetch(url, where), where, "image")
+        try:
+            exif_orientation = self.tokenizer.preprocessing.exif_orientation
+            image = read_untrusted_image(data, name, self.limits, exif_orientation)
+        except ImageError as error:
+            raise RequestError(f"{where}: {error}", param=where) from error
         if image.size == (self.tokenizer.size,) * 2:
-            known = self.generated_image(content_hash(image))
+            known = self.generated_image(content_hash(image), where)
             if known is not None:
                 return known
         return ImagePart(image=self.tokenizer.square(image))
 
-    def generated_image(self, name: str) -> ImagePart | None:
-        """The image of a content hash; None if this server has not generated it."""
+    def generated_image(self, name: str, where: str) -> ImagePart | None:
+        """The image of a content hash; None if this server has not generated it.
+
+        Raises RequestError if the request's image codes cannot fit the model's context.
+        """
         if self.generated_images is None:
             return None
-        codes = self.generated_images.get(self.tokenizer.fingerprint, name)
-        return None if codes is None else ImagePart(codes=codes)
+        # One tuple for all parts: a short note may name the image thousands of times.
+        codes = self._codes.get(name)
+        codes = codes or self.generated_images.get(self.tokenizer.fingerprint, name)
+        if codes is None:
+            return None
+        self._charge(len(codes), where)
+        self._codes[name] = codes
+        return ImagePart(codes=codes)
 
     def _fetch(self, url: object, where: str) -> bytes:
         """The contents of the file at a URL."""
@@ -140,21 +162,6 @@ class RequestReader:
             return fetch_bytes(
                 url, self.limits.max_body_bytes, seconds, lambda to: is_allowed_host(to, hosts)
             )
-        except ImageError as error:
-            raise RequestError(f"{where}: {error}", param=where) from error
-
-    def image_from_base64(self, text: str, where: str) -> Image.Image:
-        """The image of a base64 string. Raises RequestError."""
-        return self.image_from_bytes(_decode(decode_base64, text, where), where)
-
-    def image_from_bytes(self, data: bytes, where: str, name: str = "image") -> Image.Image:
-        """The image of a file's contents, called `name` in errors. Raises RequestError."""
-        return self.tokenizer.square(self._open(data, where, name))
-
-    def _open(self, data: bytes, where: str, name: str) -> Image.Image:
-        try:
-            exif_orientation = self.tokenizer.preprocessing.exif_orientation
-            return read_untrusted_image(data, name, self.limits, exif_orientation)
         except ImageError as error:
             raise RequestError(f"{where}: {error}", param=where) from error
 

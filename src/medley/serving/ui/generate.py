@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from medley.data.document import ContentPart, Document, ImagePart
+from medley.data.document import ContentPart, Document
 from medley.errors import UserError
 from medley.generation import GenerationOptions
 from medley.inference.response import StreamEvent
+from medley.serving.error_responses import logged_error
 from medley.serving.limits import RequestError
 from medley.serving.response_stream import ResponseStream
 from medley.serving.schema import random_seed
-from medley.serving.state import ServerState, cancel_tasks, error_body
+from medley.serving.state import ServerState, cancel_tasks
 from medley.serving.ui.conversation import (
     CancelToken,
     ChatMessage,
@@ -30,7 +30,6 @@ from medley.serving.ui.settings import INTEGER_SETTINGS, NO_IMAGE_LIMIT, RANDOM_
 from medley.serving.untrusted_inputs import RequestReader
 from medley.serving.worker import EngineWorker
 
-log = logging.getLogger("medley.serving")
 Item = TypeVar("Item")
 PREVIEWS_PER_IMAGE = 8
 UPDATE_SECONDS = 0.1  # minimum time between two updates of a growing text
@@ -115,9 +114,7 @@ async def generate_response(
         complete = replace(response, note=f"{line}; {note}" if note else line, status="")
         yield conversation.with_response(complete)
     except Exception as error:
-        status, body = error_body(error)
-        if status >= 500 and not isinstance(error, RequestError):
-            log.error("a response in the web UI failed", exc_info=error)
+        _, body = logged_error(error, "a response in the web UI failed")
         failed = replace(response, note=f"Error: {body['error']['message']}", status="failed")
         yield conversation.with_response(failed)
     finally:
@@ -132,7 +129,7 @@ def _read_document(conversation: Conversation, worker: EngineWorker) -> Document
     def read_part(part: MessagePart, where: str) -> ContentPart:
         if isinstance(part, str):
             return reader.text(part, where)
-        return ImagePart(image=reader.image_from_bytes(part.read_bytes(), where, part.name))
+        return reader.part_from_bytes(part.read_bytes(), where, part.name)
 
     return conversation.to_document(read_part)
 
